@@ -771,8 +771,7 @@ class Provider(LoopThread):
         def client_closed() -> None:
             if connection.closed_at is None:
                 connection.close("client")
-                task.cancel()
-                self.notify()
+                task.cancel()  # its end notifies those who wait
 
         reader.on_end = client_closed
         try:
