@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from repetition import RepetitionGuard
+from llmchat import RepetitionGuard
 
 COUNT = 20
 CHARACTERS = 1_000

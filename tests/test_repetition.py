@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repetition import (
+from llmchat import (
     REPETITION_DELTAS,
     REPETITION_PERIOD_CHARACTERS_MAX,
     REPETITION_STEP_CHARACTERS,

@@ -1,0 +1,4103 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "starlette>=1.0,<2",
+#   "uvicorn>=0.40,<1",
+#   "uvloop>=0.21,<1; sys_platform != 'win32'",
+#   "httptools>=0.6.4,<1",
+#   "httpx>=0.28,<0.29",
+#   "httpx-aiohttp>=0.2,<0.3",
+#   "aiosqlite>=0.22,<0.23",
+#   "anyio>=4.6,<5",
+#   "msgspec>=0.20,<0.23",
+#   "markdown-it-py>=4.0,<5",
+#   "mdit-py-plugins>=0.5,<0.8",
+#   "linkify-it-py>=2.0.3,<3",
+#   "Pygments>=2.19,<3",
+# ]
+# ///
+"""llmchat: one Python file, one SQLite file, every provider. What you have seen is saved; what is saved can be resumed.
+
+The way of a delta, one direction, no way back:
+
+    provider ──httpx──▶ dialect.decode ──▶ generation.pending ──▶ FLUSHER ──commit──▶ SQLite (WAL)
+                                                                     │ then, and only then
+                                                                     ▼
+                                                  ring ──▶ asyncio.Queue per subscriber ──▶ SSE
+
+Words, one per thing:
+
+    provider       a configured endpoint with its key; its dialect is its wire format
+    conversation   a tree of messages linked by parent_id
+    generation     the running production of one assistant message; it outlives the request that started it
+    delta          a piece of content: a kind (text, reasoning, tool_call, …) and its characters
+    offset         a position in a message's content: the code points of all deltas before it
+    cursor         the offset up to which a subscriber has the content (Last-Event-ID)
+    subscriber     one open SSE response; it resumes from its cursor: no gap, no duplicate
+    ring           the newest published events of a generation, in memory, bounded
+    flush          one transaction that commits the pending deltas of all generations
+
+Read it top to bottom; a name is defined above the place that uses it:
+
+     1 Limits          5 Dialects      9 Store            13 OpenAI view
+     2 Errors          6 Repetition   10 Generations      14 main
+     3 Configuration   7 Markdown     11 Identity
+     4 Events, SSE     8 Providers    12 HTTP
+
+Invariants, worth stating by their absence: the producer never awaits a subscriber; nothing is published before it is
+committed; no text is ever a control signal; nothing above Providers does I/O; only Store contains SQL; only HTTP and
+the OpenAI view render HTTP; os.environ appears once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import email.utils
+import hashlib
+import html
+import ipaddress
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
+
+import aiosqlite
+import msgspec
+import uvicorn
+from msgspec import UNSET, Meta, Struct, UnsetType
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message as AsgiMessage, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    import httpx
+
+__version__ = "0.1.0"
+__all__ = ["Config", "create_app", "load_config", "main"]
+
+T = TypeVar("T")
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 1. Limits
+#
+# Every bound in the program, with its unit and its reason. A bound that a user may want to move is a setting and
+# stands in section 3; these are the ones whose change would need thought, because others lean on them. The asserts
+# say how. Units and "max" come last in a name.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+REQUEST_BYTES_MAX = 1_000_000  # a request's body: some 200,000 words, more than any model's context takes
+HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
+
+FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
+SEND_BYTES_MAX = 256 * 1024  # of one send to a subscriber, and of what its queue may hold: 50 stalled readers = 13 MB
+RING_BYTES_MAX = 256 * 1024  # of a generation's ring, beside the setting for its events
+PENDING_CHARACTERS_MAX = 256 * 1024  # of one generation, received but not committed; beyond it the producer waits
+
+PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
+PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
+PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+MODELS_SECONDS = 10  # to ask a provider for its models
+MODELS_CACHE_SECONDS = 600  # how long that answer is good
+
+RETRY_DELAY_SECONDS = 0.5  # before the second attempt; doubles from there
+RETRY_DELAY_SECONDS_MAX = 8  # of our own backoff
+RETRY_AFTER_SECONDS_MAX = 120  # a provider that asks for more is not waited for
+
+FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
+FLUSH_COST_RATIO = 4  # a flush may take one part in this many of the time
+FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
+FLUSH_RETRY_SECONDS = 0.5  # between those tries
+
+DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
+TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
+LIST_LIMIT_MAX = 200  # conversations in one answer
+FALLBACKS_MAX = 8  # models named in one request
+STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
+
+assert FRAME_CHARACTERS_MAX * 6 <= 64 * 1024, "a frame must fit what proxies pass on at once"
+assert FRAME_CHARACTERS_MAX * 6 <= RING_BYTES_MAX, "the ring must hold at least one event"
+assert FRAME_CHARACTERS_MAX * 6 <= SEND_BYTES_MAX, "a queue must hold at least one event"
+assert DATABASE_BUSY_MS / 1000 < FLUSH_PATIENCE_SECONDS, "a busy database must be tried more than once"
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 2. Errors
+#
+# One tree. A class is a code of the contract, with its HTTP status and whether the same request can be expected to go
+# better later; an instance adds the words. The same value is rendered as an HTTP error, stored with a failed message,
+# and sent in `end`, so all three say the same. Messages name the field, the limit and the value that was met; they
+# never hold a key, a path of the server, or a traceback: what only the operator may see goes to the log under the
+# request's id. A new code is a new class: nothing else needs to know it.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class LlmchatError(Exception):
+    """Anything that goes wrong in a way we foresaw. `retry_after_seconds` becomes a Retry-After header."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+    def detail(self) -> dict[str, Any]:
+        """The error as it is stored and sent: {"code", "message", "retryable"}."""
+        return {"code": self.code, "message": self.message, "retryable": self.retryable}
+
+
+class InternalError(LlmchatError):
+    pass
+
+
+class InvalidRequest(LlmchatError):
+    code, status = "invalid_request", 400
+
+
+class Unauthorized(LlmchatError):
+    code, status = "unauthorized", 401
+
+
+class Forbidden(LlmchatError):
+    code, status = "forbidden", 403
+
+
+class NotFound(LlmchatError):
+    code, status = "not_found", 404
+
+
+class Conflict(LlmchatError):
+    code, status = "conflict", 409
+
+
+class TooLarge(LlmchatError):
+    code, status = "too_large", 413
+
+
+class RateLimited(LlmchatError):
+    code, status, retryable = "rate_limited", 429, True
+
+
+class Overloaded(LlmchatError):
+    code, status, retryable = "overloaded", 503, True
+
+
+class Draining(LlmchatError):
+    code, status, retryable = "draining", 503, True
+
+
+class StoreUnavailable(LlmchatError):
+    code, status, retryable = "store_unavailable", 503, True
+
+
+class GenerationError(LlmchatError):
+    """Ends a generation as `failed`. `retryable` says whether *continue* makes sense."""
+
+
+class ProviderError(GenerationError):
+    """What a provider did. `transient`: the same request may succeed in a moment (asked only before the first delta)."""
+
+    code, status = "provider_protocol", 502
+
+    def __init__(self, message: str, *, transient: bool = False, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds)
+        self.transient = transient
+
+
+class ProviderProtocol(ProviderError):
+    code, retryable = "provider_protocol", True
+
+
+class ProviderTruncated(ProviderError):
+    code, retryable = "provider_truncated", True
+
+
+class ProviderUnavailable(ProviderError):
+    code, retryable = "provider_unavailable", True
+
+
+class ProviderRateLimited(ProviderError):
+    code, retryable = "provider_rate_limited", True
+
+
+class ProviderAuth(ProviderError):
+    code = "provider_auth"
+
+
+class ProviderRejected(ProviderError):
+    code, status = "provider_rejected", 422
+
+
+class Stalled(ProviderError):
+    code, status, retryable = "stalled", 504, True
+
+
+class DeadlineExceeded(GenerationError):
+    code, status, retryable = "deadline_exceeded", 504, True
+
+
+class Repetition(GenerationError):
+    code, status = "repetition", 502
+
+
+class TooLong(GenerationError):
+    code, status = "too_long", 502
+
+
+def error_classes(root: type[LlmchatError] = LlmchatError) -> Iterator[type[LlmchatError]]:
+    """The whole tree, for what looks a class up by its code."""
+    yield root
+    for below in root.__subclasses__():
+        yield from error_classes(below)
+
+
+ERROR_STATUSES = {error.code: error.status for error in error_classes()}
+
+
+class StartError(Exception):
+    """The service cannot start. Its one line is printed and the exit status is 2; there is no traceback."""
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 3. Configuration
+#
+# The environment and `.env` are read once, here, into a frozen value that the rest of the program is handed. The
+# fields of Config are the settings: name, type, default, bounds and meaning in one line each, and everything that
+# speaks of settings (the parser, --help, the README's table, which a test holds against this) reads it off them. A
+# value that does not fit stops the start with one line that names it and says what is accepted. Providers are found
+# by their variables: a key or a base URL switches one on. There is no configuration file and no reload: a restart is
+# one second and loses nothing.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def setting(default: Any, meaning: str, *, least: float | None = None, most: float | None = None, choices: str = "") -> Any:
+    """A field of Config, read from LLMCHAT_<NAME>; its unit is the end of its name or part of its meaning."""
+    bounds = {"meaning": meaning, "least": least, "most": most, "choices": tuple(choices.split())}
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class ProviderFacts:
+    """What is known of a provider before anyone has a key: the row of the built-in table.
+
+    `variables` hold the key, the first one found wins. `local`: the address is this machine's, a key switches
+    nothing on and none is needed. `quirks` name departures from the dialect; section 5 and 8 say what each does.
+    """
+
+    base_url: str | None
+    variables: tuple[str, ...]
+    dialect: str = "openai"
+    local: bool = False
+    models_url: str | None = None
+    quirks: frozenset[str] = frozenset()
+
+
+def facts(base_url: str | None, variables: str, *quirks: str, **more: Any) -> ProviderFacts:
+    return ProviderFacts(base_url, tuple(variables.split()), quirks=frozenset(quirks), **more)
+
+
+# Adding a provider is one line. GITHUB_TOKEN and HF_TOKEN are not here: they are often set for other reasons.
+PROVIDER_FACTS: dict[str, ProviderFacts] = {
+    "openai": facts("https://api.openai.com/v1", "OPENAI_API_KEY", "max_completion_tokens"),
+    "anthropic": facts("https://api.anthropic.com", "ANTHROPIC_API_KEY ANTHROPIC_AUTH_TOKEN", dialect="anthropic"),
+    "gemini": facts(
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+        "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
+    ),
+    "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
+    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options"),
+    "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
+    "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
+    "xai": facts("https://api.x.ai/v1", "XAI_API_KEY", "repeated_reasoning"),
+    "fireworks": facts("https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY FIREWORKS_AI_API_KEY"),
+    "cerebras": facts("https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
+    "perplexity": facts("https://api.perplexity.ai", "PERPLEXITY_API_KEY PERPLEXITYAI_API_KEY", "no_stream_options"),
+    "cohere": facts("https://api.cohere.ai/compatibility/v1", "COHERE_API_KEY CO_API_KEY", "no_stream_options"),
+    "nvidia": facts("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY NVIDIA_NIM_API_KEY"),
+    "sambanova": facts("https://api.sambanova.ai/v1", "SAMBANOVA_API_KEY"),
+    "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY"),
+    "zai": facts("https://api.z.ai/api/paas/v4", "ZAI_API_KEY ZHIPU_API_KEY ZHIPUAI_API_KEY"),
+    "dashscope": facts(
+        "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY QWENCLOUD_API_KEY"
+    ),
+    "huggingface": facts("https://router.huggingface.co/v1", "HUGGINGFACE_API_KEY"),
+    "github": facts(
+        "https://models.github.ai/inference", "GITHUB_API_KEY", models_url="https://models.github.ai/catalog/models"
+    ),
+    "deepinfra": facts("https://api.deepinfra.com/v1/openai", "DEEPINFRA_API_KEY"),
+    "hyperbolic": facts("https://api.hyperbolic.xyz/v1", "HYPERBOLIC_API_KEY"),
+    "novita": facts("https://api.novita.ai/openai", "NOVITA_API_KEY"),
+    "minimax": facts("https://api.minimax.io/v1", "MINIMAX_API_KEY", "reasoning_split"),
+    "ai21": facts("https://api.ai21.com/studio/v1", "AI21_API_KEY"),
+    "vercel": facts("https://ai-gateway.vercel.sh/v1", "AI_GATEWAY_API_KEY VERCEL_AI_GATEWAY_API_KEY"),
+    "nebius": facts("https://api.tokenfactory.nebius.com/v1", "NEBIUS_API_KEY"),
+    "siliconflow": facts("https://api.siliconflow.com/v1", "SILICONFLOW_API_KEY"),
+    "inception": facts("https://api.inceptionlabs.ai/v1", "INCEPTION_API_KEY"),
+    "meta-llama": facts("https://api.llama.com/compat/v1", "LLAMA_API_KEY META_LLAMA_API_KEY"),
+    "baseten": facts("https://inference.baseten.co/v1", "BASETEN_API_KEY"),
+    "friendli": facts("https://api.friendli.ai/serverless/v1", "FRIENDLI_API_KEY FRIENDLI_TOKEN FRIENDLIAI_API_KEY"),
+    "chutes": facts("https://llm.chutes.ai/v1", "CHUTES_API_KEY"),
+    "scaleway": facts("https://api.scaleway.ai/v1", "SCALEWAY_API_KEY SCW_SECRET_KEY"),
+    "ovhcloud": facts("https://oai.endpoints.kepler.ai.cloud.ovh.net/v1", "OVHCLOUD_API_KEY"),
+    "venice": facts("https://api.venice.ai/api/v1", "VENICE_API_KEY VENICE_AI_API_KEY"),
+    "poe": facts("https://api.poe.com/v1", "POE_API_KEY"),
+    "requesty": facts("https://router.requesty.ai/v1", "REQUESTY_API_KEY"),
+    "wandb": facts("https://api.inference.wandb.ai/v1", "WANDB_API_KEY"),
+    "stepfun": facts("https://api.stepfun.com/v1", "STEPFUN_API_KEY"),
+    "upstage": facts("https://api.upstage.ai/v1/solar", "UPSTAGE_API_KEY"),
+    "volcengine": facts("https://ark.cn-beijing.volces.com/api/v3", "VOLCENGINE_API_KEY ARK_API_KEY"),
+    "azure": facts(None, "AZURE_OPENAI_API_KEY AZURE_API_KEY", "api_key_header", "max_completion_tokens"),
+    "ollama": facts("https://ollama.com/v1", "OLLAMA_API_KEY"),
+    "lmstudio": facts("http://127.0.0.1:1234/v1", "LMSTUDIO_API_KEY LM_STUDIO_API_KEY", local=True),
+    "llamacpp": facts("http://127.0.0.1:8080/v1", "LLAMACPP_API_KEY", local=True),
+    "vllm": facts("http://127.0.0.1:8000/v1", "VLLM_API_KEY HOSTED_VLLM_API_KEY", local=True),
+    "litellm": facts("http://127.0.0.1:4000/v1", "LITELLM_API_KEY", local=True),
+    "transformers": facts("http://127.0.0.1:8000/v1", "TRANSFORMERS_API_KEY", local=True),
+}
+
+DIALECT_NAMES = ("openai", "anthropic")
+DEMO = "demo"
+DEMO_HOST = "demo.invalid"  # RFC 2606: no such host can exist; section 8 answers for it without a network
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A configured endpoint. `variable` is where its key comes from, for messages; the key itself is never shown."""
+
+    name: str
+    dialect: str
+    base_url: str
+    key: str | None = field(default=None, repr=False)
+    variable: str = ""
+    models: tuple[str, ...] = ()
+    models_url: str | None = None
+    quirks: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting and every provider, as the environment gives them."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "TCP port to listen on; 0 takes a free one", least=0, most=65535)
+    db: str = setting("llmchat.db", "path of the SQLite database")
+    default_model: str = setting("", "`provider/model` when a request names none; empty: the first one that is found")
+    fallbacks: str = setting("", "comma list of `provider/model`, tried in order when a model fails before its first delta")
+    log_level: str = setting("info", "what is logged", choices="debug info warning error")
+    log_format: str = setting("text", "how it is logged", choices="text json")
+    flush_interval_ms: int = setting(20, "shortest time between two flushes, in ms", least=0, most=250)
+    ring_events: int = setting(1024, "newest events of a generation that are kept in memory", least=1, most=100_000)
+    heartbeat_seconds: float = setting(15.0, "silence on a stream before a heartbeat, in seconds", least=0.05, most=3600)
+    drain_seconds: float = setting(5.0, "how long running generations may go on at shutdown, in seconds", least=0, most=3600)
+    attempts: int = setting(3, "attempts at a model before its first delta, retries included", least=1, most=10)
+    generations_max: int = setting(256, "generations that run at once", least=1, most=100_000)
+    subscribers_max: int = setting(256, "open streams of one message", least=1, most=100_000)
+    stall_timeout_seconds: float = setting(60.0, "silence of a provider between two deltas, in seconds", least=0.05, most=86_400)
+    first_delta_timeout_seconds: float = setting(120.0, "wait for a provider's first delta, in seconds", least=0.05, most=86_400)
+    keepalive_seconds: float = setting(600.0, "how long a provider's keep-alives hold those two off, in seconds", least=0, most=86_400)
+    generation_timeout_seconds: float = setting(1800.0, "a whole generation, in seconds", least=0.1, most=604_800)
+    answer_characters_max: int = setting(1_000_000, "characters of one answer", least=1, most=100_000_000)
+    repetition_count: int = setting(20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000)
+    repetition_characters: int = setting(1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000)
+    providers: tuple[Provider, ...] = ()
+    unusable_keys: tuple[str, ...] = ()  # one sentence each: the variable, and what to set
+
+    def provider(self, name: str) -> Provider | None:
+        return next((provider for provider in self.providers if provider.name == name), None)
+
+
+SETTINGS = tuple(one for one in fields(Config) if "meaning" in one.metadata)
+
+
+def load_config(environment: Mapping[str, str], flags: Mapping[str, str | None]) -> Config:
+    """Reads every setting; flags win over the environment. Raises StartError with one line for a value that is off."""
+    given = {f"LLMCHAT_{name.upper()}": value for name, value in flags.items() if value is not None}
+    merged = {**environment, **given}
+    values = {one.name: parse_setting(one, merged.get(f"LLMCHAT_{one.name.upper()}", "")) for one in SETTINGS}
+    providers = find_providers(merged)
+    return Config(**values, providers=providers, unusable_keys=find_unusable_keys(merged, providers))
+
+
+def parse_setting(one: Any, text: str) -> Any:
+    """The value of one setting; an empty text is its default."""
+    if not text:
+        return one.default
+    name, bounds, kind = f"LLMCHAT_{one.name.upper()}", one.metadata, type(one.default)
+    if bounds["choices"] and text.lower() in bounds["choices"]:
+        return text.lower()
+    if bounds["choices"]:
+        raise StartError(f"{name}: {text!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
+    if kind is str:
+        return text
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if bounds["least"] <= value <= bounds["most"]:
+            return value
+    what = "a whole number" if kind is int else "a number"
+    raise StartError(f"{name}: {text!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
+
+
+def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
+    """The providers that the environment switches on, the built-in ones first; `demo` when there is none."""
+    addressed = [
+        name.removesuffix("_BASE_URL").lower().replace("_", "-")
+        for name, value in sorted(environment.items())
+        if name.endswith("_BASE_URL") and value
+    ]
+    names = dict.fromkeys([*PROVIDER_FACTS, *addressed])
+    found = [provider for name in names if (provider := find_provider(name, environment))]
+    return tuple(found) or (Provider(DEMO, "openai", f"http://{DEMO_HOST}/v1"),)
+
+
+def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provider]) -> tuple[str, ...]:
+    """A sentence for each key that switches no provider on: its variable, and what to set."""
+    owners = {variable: name for name, one in PROVIDER_FACTS.items() for variable in one.variables}
+    found = {provider.name for provider in providers}
+    sentences = []
+    for variable, value in sorted(environment.items()):
+        if not value or (variable not in owners and not variable.endswith("_API_KEY")):
+            continue
+        name = owners.get(variable) or variable.removesuffix("_API_KEY").lower().replace("_", "-")
+        if name not in found:
+            address = f"{name.upper().replace('-', '_')}_BASE_URL"
+            sentences.append(f"{variable} alone switches nothing on: set {address} to the address of {name}'s API")
+    return tuple(sentences)
+
+
+def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
+    """The provider that <NAME>_API_KEY or <NAME>_BASE_URL switches on, or None. Raises StartError."""
+    prefix = name.upper().replace("-", "_")
+    known = PROVIDER_FACTS.get(name)
+    variables = (*(known.variables if known else ()), f"{prefix}_API_KEY")
+    variable = next((one for one in variables if environment.get(one)), None)
+    base_url = environment.get(f"{prefix}_BASE_URL") or None
+    dialect = environment.get(f"{prefix}_DIALECT") or (known.dialect if known else "openai")
+    if base_url is None and (known is None or variable is None or known.local):
+        return None
+    if dialect not in DIALECT_NAMES:
+        raise StartError(f"{prefix}_DIALECT: {dialect!r} is not accepted; it is one of {', '.join(DIALECT_NAMES)}")
+    address = base_url or (known.base_url if known else None)
+    if address is None:
+        return None
+    return Provider(
+        name=name,
+        dialect=dialect,
+        base_url=check_base_url(f"{prefix}_BASE_URL", address),
+        key=environment[variable].strip() if variable else None,
+        variable=variable or variables[0],
+        models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
+        models_url=known.models_url if known and base_url is None else None,
+        quirks=known.quirks if known else frozenset(),
+    )
+
+
+def check_base_url(variable: str, text: str) -> str:
+    """An http(s) URL without its last slash. A path is kept as it is given: /v1 is never put in."""
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text.strip()):
+        raise StartError(f"{variable}: {text!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
+    return text.strip().rstrip("/")
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """The variables of a `.env` file: NAME=value lines, # comments, optional `export` and quotes. No file: none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as exc:
+        raise StartError(f".env: cannot be read: {exc}") from exc
+    variables = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        stripped = line.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)", stripped)
+        if not match:
+            raise StartError(f".env: line {number} is not NAME=value")
+        variables[match[1]] = unquote(match[2])
+    return variables
+
+
+def unquote(text: str) -> str:
+    """A value of `.env`: in quotes as it stands, else up to a comment that has a space before it."""
+    quoted = re.match(r"""(["'])(.*)\1\s*(?:#.*)?$""", text)
+    return quoted[2] if quoted else re.split(r"(?:^|\s+)#", text, maxsplit=1)[0].rstrip()
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 4. Events and SSE
+#
+# The values that travel, and the wire format they travel in, both ways. Pure. Content is made of deltas; everything
+# else on a stream (start, notice, heartbeat, end) is about content and is never confused with it, because the kind of
+# an event is its name, never its text. Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html
+# The decoder works on bytes and splits at CR, LF and CRLF only (1): a text splitter would also cut at U+2028 and its
+# like, which JSON leaves as they are. Departures: (2) an event that the stream's end leaves undelimited is delivered,
+# since some providers do not send the last blank line, and the dialect decides whether it is whole; (3) `id` and
+# `retry` of a provider are read over: nobody resumes from a provider.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+MERGED_KINDS = frozenset({"text", "reasoning"})  # the other kinds are one delta each, whole, never joined
+
+
+class Delta(Struct, frozen=True, gc=False):
+    """A piece of content. `text` of a tool_call is {"id", "name", "arguments"} as JSON; of an image {"media_type",
+    "data"}; of a signature what a provider wants back beside its reasoning. Encoded, it is a delta event's data."""
+
+    kind: str
+    text: str
+
+
+class Usage(Struct, frozen=True, omit_defaults=True):
+    """Tokens as the provider counted them, or our estimate. `input_tokens` includes the cached ones."""
+
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class Timing(Struct, frozen=True):
+    """Milliseconds since the request was committed; None: has not happened."""
+
+    first_delta_ms: int | None
+    total_ms: int | None
+
+
+class Ending(NamedTuple):
+    """How a generation ended: everything that the terminal transaction writes."""
+
+    status: str
+    finish_reason: str | None = None
+    error: dict[str, Any] | None = None
+
+
+encode_json = msgspec.json.Encoder().encode
+decode_json = msgspec.json.Decoder().decode
+
+
+def join_deltas(deltas: Iterable[Delta]) -> list[Delta]:
+    """The same content in as few deltas as there are runs of a kind."""
+    runs: list[tuple[str, list[str]]] = []
+    for delta in deltas:
+        if runs and delta.kind == runs[-1][0] and delta.kind in MERGED_KINDS:
+            runs[-1][1].append(delta.text)
+        else:
+            runs.append((delta.kind, [delta.text]))
+    return [Delta(kind, "".join(texts)) for kind, texts in runs]
+
+
+def split_delta(delta: Delta) -> Iterator[Delta]:
+    """The delta in pieces that make frames of at most 64 KiB; kinds that must stay whole stay whole."""
+    if delta.kind not in MERGED_KINDS or len(delta.text) <= FRAME_CHARACTERS_MAX:
+        yield delta
+        return
+    for start in range(0, len(delta.text), FRAME_CHARACTERS_MAX):
+        yield Delta(delta.kind, delta.text[start : start + FRAME_CHARACTERS_MAX])
+
+
+def text_of(deltas: Iterable[Delta]) -> str:
+    return "".join(delta.text for delta in deltas if delta.kind == "text")
+
+
+def estimate_tokens(deltas: Iterable[Delta]) -> int:
+    """A guess for when nobody counted: four ASCII characters a token, one of any other script."""
+    quarters = 0
+    for delta in deltas:
+        foreign = 0 if delta.text.isascii() else sum(not character.isascii() for character in delta.text)
+        quarters += len(delta.text) + 3 * foreign
+    return (quarters + 3) // 4
+
+
+def encode_event(name: str, data: Any, offset: int | None = None) -> bytes:
+    """One SSE frame; JSON has no raw newline, so its data is always one line."""
+    identity = b"" if offset is None else b"id: %d\n" % offset
+    return b"%sevent: %s\ndata: %s\n\n" % (identity, name.encode(), encode_json(data))
+
+
+def encode_delta(delta: Delta, offset: int) -> bytes:
+    """The frame of a delta; `offset` is the one after it. Encoded once, for every subscriber."""
+    return b"id: %d\nevent: delta\ndata: %s\n\n" % (offset, encode_json(delta))
+
+
+HEARTBEAT_FRAME = encode_event("heartbeat", {})
+RESET_FRAME = encode_event("reset", {}, 0)
+RETRY_LINE = b"retry: 1000\n"  # ms a browser's EventSource waits before it comes back
+
+
+class SseDecoder:
+    """Turns bytes, cut anywhere, into events. Raises ProviderProtocol for an event over PROVIDER_EVENT_BYTES_MAX."""
+
+    __slots__ = ("_buffer", "_last_was_cr", "_started")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._last_was_cr = False
+        self._started = False
+
+    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
+        """The events that these bytes complete: (name, data), the name empty where none was given."""
+        if self._last_was_cr or b"\r" in data:
+            data = self._fold_newlines(data)
+        if not self._started:
+            data = self._drop_byte_order_mark(data)
+        buffer = self._buffer
+        searched = max(len(buffer) - 1, 0)
+        buffer += data
+        end = buffer.rfind(b"\n\n", searched)
+        if end < 0:
+            if len(buffer) > PROVIDER_EVENT_BYTES_MAX:
+                raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+            return []
+        blocks = bytes(memoryview(buffer)[:end]).split(b"\n\n")
+        del buffer[: end + 2]
+        return [event for block in blocks if (event := parse_sse_block(block))]
+
+    def end(self) -> list[tuple[bytes, bytes]]:
+        """What the end of the stream leaves: an undelimited last event, if there is one (departure 2)."""
+        event = parse_sse_block(bytes(self._buffer))
+        self._buffer.clear()
+        return [event] if event else []
+
+    def _fold_newlines(self, data: bytes) -> bytes:
+        """CR and CRLF become LF, also where a cut parted them (1)."""
+        if self._last_was_cr and data.startswith(b"\n"):
+            data = data[1:]
+            self._last_was_cr = False
+        if data:
+            self._last_was_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _drop_byte_order_mark(self, data: bytes) -> bytes:
+        held = bytes(self._buffer) + data
+        self._buffer.clear()
+        if len(held) < 3 and b"\xef\xbb\xbf".startswith(held):
+            self._buffer += held
+            return b""
+        self._started = True
+        return held.removeprefix(b"\xef\xbb\xbf")
+
+
+def parse_sse_block(block: bytes) -> tuple[bytes, bytes] | None:
+    """The event of the lines between two blank lines, or None if they carry no data (comments, keep-alives)."""
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return b"", block[6:]
+    name, data = b"", []
+    for line in block.split(b"\n"):
+        field_name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if field_name == b"data":
+            data.append(value)
+        elif field_name == b"event":
+            name = value
+    return (name, b"\n".join(data)) if data else None
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 5. Dialects
+#
+# A dialect is a provider's wire format, and pure: it builds the request's path, headers and body from turns, and its
+# decoder turns decoded SSE events into deltas, usage and a finish_reason, or raises a ProviderError. It knows nothing
+# of connections, retries or storage. Two dialects cover the field; a provider's departures from one are quirks, named
+# where they are acted on. A stream that ends without a finish_reason was cut, whatever else it said: `end` raises
+# ProviderTruncated then, and `[DONE]` is neither necessary nor sufficient.
+#
+# A new dialect needs: `path`, `headers`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
+# a line in DIALECTS and DIALECT_NAMES, and a recording of every one of its ends.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message as it goes upstream. `provider` made it; `tool_call_id` is set on role `tool`."""
+
+    role: str
+    content: tuple[Delta, ...]
+    provider: str | None = None
+    tool_call_id: str | None = None
+
+
+class Parameters(Struct, frozen=True, omit_defaults=True):
+    """What a request may say beside its turns; None: the provider's default. Stored with the message."""
+
+    temperature: float | None = None
+    max_tokens: int | None = None
+    reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    top_p: float | None = None
+    stop: list[str] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """Everything that one request to a provider is built from; `system` empty: none."""
+
+    model: str
+    system: str
+    turns: tuple[Turn, ...]
+    parameters: Parameters
+
+
+class AnswerDecoder(Protocol):
+    """The decoder of one answer; it is used once."""
+
+    finish_reason: str | None
+    usage: Usage | None
+
+    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        """Appends what one SSE event brings. Raises ProviderError."""
+
+    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """The same for an answer that came as one JSON document. Raises ProviderError."""
+
+    def end(self, deltas: list[Delta]) -> None:
+        """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
+
+
+class Dialect(Protocol):
+    """One wire format. `body` returns what is sent as JSON; `path` is appended to the provider's base URL."""
+
+    models_path: str
+
+    def path(self, provider: Provider) -> str: ...
+    def headers(self, provider: Provider) -> dict[str, str]: ...
+    def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]: ...
+    def decoder(self, provider: Provider) -> AnswerDecoder: ...
+
+
+def alternate(turns: Iterable[Turn]) -> list[Turn]:
+    """The turns as every provider accepts them: none empty, a user's first, no two of user or assistant in a row.
+
+    Strict servers refuse two neighbours of one role, and a history has them: a failed answer without a character
+    between two questions, a stopped one that was asked again.
+    """
+    kept: list[Turn] = []
+    for turn in turns:
+        if not turn.content or (not kept and turn.role == "assistant"):
+            continue
+        if kept and turn.role == kept[-1].role != "tool":
+            parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
+            kept[-1] = Turn(turn.role, kept[-1].content + parted + turn.content, turn.provider)
+        else:
+            kept.append(turn)
+    return kept
+
+
+# What providers call the end, and ours. The last row: their word for an answer that broke.
+FINISH_REASONS = {
+    **dict.fromkeys(["stop", "end_turn", "stop_sequence", "eos", "eos_token", "pause_turn", "COMPLETE", "STOP"], "stop"),
+    **dict.fromkeys(["length", "max_tokens", "model_context_window_exceeded", "MAX_TOKENS"], "length"),
+    **dict.fromkeys(["tool_calls", "function_call", "tool_use"], "tool_calls"),
+    **dict.fromkeys(["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"),
+    **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
+}
+BROKEN_REASONS = frozenset({"error", "network_error", "ERROR", "OTHER", "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE"})
+
+
+def finish_reason_of(word: str) -> str:
+    """Our finish_reason for a provider's; one that nobody knows is a `stop`. Raises ProviderError for a broken end."""
+    if word in BROKEN_REASONS or word.startswith("ERROR"):
+        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {word!r}", transient=True)
+    return FINISH_REASONS.get(word, "stop")
+
+
+# The types and codes that providers put into an error's body, as the HTTP status that means the same.
+ERROR_TYPE_STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "api_error": 500,
+    "server_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")
+
+
+def provider_error(provider: Provider, status: int, words: str, kind: str = "") -> ProviderError:
+    """The error for an HTTP status, or what an in-band error's type says; `words` are the provider's own."""
+    message = f"{provider.name} answered {status}: {shorten(words, provider.key)}"
+    if status in (401, 403):
+        hint = f"; check {provider.variable}" if provider.variable else ""
+        return ProviderAuth(message + hint)
+    if status == 429:
+        spent = any(code in kind or code in words for code in SPENT_CODES)
+        return ProviderRateLimited(message, transient=not spent)
+    if status in (408, 409) or status >= 500:
+        return ProviderUnavailable(message, transient=True)
+    if status < 400:
+        return ProviderProtocol(message)
+    return ProviderRejected(message)
+
+
+def in_band_error(provider: Provider, document: Any) -> ProviderError:
+    """The error for an error object inside an answer, in whatever shape it comes."""
+    inner = document.get("error") if isinstance(document, dict) and document.get("error") else document
+    kinds = [str(inner.get(key, "")) for key in ("code", "type", "status")] if isinstance(inner, dict) else []
+    status = next((int(kind) for kind in kinds if re.fullmatch("[45][0-9][0-9]", kind)), None)
+    status = status or next((ERROR_TYPE_STATUSES[kind] for kind in kinds if kind in ERROR_TYPE_STATUSES), 500)
+    return provider_error(provider, status, error_words(document), " ".join(kinds))
+
+
+def error_words(document: Any) -> str:
+    """The sentence in an error's body: {"error": {"message"}}, {"error": "…"}, {"detail"}, {"message"}, a list of one."""
+    if isinstance(document, list) and document:
+        return error_words(document[0])
+    if isinstance(document, dict):
+        for key in ("error", "message", "detail", "msg"):
+            if document.get(key):
+                return error_words(document[key])
+    return document if isinstance(document, str) else encode_json(document).decode()
+
+
+def body_words(content_type: str, body: bytes) -> tuple[str, str]:
+    """(sentence, type and code) of an error's body; HTML is reduced to its text."""
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        document = json.loads(text)
+    except ValueError:
+        if "html" in content_type or text.startswith("<"):
+            text = html.unescape(re.sub(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", " ", text, flags=re.S | re.I))
+        return text or "(an empty body)", ""
+    inner = document.get("error") if isinstance(document, dict) else None
+    kind = f"{inner.get('code')} {inner.get('type')}" if isinstance(inner, dict) else ""
+    return error_words(document), kind
+
+
+def shorten(words: str, key: str | None) -> str:
+    """A provider's words in one line of bounded length, without the key that some of them repeat."""
+    line = " ".join((words.replace(key, "…") if key else words).replace("\0", " ").split())
+    return line if len(line) <= PROVIDER_WORDS_CHARACTERS_MAX else line[: PROVIDER_WORDS_CHARACTERS_MAX - 1] + "…"
+
+
+def count(value: Any) -> int:
+    """A token count as providers send them: missing, null and nonsense are 0."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0
+
+
+# ── OpenAI's chat completions: openai-python, types/chat/chat_completion_chunk.py ───────────────────────────────────
+
+
+class ChatDelta(Struct, gc=False):
+    content: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    tool_calls: Any = None
+    refusal: Any = None
+
+
+class ChatChoice(Struct, gc=False):
+    delta: ChatDelta | None = None
+    message: ChatDelta | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(Struct, gc=False):
+    """One chunk of a stream, or a whole answer. What providers disagree on stays untyped and is looked at below."""
+
+    choices: list[ChatChoice] | None = None
+    usage: Any = None
+    error: Any = None
+    x_groq: Any = None
+
+
+decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
+
+
+class OpenAIDecoder:
+    __slots__ = ("_calls", "_last_reasoning", "_provider", "finish_reason", "usage")
+
+    def __init__(self, provider: Provider) -> None:
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self._provider = provider
+        self._calls: dict[int, dict[str, str]] = {}  # by index; complete only at the end
+        self._last_reasoning: str | None = None
+
+    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        if data.startswith(b"[DONE]"):
+            return
+        try:
+            chunk = decode_chat_chunk(data)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            chunk = self._decode_leniently(data)
+        if chunk.error or name == b"error":
+            raise in_band_error(self._provider, json.loads(data))
+        if chunk.choices:
+            choice = chunk.choices[0]
+            delta = choice.delta or choice.message
+            if delta is not None:
+                if isinstance(delta.content, str) and delta.content:
+                    deltas.append(Delta("text", delta.content))
+                else:
+                    self._decode_rest(delta, deltas)
+            if choice.finish_reason:
+                self.finish_reason = finish_reason_of(choice.finish_reason)
+        if chunk.usage or chunk.x_groq:
+            self._decode_usage(chunk)
+
+    def _decode_rest(self, delta: ChatDelta, deltas: list[Delta]) -> None:
+        """Everything but plain text: reasoning under either name, parts (Mistral), refusals, tool calls."""
+        reasoning = delta.reasoning_content or delta.reasoning
+        if isinstance(reasoning, str) and reasoning:
+            # Quirk of xAI: a reasoning delta may come twice in a row (AI SDK, packages/xai).
+            if not (reasoning == self._last_reasoning and "repeated_reasoning" in self._provider.quirks):
+                deltas.append(Delta("reasoning", reasoning))
+            self._last_reasoning = reasoning
+        if isinstance(delta.content, list):
+            deltas.extend(part for item in delta.content for part in parts_of(item))
+        if isinstance(delta.refusal, str) and delta.refusal:
+            deltas.append(Delta("text", delta.refusal))
+        for fragment in delta.tool_calls or ():
+            self._collect(fragment)
+
+    def _collect(self, fragment: Any) -> None:
+        """Joins a tool call's fragments. Without an index (Gemini) an id or a name begins the next call."""
+        if not isinstance(fragment, dict):
+            raise ProviderProtocol(f"{self._provider.name}: a tool call is {type(fragment).__name__}, not an object")
+        function = fragment.get("function") or {}
+        index = fragment.get("index")
+        if not isinstance(index, int):
+            begins = fragment.get("id") or function.get("name") or not self._calls
+            index = max(self._calls, default=-1) + (1 if begins else 0)
+        call = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
+        call["id"] = fragment.get("id") or call["id"]
+        call["name"] = function.get("name") or call["name"]
+        arguments = function.get("arguments")
+        call["arguments"] += arguments if isinstance(arguments, str) else encode_json(arguments).decode() if arguments else ""
+
+    def _decode_usage(self, chunk: ChatChunk) -> None:
+        usage = chunk.usage or (chunk.x_groq.get("usage") if isinstance(chunk.x_groq, dict) else None)
+        if isinstance(usage, dict):
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+            self.usage = Usage(
+                input_tokens=count(usage.get("prompt_tokens")),
+                output_tokens=count(usage.get("completion_tokens")),
+                estimated=False,
+                cached_tokens=count(cached),
+                reasoning_tokens=count(reasoning),
+            )
+
+    def _decode_leniently(self, data: bytes) -> ChatChunk:
+        """For what the strict decoder refuses although it is JSON: half a surrogate pair becomes U+FFFD."""
+        try:
+            document = json.loads(data.decode("utf-8", "replace"))
+            whole = json.dumps(document, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return decode_chat_chunk(whole.encode())
+        except (ValueError, msgspec.DecodeError) as exc:
+            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
+            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
+
+    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        self.decode(b"", body.strip(), deltas)
+
+    def end(self, deltas: list[Delta]) -> None:
+        if self.finish_reason is None:
+            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
+        deltas.extend(Delta("tool_call", encode_json(call).decode()) for _, call in sorted(self._calls.items()))
+        if self._calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+
+
+def parts_of(item: Any) -> Iterator[Delta]:
+    """A part of list content: {"type": "text", "text"} or {"type": "thinking", "thinking": [{"text"}]}."""
+    if isinstance(item, dict) and item.get("type") == "thinking":
+        thinking = item.get("thinking")
+        texts = [part.get("text") for part in thinking if isinstance(part, dict)] if isinstance(thinking, list) else [thinking]
+        yield from (Delta("reasoning", text) for text in texts if isinstance(text, str) and text)
+    elif isinstance(item, dict) and isinstance(item.get("text"), str) and item["text"]:
+        yield Delta("text", item["text"])
+
+
+class OpenAIDialect:
+    models_path = "/models"
+
+    def path(self, provider: Provider) -> str:
+        return "/chat/completions"
+
+    def headers(self, provider: Provider) -> dict[str, str]:
+        if not provider.key:
+            return {}
+        if "api_key_header" in provider.quirks:  # Azure
+            return {"api-key": provider.key}
+        return {"authorization": f"Bearer {provider.key}"}
+
+    def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
+        asked = {name: value for name, value in msgspec.to_builtins(question.parameters).items() if value is not None}
+        if "max_completion_tokens" in quirks and "max_tokens" in asked:
+            asked["max_completion_tokens"] = asked.pop("max_tokens")
+        if "no_stream_options" not in quirks:
+            asked["stream_options"] = {"include_usage": True}
+        if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
+            asked["reasoning_split"] = True
+        if asked.get("tools"):
+            asked["tools"] = [tool if tool.get("type") else {"type": "function", "function": tool} for tool in asked["tools"]]
+        system = [{"role": "system", "content": question.system}] if question.system else []
+        turns = [self._message(turn, quirks) for turn in alternate(question.turns)]
+        return {"model": question.model, "messages": system + turns, "stream": True, **asked}
+
+    def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
+        images = [json.loads(delta.text) for delta in turn.content if delta.kind == "image"]
+        calls = [json.loads(delta.text) for delta in turn.content if delta.kind == "tool_call"]
+        if images:
+            text = [{"type": "text", "text": message["content"]}] if message["content"] else []
+            urls = [f"data:{image['media_type']};base64,{image['data']}" for image in images]
+            message["content"] = [*text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        if calls:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = [openai_tool_call(call) for call in calls]
+        if turn.role == "tool":
+            message["tool_call_id"] = turn.tool_call_id
+        if "reasoning_back" in quirks and calls:  # DeepSeek wants the reasoning back beside the tool calls it led to
+            message["reasoning_content"] = "".join(one.text for one in turn.content if one.kind == "reasoning")
+        return message
+
+    def decoder(self, provider: Provider) -> AnswerDecoder:
+        return OpenAIDecoder(provider)
+
+
+def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
+    """A stored tool call in OpenAI's shape."""
+    return {
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": call["name"], "arguments": call["arguments"] or "{}"},
+    }
+
+
+# ── Anthropic's Messages: anthropic-sdk-python, _streaming.py and types/ ─────────────────────────────────────────────
+
+ANTHROPIC_VERSION = "2023-06-01"
+ANTHROPIC_MAX_TOKENS = 8192  # the dialect demands a number; what every current model accepts
+THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}  # budget per reasoning_effort
+
+
+class BlockDelta(Struct, gc=False):
+    type: str = ""
+    text: str = ""
+    thinking: str = ""
+    partial_json: str = ""
+    signature: str = ""
+    stop_reason: str | None = None
+
+
+class AnthropicEvent(Struct, gc=False):
+    """Any event of the stream, or a whole message (type `message`, whose blocks are in `content`)."""
+
+    type: str = ""
+    index: int = 0
+    delta: BlockDelta | None = None
+    content_block: dict[str, Any] | None = None
+    message: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
+    error: Any = None
+    content: list[dict[str, Any]] | None = None
+    stop_reason: str | None = None
+
+
+decode_anthropic_event = msgspec.json.Decoder(AnthropicEvent).decode
+
+
+class AnthropicDecoder:
+    __slots__ = ("_blocks", "_provider", "_stopped", "_usage", "finish_reason", "usage")
+
+    def __init__(self, provider: Provider) -> None:
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self._provider = provider
+        self._blocks: dict[int, dict[str, Any]] = {}  # by index, because servers let blocks overlap
+        self._usage: dict[str, Any] = {}  # cumulative: a later number replaces an earlier one
+        self._stopped = False
+
+    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        try:
+            event = decode_anthropic_event(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            if name in (b"error", b""):
+                self._raise_if_error(name, data)
+            if name and name not in ANTHROPIC_EVENTS:
+                return
+            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
+            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
+        if name == b"error" or event.error:  # the event's name decides: some send an error of another shape
+            raise in_band_error(self._provider, json.loads(data))
+        if event.type == "content_block_delta" and event.delta is not None:
+            self._decode_delta(event.index, event.delta, deltas)
+        elif event.type == "content_block_start" and event.content_block is not None:
+            self._start_block(event.index, event.content_block, deltas)
+        elif event.type == "content_block_stop":
+            self._stop_block(event.index, deltas)
+        elif event.type in ("message_start", "message_delta", "message_stop"):
+            self._decode_message(event)
+
+    def _raise_if_error(self, name: bytes, data: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            document = json.loads(data)
+            if name == b"error" or (isinstance(document, dict) and document.get("error")):
+                raise in_band_error(self._provider, document)
+
+    def _decode_message(self, event: AnthropicEvent) -> None:
+        if event.message:
+            self._count(event.message.get("usage"))
+        if event.delta is not None and event.delta.stop_reason:
+            self.finish_reason = finish_reason_of(event.delta.stop_reason)
+        self._count(event.usage)
+        self._stopped = self._stopped or event.type == "message_stop"
+
+    def _decode_delta(self, index: int, delta: BlockDelta, deltas: list[Delta]) -> None:
+        if delta.text:
+            deltas.append(Delta("text", delta.text))
+        elif delta.thinking:
+            deltas.append(Delta("reasoning", delta.thinking))
+        elif delta.signature:
+            deltas.append(self._signature({"signature": delta.signature}))
+        elif delta.partial_json:
+            self._blocks.setdefault(index, {}).setdefault("fragments", []).append(delta.partial_json)
+
+    def _start_block(self, index: int, block: dict[str, Any], deltas: list[Delta]) -> None:
+        """Remembers a block until it stops. A text block may begin with text; a redacted one is whole already."""
+        self._blocks[index] = {**block, "fragments": []}
+        if block.get("type") == "redacted_thinking":
+            deltas.append(self._signature({"redacted": block.get("data", "")}))
+        elif block.get("type") == "thinking" and block.get("thinking"):
+            deltas.append(Delta("reasoning", block["thinking"]))
+        elif block.get("type") == "text" and block.get("text"):
+            deltas.append(Delta("text", block["text"]))
+
+    def _stop_block(self, index: int, deltas: list[Delta]) -> None:
+        """A tool call is complete with its block; fragments win over an `input` that came at the start."""
+        block = self._blocks.pop(index, {})
+        if block.get("type") == "tool_use":
+            arguments = "".join(block["fragments"]) or encode_json(block.get("input") or {}).decode()
+            call = {"id": block.get("id") or "", "name": block.get("name") or "", "arguments": arguments}
+            deltas.append(Delta("tool_call", encode_json(call).decode()))
+
+    def _signature(self, what: dict[str, str]) -> Delta:
+        """What must go back with the reasoning before it, and only to the provider that signed it."""
+        return Delta("signature", encode_json({"provider": self._provider.name, **what}).decode())
+
+    def _count(self, usage: dict[str, Any] | None) -> None:
+        if not usage:
+            return
+        self._usage.update({name: value for name, value in usage.items() if value is not None})
+        cached = count(self._usage.get("cache_read_input_tokens"))
+        written = count(self._usage.get("cache_creation_input_tokens"))
+        self.usage = Usage(
+            input_tokens=count(self._usage.get("input_tokens")) + cached + written,
+            output_tokens=count(self._usage.get("output_tokens")),
+            estimated=False,
+            cached_tokens=cached,
+        )
+
+    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        self._raise_if_error(b"", body)
+        try:
+            event = decode_anthropic_event(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            words = shorten(body.decode("utf-8", "replace"), self._provider.key)
+            raise ProviderProtocol(f"{self._provider.name} sent an answer that cannot be read: {words}") from exc
+        for index, block in enumerate(event.content or ()):
+            self._start_block(index, block, deltas)
+            if block.get("type") == "thinking" and block.get("signature"):
+                deltas.append(self._signature({"signature": block["signature"]}))
+            self._stop_block(index, deltas)
+        self._count(event.usage)
+        if event.stop_reason:
+            self.finish_reason = finish_reason_of(event.stop_reason)
+
+    def end(self, deltas: list[Delta]) -> None:
+        if self.finish_reason is None:
+            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
+        for index in sorted(self._blocks):  # some servers stop blocks only at the very end, or never
+            self._stop_block(index, deltas)
+
+
+ANTHROPIC_EVENTS = frozenset(
+    {b"message_start", b"content_block_start", b"content_block_delta", b"content_block_stop", b"message_delta", b"message_stop"}
+)
+
+
+class AnthropicDialect:
+    models_path = "/v1/models?limit=1000"
+
+    def path(self, provider: Provider) -> str:
+        return "/messages" if provider.base_url.endswith("/v1") else "/v1/messages"
+
+    def headers(self, provider: Provider) -> dict[str, str]:
+        headers = {"anthropic-version": ANTHROPIC_VERSION}
+        if provider.key and provider.variable == "ANTHROPIC_AUTH_TOKEN":
+            headers["authorization"] = f"Bearer {provider.key}"
+        elif provider.key:
+            headers["x-api-key"] = provider.key
+        return headers
+
+    def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
+        parameters = question.parameters
+        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, question.turns))]
+        body: dict[str, Any] = {
+            "model": question.model,
+            "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
+            "messages": [message for message in messages if message["content"]],
+            "stream": True,
+        }
+        if question.system:
+            body["system"] = question.system
+        if parameters.temperature is not None:
+            body["temperature"] = min(parameters.temperature, 1.0)
+        if parameters.top_p is not None:
+            body["top_p"] = parameters.top_p
+        if parameters.stop:
+            body["stop_sequences"] = parameters.stop
+        if parameters.tools:
+            body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
+        if budget := THINKING_TOKENS.get(parameters.reasoning_effort or ""):
+            body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+            body["max_tokens"] += budget  # the budget counts as output
+            body.pop("temperature", None)  # may not be set beside thinking
+        return body
+
+    def _message(self, turn: Turn, provider: Provider) -> dict[str, Any]:
+        blocks: list[dict[str, Any]] = []
+        reasoning = ""
+        for delta in join_deltas(turn.content):
+            if delta.kind == "text" and delta.text.strip():  # a blank text block is refused
+                blocks.append({"type": "text", "text": delta.text})
+            elif delta.kind == "reasoning":
+                reasoning = delta.text
+            elif delta.kind == "signature":
+                blocks.extend(thinking_block(json.loads(delta.text), reasoning, provider))
+            elif delta.kind == "image":
+                image = json.loads(delta.text)
+                source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
+                blocks.append({"type": "image", "source": source})
+            elif delta.kind == "tool_call":
+                call = json.loads(delta.text)
+                name, arguments = call["name"], parse_arguments(call["arguments"])
+                blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": arguments})
+            elif delta.kind == "tool_result":
+                result = json.loads(delta.text)
+                blocks.append({"type": "tool_result", "tool_use_id": result["id"], "content": result["text"]})
+        return {"role": turn.role, "content": blocks}
+
+    def decoder(self, provider: Provider) -> AnswerDecoder:
+        return AnthropicDecoder(provider)
+
+
+def tool_result_turn(turn: Turn) -> Turn:
+    """Anthropic has no role `tool`: a result is a part of the user's turn. The kind is known in this dialect only."""
+    if turn.role != "tool":
+        return turn
+    result = encode_json({"id": turn.tool_call_id, "text": text_of(turn.content)}).decode()
+    return Turn("user", (Delta("tool_result", result),))
+
+
+def thinking_block(signature: Mapping[str, str], reasoning: str, provider: Provider) -> Iterator[dict[str, Any]]:
+    """The reasoning before a signature as a block, for the provider that signed it; nothing for any other."""
+    if signature.get("provider") != provider.name:
+        return
+    if "redacted" in signature:
+        yield {"type": "redacted_thinking", "data": signature["redacted"]}
+    else:
+        yield {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+
+
+def anthropic_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool in either shape, OpenAI's {"type": "function", "function": …} or the bare function, in Anthropic's."""
+    function = tool.get("function") or tool
+    schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
+    described = {"description": function["description"]} if function.get("description") else {}
+    return {"name": function.get("name", ""), **described, "input_schema": schema}
+
+
+def parse_arguments(text: str) -> Any:
+    """A tool call's arguments as the object that the dialect wants; what a model garbled goes in as it was."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {"arguments": text}
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
+DIALECTS: dict[str, Dialect] = {"openai": OpenAIDialect(), "anthropic": AnthropicDialect()}
+assert tuple(DIALECTS) == DIALECT_NAMES
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 6. Repetition
+#
+# A model that goes round in circles is paid for until its token limit. The text is looked at whenever it has grown by
+# a step, at offsets that depend on the text alone: however it is cut into deltas, the verdict falls at the same one.
+# The newest characters, as many as the longest period has, are searched for further back: their nearest earlier copy
+# is exactly one period away. The same period again a step later means that the run has grown by that step, so a few
+# thousand characters are all that is kept, whatever the settings. The text is held backwards because `rfind` crawls
+# through nearly periodic text, and a forward `find` in a window this much longer than what it looks for never does.
+# The same delta many times in a row is a circle before it is long enough to be one otherwise, but only if it has the
+# letters for a word: rulers, indents, zeros and base64 padding arrive like that. An empty delta says nothing.
+# Tables, markup, code and data have equal rows: with a line break, a period or delta must go on for twice as long.
+# Absent on purpose: almost-repetitions (a counter in each round) and meaning. Those end at the answer's length limit.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+REPETITION_PERIOD_CHARACTERS_MAX = 1_000  # a long paragraph; one period and this many more are the least evidence
+REPETITION_STEP_CHARACTERS = 100  # from look to look: shares out a look's cost; a verdict lags less than two steps
+REPETITION_WINDOW_CHARACTERS = 4_000  # what is kept and searched
+REPETITION_BEFORE = "".join(map(chr, range(0xE000, 0xE000 + REPETITION_WINDOW_CHARACTERS)))  # private use, each once
+REPETITION_DELTAS = 100  # the same delta as often as this, in a row
+REPETITION_DELTA_LETTERS_MIN = 2  # different letters in such a delta
+
+assert REPETITION_STEP_CHARACTERS <= REPETITION_PERIOD_CHARACTERS_MAX  # or two looks might see two circles as one
+assert REPETITION_WINDOW_CHARACTERS >= 4 * REPETITION_PERIOD_CHARACTERS_MAX  # from 3 times on, CPython's find is linear
+
+
+class RepetitionGuard:
+    """Watches one kind of content of one generation for circles; useless after its first alarm.
+
+    A circle is a period repeated until it has passed both `count` repetitions and `characters` characters, and never
+    less than the evidence of one period and 1,000 characters. A 0 in either turns the guard off, same deltas too.
+    """
+
+    def __init__(self, count: int, characters: int) -> None:
+        self._count = count
+        self._characters = characters
+        self._delta = ""
+        self._delta_count = 0
+        self._pending = ""  # not looked at yet: less than a step
+        self._newest_first = REPETITION_BEFORE  # the text backwards; never shorter, so that `find` stays linear
+        self._period_characters = 0  # of the run that the text ends with; 0 for none
+        self._run_characters = 0
+
+    def feed(self, text: str) -> str | None:
+        """Takes a delta; returns the period once the text goes round in circles, else None."""
+        if not text or not self._count or not self._characters:
+            return None
+        return self._repeated_delta(text) or self._repeated_period(text)
+
+    def _repeated_delta(self, delta: str) -> str | None:
+        self._delta_count = self._delta_count + 1 if delta == self._delta else 1
+        self._delta = delta
+        if self._delta_count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
+            return None
+        letters = sum(map(str.isalpha, set(delta)))
+        return delta if letters >= REPETITION_DELTA_LETTERS_MIN else None
+
+    def _repeated_period(self, text: str) -> str | None:
+        self._pending += text
+        if len(self._pending) < REPETITION_STEP_CHARACTERS:
+            return None
+        pending, step = self._pending, REPETITION_STEP_CHARACTERS
+        end = len(pending) - len(pending) % step
+        self._pending = pending[end:]
+        looks = (self._look(pending[start : start + step]) for start in range(0, end, step))
+        return next(filter(None, looks), None)
+
+    def _look(self, step: str) -> str | None:
+        newest_first = (step[::-1] + self._newest_first)[:REPETITION_WINDOW_CHARACTERS]
+        self._newest_first = newest_first
+        period_characters = newest_first.find(newest_first[:REPETITION_PERIOD_CHARACTERS_MAX], 1)
+        if not 0 < period_characters <= REPETITION_PERIOD_CHARACTERS_MAX:
+            self._period_characters = 0
+            return None
+        if period_characters == self._period_characters:
+            self._run_characters += REPETITION_STEP_CHARACTERS
+        else:
+            self._period_characters = period_characters
+            self._run_characters = REPETITION_PERIOD_CHARACTERS_MAX + period_characters
+        period = newest_first[:period_characters][::-1]
+        enough_characters = max(self._count * period_characters, self._characters)
+        if "\n" in period:
+            enough_characters = 2 * (enough_characters - REPETITION_STEP_CHARACTERS)  # twice, with the lag
+        return period if self._run_characters >= enough_characters else None
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 8. Providers
+#
+# One HTTP client for all of them, opened at the first question, because its import alone doubles the start. A
+# question is one POST; its answer is read as bytes off the transport, past httpx's decoding layers, and comes out as
+# batches of deltas, one per read of the socket. Every way in which that can fail becomes a ProviderError here; what
+# follows from it (retry, fallback, the end of the generation) is decided in section 10. httpx runs on aiohttp, whose
+# parser is C: Python's own was the largest cost of a stream. The client is given its limits, for both libraries cap
+# at 100 connections unless told otherwise. Redirects are not followed: the key would go along. The demo provider is a
+# transport under the same client, so that a first start without a key takes the very same way.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
+DEMO_PIECE_CHARACTERS = 4
+DEMO_TEXT = """\
+Hello! This answer comes from llmchat's built-in **demo** provider: no key, no network, the same text every time. \
+You wrote:
+
+> {question}
+
+Everything else about it is real. Each piece of this text was committed to the database before you saw it, so you can \
+close the connection in the middle and come back:
+
+```bash
+curl -N http://127.0.0.1:8000/api/v1/messages/2/stream -H 'Last-Event-ID: 120'
+```
+
+| what happens | what you get |
+|---|---|
+| you disconnect | the answer goes on, and waits for you |
+| you stop it | the part that is there is kept |
+| the server is killed | everything you saw is still there |
+
+To talk to a real model, set a key such as `OPENAI_API_KEY` or an address such as \
+`OLLAMA_BASE_URL=http://127.0.0.1:11434/v1`, and start again. 你好, ¡hola!, 🙂.
+"""
+DEMO_MARKDOWN = """\
+# A heading
+
+A paragraph with *emphasis*, **strong words**, `code`, ~~a mistake~~ and [a link](https://example.org/).
+
+1. first
+2. second
+   - nested
+   - [x] done
+   - [ ] to do
+
+```python
+def fibonacci(count: int) -> list[int]:
+    numbers = [0, 1]
+    while len(numbers) < count:
+        numbers.append(numbers[-1] + numbers[-2])
+    return numbers[:count]
+```
+
+| language | since | typed |
+|:---|---:|:---:|
+| Python | 1991 | gradually |
+| C | 1972 | yes |
+
+> A quotation, and after it a rule.
+
+---
+
+The end.
+"""
+DEMO_REASONING = "The user wants to see how reasoning looks. I think about it for a moment, then I answer in one sentence.\n"
+
+
+def demo_answer(model: str, question: str) -> list[dict[str, str]]:
+    """The pieces of a demo model's answer as chat deltas."""
+    texts = {
+        "tour": DEMO_TEXT.format(question=shorten(question, None)),
+        "long": "".join(f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)),
+        "markdown": DEMO_MARKDOWN,
+        "reasoning": "That is how it looks: the reasoning first, then the answer.\n",
+        "loop": "This model goes round in circles. " * 2000,
+        "slow": "One word a second: this is what a large model on a small machine feels like.\n",
+        "fails": "This answer breaks off in the mid",
+    }
+    reasoning = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", DEMO_REASONING)] if model == "reasoning" else []
+    pieces = re.findall(r"\S+\s*", texts[model]) if model == "slow" else re.findall(f"(?s).{{1,{DEMO_PIECE_CHARACTERS}}}", texts[model])
+    return reasoning + [{"content": piece} for piece in pieces]
+
+
+async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
+    """The demo answer as a provider would send it. `fails` breaks off without a finish_reason."""
+    pause = {"slow": 1.0, "long": 0.005, "loop": 0.001}.get(model, 0.015)
+    for delta in demo_answer(model, question):
+        yield b"data: %s\n\n" % encode_json({"choices": [{"index": 0, "delta": delta}]})
+        await asyncio.sleep(pause)
+    if model != "fails":
+        yield b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+        yield b"data: [DONE]\n\n"
+
+
+class Target(NamedTuple):
+    """Whom a question goes to."""
+
+    provider: Provider
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.provider.name}/{self.model}"
+
+
+@dataclass(frozen=True)
+class ModelList:
+    """A provider's models as they were last asked; `error` says why there are none."""
+
+    models: tuple[str, ...]
+    error: str | None
+    asked_at: float  # monotonic seconds
+
+
+class Answer:
+    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included (monotonic seconds)."""
+
+    def __init__(self, provider: Provider, response: httpx.Response) -> None:
+        self.provider = provider
+        self.decoder = DIALECTS[provider.dialect].decoder(provider)
+        self.heard_at = time.monotonic()
+        self._response = response
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What each read of the socket brings. Raises ProviderError, after the deltas that came before it."""
+        content_type = self._response.headers.get("content-type", "")
+        if "json" in content_type or "html" in content_type:
+            batches = self._read_document(content_type)
+        else:
+            batches = self._read_events()
+        async for deltas, failure in batches:
+            if deltas:
+                yield deltas
+            if failure is not None:
+                raise failure
+
+    async def _read_events(self) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
+        sse = SseDecoder()
+        async for data in self._read_bytes():
+            deltas: list[Delta] = []
+            failure = self._decode(sse, data, deltas)
+            yield deltas, failure
+        deltas = []
+        yield deltas, self._decode_end(sse, deltas)
+
+    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> ProviderError | None:
+        """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        try:
+            for name, payload in sse.feed(data):
+                self.decoder.decode(name, payload, deltas)
+        except ProviderError as exc:
+            return exc
+        return None
+
+    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> ProviderError | None:
+        with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
+            for name, payload in sse.end():
+                self.decoder.decode(name, payload, deltas)
+        try:
+            self.decoder.end(deltas)
+        except ProviderError as exc:
+            return exc
+        return None
+
+    async def _read_document(self, content_type: str) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
+        """A whole answer in one JSON document, although a stream was asked for; an HTML page is an error."""
+        body = bytearray()
+        async for data in self._read_bytes():
+            body += data
+            if len(body) > PROVIDER_EVENT_BYTES_MAX:
+                raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+        if "html" in content_type:
+            words, _ = body_words(content_type, bytes(body))
+            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        deltas: list[Delta] = []
+        try:
+            self.decoder.decode_document(bytes(body), deltas)
+            self.decoder.end(deltas)
+        except ProviderError as exc:
+            yield deltas, exc
+        else:
+            yield deltas, None
+
+    async def _read_bytes(self) -> AsyncIterator[bytes]:
+        """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
+        encoded = self._response.headers.get("content-encoding", "identity") != "identity"
+        stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
+        try:
+            async for data in stream:
+                self.heard_at = time.monotonic()
+                yield data
+        except connection_errors() as exc:
+            raise ProviderTruncated(f"the connection to {self.provider.name} broke: {reason_of(exc)}") from exc
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Everything that httpx, aiohttp and the socket raise for a broken connection or a garbled response."""
+    import aiohttp
+    import httpx
+
+    return (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
+
+
+def reason_of(exc: BaseException) -> str:
+    """An exception's own words, or its name when it has none."""
+    return " ".join(str(exc).split())[:PROVIDER_WORDS_CHARACTERS_MAX] or type(exc).__name__
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """How long a provider asks to wait, by `retry-after-ms`, or `retry-after` as seconds or an HTTP date."""
+    with contextlib.suppress(ValueError):
+        return max(float(headers.get("retry-after-ms", "")) / 1000, 0.0)
+    with contextlib.suppress(ValueError):
+        return max(float(headers.get("retry-after", "")), 0.0)
+    with contextlib.suppress(TypeError, ValueError):
+        return max(email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
+    return None
+
+
+def retry_delay(error: ProviderError, attempt: int) -> float | None:
+    """Seconds before attempt `attempt` + 1; None: another one makes no sense."""
+    if not error.transient or (error.retry_after_seconds or 0.0) > RETRY_AFTER_SECONDS_MAX:
+        return None
+    backoff = min(RETRY_DELAY_SECONDS * 2 ** (attempt - 1), RETRY_DELAY_SECONDS_MAX)
+    jittered = backoff * random.uniform(0.75, 1.25)
+    return jittered if error.retry_after_seconds is None else error.retry_after_seconds
+
+
+# What a provider's refusal can teach: words in its 400 or 422, and the quirk that the next try then has.
+LEARNT_QUIRKS = {"stream_options": "no_stream_options", "max_completion_tokens": "max_completion_tokens"}
+
+
+class Providers:
+    """The configured providers: asks them questions, knows their models, remembers what they refused."""
+
+    def __init__(self, config: Config) -> None:
+        self.rejected: set[str] = set()  # names of providers that refused their key when last asked
+        self._config = config
+        self._client: httpx.AsyncClient | None = None
+        self._learnt: dict[str, frozenset[str]] = {}
+        self._models: dict[str, ModelList] = {}
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    def _open_client(self) -> httpx.AsyncClient:
+        if self._client is None:
+            import httpx
+            from httpx_aiohttp import AiohttpTransport
+
+            limits = httpx.Limits(max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15)
+            transport = AiohttpTransport(limits=limits)
+            transport.client = open_session(limits, transport.ssl_context)
+            self._client = httpx.AsyncClient(
+                transport=transport,
+                mounts={f"all://{DEMO_HOST}": open_demo_transport()},
+                timeout=httpx.Timeout(None, connect=PROVIDER_CONNECT_SECONDS),
+                headers={"user-agent": f"llmchat/{__version__}", "accept-encoding": "identity"},
+            )
+        return self._client
+
+    @asynccontextmanager
+    async def ask(self, target: Target, question: Question) -> AsyncIterator[Answer]:
+        """Posts a question; the connection closes with the context, at once when it is cancelled.
+
+        Raises ProviderError. A refusal that names a field which this provider does not take is learnt from, and the
+        question goes out once more without it.
+        """
+        provider = target.provider
+        response = await self._post(provider, question)
+        try:
+            if response.status_code != 200:
+                error, words = await self._refusal(provider, response)
+                quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in words), None)
+                if response.status_code not in (400, 422) or quirk is None or quirk in self._quirks(provider):
+                    raise error
+                await response.aclose()
+                self._learnt[provider.name] = self._quirks(provider) | {quirk}
+                response = await self._post(provider, question)
+                if response.status_code != 200:
+                    raise (await self._refusal(provider, response))[0]
+            self.rejected.discard(provider.name)
+            yield Answer(provider, response)
+        finally:
+            await response.aclose()
+
+    def _quirks(self, provider: Provider) -> frozenset[str]:
+        return provider.quirks | self._learnt.get(provider.name, frozenset())
+
+    async def _post(self, provider: Provider, question: Question) -> httpx.Response:
+        dialect = DIALECTS[provider.dialect]
+        body = dialect.body(provider, self._quirks(provider), question)
+        return await self._send(provider, "POST", provider.base_url + dialect.path(provider), encode_json(body))
+
+    async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
+        """One request; the response's body is still to be read. Raises ProviderUnavailable."""
+        client = self._open_client()
+        headers = {**DIALECTS[provider.dialect].headers(provider), "content-type": "application/json"}
+        try:
+            request = client.build_request(method, url, content=body, headers=headers)
+            return await client.send(request, stream=True)
+        except connection_errors() as exc:
+            where = f"{provider.name} cannot be reached at {provider.base_url}"
+            raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
+
+    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, str]:
+        """The error for a status other than 200, and the provider's whole words."""
+        body = b""
+        with contextlib.suppress(*connection_errors()):
+            async for data in response.aiter_bytes():
+                body += data
+                if len(body) > REQUEST_BYTES_MAX:
+                    break
+        words, kind = body_words(response.headers.get("content-type", ""), body)
+        if 300 <= response.status_code < 400:
+            words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
+        error = provider_error(provider, response.status_code, words, kind)
+        error.retry_after_seconds = retry_after_seconds(response.headers)
+        should_retry = response.headers.get("x-should-retry")
+        if should_retry in ("true", "false"):
+            error.transient = should_retry == "true"
+        if isinstance(error, ProviderAuth):
+            self.rejected.add(provider.name)
+        return error, words
+
+    # ── models ──
+
+    async def list_models(self, provider: Provider, refresh: bool = False) -> ModelList:
+        """A provider's models, asked live unless they are given or were asked lately; never raises."""
+        known = self._models.get(provider.name)
+        if provider.name == DEMO or provider.models:
+            return ModelList(provider.models or DEMO_MODELS, None, 0.0)
+        if known is None or refresh or time.monotonic() - known.asked_at > MODELS_CACHE_SECONDS:
+            try:
+                async with asyncio.timeout(MODELS_SECONDS):
+                    models, error = await self._fetch_models(provider), None
+            except TimeoutError:
+                models, error = (), f"{provider.name} did not answer within {MODELS_SECONDS} s"
+            except ProviderError as exc:
+                models, error = (), exc.message
+            known = self._models[provider.name] = ModelList(models, error, time.monotonic())
+        return known
+
+    async def _fetch_models(self, provider: Provider) -> tuple[str, ...]:
+        dialect = DIALECTS[provider.dialect]
+        base_url = provider.base_url.removesuffix("/v1") if dialect.models_path.startswith("/v1") else provider.base_url
+        url = provider.models_url or base_url + dialect.models_path
+        models: list[str] = []
+        page: Any = {"has_more": True, "last_id": None}
+        while isinstance(page, dict) and page.get("has_more"):  # only Anthropic's list has pages
+            after = f"&after_id={page['last_id']}" if page.get("last_id") else ""
+            page = await self._fetch_json(provider, url + after)
+            found = models_of(page)
+            models += found
+            if not found:
+                break
+        return tuple(dict.fromkeys(models))
+
+    async def _fetch_json(self, provider: Provider, url: str) -> Any:
+        response = await self._send(provider, "GET", url, None)
+        try:
+            if response.status_code != 200:
+                raise (await self._refusal(provider, response))[0]
+            self.rejected.discard(provider.name)
+            return decode_json(await response.aread())
+        except msgspec.DecodeError as exc:
+            raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
+        except connection_errors() as exc:
+            raise ProviderTruncated(f"the connection to {provider.name} broke: {reason_of(exc)}") from exc
+        finally:
+            await response.aclose()
+
+    # ── from a request's words to a target ──
+
+    async def resolve(self, provider_name: str | None, model: str | None, name: str = "model") -> Target:
+        """The target that a request means; `name` is the field to blame. Raises InvalidRequest."""
+        if provider_name is not None:
+            provider = self._find(provider_name, "provider")
+            return self._check(Target(provider, model or await self._first_model(provider)), name)
+        if model is None and not self._config.default_model:
+            provider = self._config.providers[0]
+            return Target(provider, await self._first_model(provider))
+        wanted = model if model is not None else self._config.default_model
+        prefix, slash, rest = wanted.partition("/")
+        if slash and rest and self._config.provider(prefix):
+            return self._check(Target(self._find(prefix, name), rest), name)
+        for provider in self._config.providers:
+            if wanted in provider.models:
+                return Target(provider, wanted)
+        if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
+            return self._check(Target(self._config.providers[0], wanted), name)
+        self._find(prefix if slash else wanted, name)
+        raise InvalidRequest(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+
+    def _find(self, wanted: str, name: str) -> Provider:
+        provider = self._config.provider(wanted)
+        if provider is not None:
+            return provider
+        configured = ", ".join(one.name for one in self._config.providers)
+        known = PROVIDER_FACTS.get(wanted)
+        hint = f"; set {known.variables[0]} to switch it on" if known else "; a model is written provider/model"
+        raise InvalidRequest(f"{name}: provider {wanted!r} is not configured; there is {configured}{hint}")
+
+    def _check(self, target: Target, name: str) -> Target:
+        """Refuses a model that is known not to be there: where the list is given, not asked."""
+        models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
+        if models and target.model not in models:
+            raise InvalidRequest(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
+        return target
+
+    async def _first_model(self, provider: Provider) -> str:
+        """What an unnamed model means: the first that the provider lists and that can be meant for chat."""
+        listed = await self.list_models(provider)
+        for model in listed.models:
+            if not re.search(r"embed|whisper|tts|dall-e|moderation|image|audio|realtime|rerank|transcri", model):
+                return model
+        reason = f": {listed.error}" if listed.error else ""
+        raise InvalidRequest(f"model: is absent, and {provider.name} lists none{reason}; name one, or set LLMCHAT_DEFAULT_MODEL")
+
+
+def models_of(document: Any) -> list[str]:
+    """The ids in a list of models: {"data": […]}, {"models": […]} or a bare list."""
+    listed = document.get("data") or document.get("models") if isinstance(document, dict) else document
+    items = listed if isinstance(listed, list) else []
+    names = [item.get("id") or item.get("name") if isinstance(item, dict) else item for item in items]
+    return [name.removeprefix("models/") for name in names if isinstance(name, str)]
+
+
+def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
+    """The aiohttp session under httpx: no cookies between users, proxies as the environment names them."""
+    import aiohttp
+
+    connector = aiohttp.TCPConnector(
+        limit=limits.max_connections or 0, keepalive_timeout=limits.keepalive_expiry, ssl=ssl_context
+    )
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=True)
+
+
+def open_demo_transport() -> Any:
+    """Answers for DEMO_HOST as a provider would, without a network."""
+    import httpx
+
+    class DemoStream(httpx.AsyncByteStream):
+        def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+            self._chunks = chunks
+
+        def __aiter__(self) -> AsyncIterator[bytes]:
+            return self._chunks
+
+    class DemoTransport(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            body = decode_json(request.content)
+            content = body["messages"][-1]["content"]
+            question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+            stream = DemoStream(demo_stream(body["model"], question))
+            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=stream)
+
+    return DemoTransport()
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 9. Store
+#
+# The only place with SQL. Two connections, each in the thread that aiosqlite gives it: one writes, one reads. An
+# operation is a plain function of a sqlite3 connection and runs as a whole in that thread, so transactions never
+# interleave and there is nothing to lock. Writes are committed in groups: whatever waits when the writer comes free
+# goes into one transaction, each operation in a savepoint of its own, so that one that is refused takes no other
+# along; a hundred new chats cost a handful of fsyncs. `synchronous` is NORMAL (a commit survives kill -9), and FULL for
+# a group that holds a promise (it survives a power cut). Migrations only go forward, each in a transaction with its
+# step of user_version. A second process on the same file is refused by a lock beside it, not by SQLite's own, so that
+# backups and curious people may read. Deliberately absent: an ORM, a pool, and any write outside `Store.write`.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+MIGRATIONS = Path(__file__).resolve().parent / "migrations"
+SQLITE_VERSION_MIN = (3, 37, 0)  # STRICT tables
+
+
+class Message(Struct):
+    """A message, wherever one is given. `content` is the runs of its deltas; `text` is the text among them."""
+
+    id: int
+    conversation_id: int
+    parent_id: int | None
+    role: str
+    status: Literal["running", "completed", "stopped", "failed", "interrupted"]
+    provider: str | None
+    model: str | None
+    text: str
+    content: list[Delta]
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"] | None
+    error: dict[str, Any] | None
+    usage: Usage | None
+    timing: Timing
+    attempts: list[dict[str, Any]]
+    created_at_ms: int
+
+
+class ConversationSummary(Struct):
+    """A conversation in a list. `running`: one of its messages is being generated."""
+
+    id: int
+    title: str
+    system: str
+    created_at_ms: int
+    updated_at_ms: int
+    running: bool
+
+
+class Conversation(ConversationSummary):
+    """A conversation with its tree: messages by id, each with its parent_id."""
+
+    messages: list[Message]
+
+
+class ConversationList(Struct):
+    """Newest activity first. `next_before` is the `before` of the following page; null: there is none."""
+
+    conversations: list[ConversationSummary]
+    next_before: str | None
+
+
+@dataclass(frozen=True)
+class NewMessage:
+    """What a request adds to a conversation: a user's content, and the answer that is to come.
+
+    `conversation_id` None: a new conversation. `parent_id` UNSET: the newest leaf; None: a new first message.
+    """
+
+    owner: str
+    conversation_id: int | None
+    parent_id: int | UnsetType | None
+    content: tuple[Delta, ...]
+    system: str | None
+    targets: tuple[Target, ...]  # whom to ask, and then the fallbacks
+    parameters: Parameters
+    idempotency_key: str | None = None
+    request_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Started:
+    """A committed question. `turns` lead from the root to it; `repeated`: an earlier request with the same key."""
+
+    conversation_id: int
+    message_id: int
+    parent_id: int | None
+    created_at_ms: int
+    system: str = ""
+    turns: tuple[Turn, ...] = ()
+    repeated: bool = False
+
+
+class Row(NamedTuple):
+    """A delta as it is stored."""
+
+    message_id: int
+    offset: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the terminal transaction writes of a message; milliseconds count from created_at_ms."""
+
+    message_id: int
+    ending: Ending
+    target: Target
+    usage: Usage | None  # None: nothing was asked that would cost anything
+    attempts: tuple[dict[str, Any], ...]
+    first_delta_ms: int | None
+    total_ms: int
+
+
+class Page(NamedTuple):
+    """Content from a cursor on: (offset after, delta) pairs, and the message as of the same moment."""
+
+    pieces: list[tuple[int, Delta]]
+    length: int  # of the whole content, code points
+    message: Message  # without content
+
+
+class Database(aiosqlite.Connection):
+    """An aiosqlite connection that runs a whole function in its thread: one switch of threads per operation."""
+
+    async def run(self, operation: Callable[..., T], *arguments: Any) -> T:
+        return cast(T, await self._execute(operation, self._conn, *arguments))
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
+    """A connection with every pragma that the program relies on; transactions are begun by hand."""
+    mode = "ro" if read_only else "rwc"
+    location = f"{Path(path).absolute().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(location, uri=True, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def prepare_database(path: str) -> int:
+    """Creates or migrates the file and ends what a dead process left running. Returns how many messages that were.
+
+    Raises StartError with one line for everything that a file can be and a database cannot.
+    """
+    if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
+        raise StartError(f"SQLite {sqlite3.sqlite_version} is too old; llmchat needs 3.37 or later")
+    if Path(path).is_dir():
+        raise StartError(f"database {path}: is a folder")
+    try:
+        with contextlib.closing(connect(path, read_only=False)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            migrate(connection, path)
+            return interrupt_running(connection)
+    except sqlite3.Error as exc:
+        raise StartError(f"database {path}: {reason_of(exc)}") from exc
+    except OSError as exc:
+        raise StartError(f"database {path}: {exc.strerror or exc}") from exc
+
+
+def migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Applies what is new in migrations/, each file in its own transaction together with its number."""
+    scripts = sorted(MIGRATIONS.glob("[0-9][0-9][0-9][0-9]_*.sql"))
+    have, want = connection.execute("PRAGMA user_version").fetchone()[0], len(scripts)
+    if have > want:
+        raise StartError(f"database {path}: is of version {have}, made by a newer llmchat; this one knows {want}")
+    if have == want:
+        return
+    if have > 0:
+        back_up(connection, f"{path}.before-{want:04}")
+    elif connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        raise StartError(f"database {path}: holds tables that are not llmchat's")
+    for number, script in enumerate(scripts[have:], have + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in sql_statements(script.read_text(encoding="utf-8")):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+
+
+def sql_statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one: `executescript` would commit first, and half a migration could stay."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def back_up(connection: sqlite3.Connection, path: str) -> None:
+    """A consistent copy of the database, also while it is written to."""
+    with contextlib.closing(sqlite3.connect(path)) as copy:
+        connection.backup(copy)
+
+
+def interrupt_running(connection: sqlite3.Connection) -> int:
+    """Recovery: what still runs in the file belongs to a process that died."""
+    connection.execute("BEGIN IMMEDIATE")
+    cursor = connection.execute(
+        "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'",
+        (now_ms(),),
+    )
+    connection.execute("COMMIT")
+    return cursor.rowcount
+
+
+def lock_database(path: str) -> int:
+    """Takes the lock beside the database for as long as the returned descriptor is open. Raises StartError.
+
+    A lock of the system's, so that it goes with its process, however that dies; not on the database itself, because
+    closing any descriptor of that file would drop SQLite's own locks (https://sqlite.org/howtocorrupt.html, 2.2).
+    """
+    import fcntl
+
+    descriptor = -1
+    try:
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, b"%d\n" % os.getpid())
+    except BlockingIOError as exc:
+        holder = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise StartError(f"database {path}: another llmchat is using it (process {holder})") from exc
+    except OSError as exc:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise StartError(f"database {path}: {exc.strerror or exc}") from exc
+    return descriptor
+
+
+# ── operations: what runs in a connection's thread ──────────────────────────────────────────────────────────────────
+
+
+def commit_together(connection: sqlite3.Connection, operations: Sequence[Callable[..., Any]], durable: bool) -> list[Any]:
+    """Runs the operations in one transaction. Returns the value, or the exception, of each.
+
+    `durable`: the commit is fsynced. Raises sqlite3.Error if the transaction as a whole could not be committed; then
+    nothing of it is stored.
+    """
+    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        outcomes = [run_in_savepoint(connection, operation) for operation in operations]
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # a full disk has rolled it back already
+            connection.execute("ROLLBACK")
+        raise
+    return outcomes
+
+
+def run_in_savepoint(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
+    connection.execute("SAVEPOINT operation")
+    try:
+        value = operation(connection)
+    except sqlite3.OperationalError:  # the disk, not the operation
+        raise
+    except Exception as exc:
+        connection.execute("ROLLBACK TO operation")
+        value = exc
+    connection.execute("RELEASE operation")
+    return value
+
+
+def touch(connection: sqlite3.Connection) -> None:
+    """Writes a page and changes nothing: proves that the database can be written."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    connection.execute(f"PRAGMA user_version = {version}")
+
+
+def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
+    """Stores a question and the running message of its answer. Raises NotFound, InvalidRequest, Conflict."""
+    if new.idempotency_key is not None and (earlier := find_repeated(connection, new)):
+        return earlier
+    created_at_ms = now_ms()
+    conversation_id, parent_id = new.conversation_id, new.parent_id
+    if conversation_id is None:
+        if isinstance(parent_id, int):
+            raise InvalidRequest(f"parent_id: {parent_id} was given without the conversation_id that it belongs to")
+        conversation_id = insert_conversation(connection, new, created_at_ms)
+        parent_id = None
+    else:
+        require_conversation(connection, new.owner, conversation_id)
+        parent_id = find_parent(connection, conversation_id, parent_id)
+        if new.system is not None:
+            connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    question_id = insert_message(connection, conversation_id, parent_id, "user", "completed", created_at_ms)
+    insert_content(connection, question_id, new.content)
+    message_id = insert_message(
+        connection, conversation_id, question_id, "assistant", "running", created_at_ms,
+        provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(new.parameters).decode(),
+        idempotency_key=new.idempotency_key, request_hash=new.request_hash,
+    )  # fmt: skip
+    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (conversation_id,)).fetchone()[0]
+    connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
+    turns = select_path(connection, question_id)
+    return Started(conversation_id, message_id, question_id, created_at_ms, system, turns)
+
+
+def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | None:
+    """The message that a request with the same Idempotency-Key started. Raises Conflict if it was another request."""
+    row = connection.execute(
+        "SELECT message.* FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE idempotency_key = ? AND owner = ?",
+        (new.idempotency_key, new.owner),
+    ).fetchone()
+    if row is None:
+        return None
+    if row["request_hash"] != new.request_hash:
+        raise Conflict(f"Idempotency-Key: {new.idempotency_key!r} was used with another request")
+    return Started(row["conversation_id"], row["id"], row["parent_id"], row["created_at_ms"], repeated=True)
+
+
+def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
+    title = make_title(text_of(new.content))
+    cursor = connection.execute(
+        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms) VALUES (?, ?, ?, ?, ?)",
+        (new.owner, title, new.system or "", created_at_ms, created_at_ms),
+    )
+    return cast(int, cursor.lastrowid)
+
+
+def make_title(text: str) -> str:
+    """The first line that says something, without Markdown's marks, cut at a word."""
+    lines = (re.sub(r"[*_`~]|^[#>\s-]+", "", line).strip() for line in text.split("\n"))
+    title = " ".join(next((line for line in lines if re.search(r"\w", line)), "").split())
+    if len(title) <= TITLE_CHARACTERS_MAX:
+        return title
+    cut = title[: TITLE_CHARACTERS_MAX - 1]
+    return (cut[: cut.rfind(" ")] if " " in cut[TITLE_CHARACTERS_MAX // 2 :] else cut).rstrip(" ,;:.") + "…"
+
+
+def require_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> sqlite3.Row:
+    """The conversation's row. Raises NotFound, also for another owner's: that it exists is nobody's business."""
+    row = connection.execute(
+        "SELECT *, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id) AS running"
+        " FROM conversation WHERE id = ? AND owner = ?",
+        (conversation_id, owner),
+    ).fetchone()
+    if row is None:
+        raise NotFound(f"conversation_id: there is no conversation {conversation_id}")
+    return cast(sqlite3.Row, row)
+
+
+def find_parent(connection: sqlite3.Connection, conversation_id: int, parent_id: int | UnsetType | None) -> int | None:
+    """The message that a new one follows. UNSET: the newest leaf, which is the newest message of all."""
+    if parent_id is UNSET:
+        newest = "SELECT max(id) FROM message WHERE conversation_id = ?"
+        return cast("int | None", connection.execute(newest, (conversation_id,)).fetchone()[0])
+    if parent_id is None:
+        return None
+    found = connection.execute("SELECT conversation_id FROM message WHERE id = ?", (parent_id,)).fetchone()
+    if found is None or found[0] != conversation_id:
+        raise InvalidRequest(f"parent_id: there is no message {parent_id} in conversation {conversation_id}")
+    return cast(int, parent_id)
+
+
+def insert_message(
+    connection: sqlite3.Connection, conversation_id: int, parent_id: int | None, role: str, status: str, created_at_ms: int, **more: Any
+) -> int:
+    columns = {
+        "conversation_id": conversation_id, "parent_id": parent_id, "role": role, "status": status,
+        "created_at_ms": created_at_ms, "ended_at_ms": None if status == "running" else created_at_ms, **more,
+    }  # fmt: skip
+    places = ", ".join("?" * len(columns))
+    cursor = connection.execute(f"INSERT INTO message ({', '.join(columns)}) VALUES ({places})", tuple(columns.values()))
+    return cast(int, cursor.lastrowid)
+
+
+def insert_content(connection: sqlite3.Connection, message_id: int, content: Iterable[Delta]) -> None:
+    """Stores content that is whole, in rows of bounded length."""
+    rows, offset = [], 0
+    for delta in content:
+        for piece in split_delta(delta):
+            rows.append(Row(message_id, offset, piece.kind, piece.text))
+            offset += len(piece.text)
+    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+
+
+def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+    """A flush: new content of running messages, and the ends of some. The one place that sets a terminal status."""
+    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    for outcome in outcomes:
+        ending = outcome.ending
+        connection.execute(
+            "UPDATE message SET status = ?, finish_reason = ?, error_json = ?, usage_json = ?, attempts_json = ?, provider = ?,"
+            " model = ?, first_delta_at_ms = created_at_ms + ?, ended_at_ms = created_at_ms + ? WHERE id = ? AND status = 'running'",
+            (
+                ending.status, ending.finish_reason, encode_json(ending.error).decode() if ending.error else None,
+                encode_json(outcome.usage).decode() if outcome.usage else None, encode_json(outcome.attempts).decode(), outcome.target.provider.name,
+                outcome.target.model, outcome.first_delta_ms, outcome.total_ms, outcome.message_id,
+            ),
+        )  # fmt: skip
+        connection.execute(
+            "UPDATE conversation SET updated_at_ms = max(updated_at_ms, ?)"
+            " WHERE id = (SELECT conversation_id FROM message WHERE id = ?)",
+            (now_ms(), outcome.message_id),
+        )
+
+
+def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
+    """The turns from the root to a message, with their content."""
+    rows = connection.execute(
+        "WITH RECURSIVE path (id, parent_id, depth) AS ("
+        " SELECT id, parent_id, 0 FROM message WHERE id = ?"
+        " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id)"
+        " SELECT message.id, role, provider, params_json, kind, text FROM path JOIN message USING (id)"
+        " JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
+        (message_id,),
+    )
+    found: dict[int, tuple[sqlite3.Row, list[Delta]]] = {}
+    for row in rows:
+        found.setdefault(row["id"], (row, []))[1].append(Delta(row["kind"], row["text"]))
+    return tuple(
+        Turn(row["role"], tuple(join_deltas(content)), row["provider"], json.loads(row["params_json"]).get("tool_call_id"))
+        for row, content in found.values()
+    )
+
+
+def select_message(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
+    """A message's row. Raises NotFound, also for another owner's."""
+    row = connection.execute(
+        "SELECT message.* FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE message.id = ? AND owner = ?",
+        (message_id, owner),
+    ).fetchone()
+    if row is None:
+        raise NotFound(f"message_id: there is no message {message_id}")
+    return cast(sqlite3.Row, row)
+
+
+def load_message(connection: sqlite3.Connection, owner: str, message_id: int) -> Message:
+    """A whole message, as of one moment."""
+    with reading(connection):
+        row = select_message(connection, owner, message_id)
+        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
+        return message_of(row, [Delta(*one) for one in rows])
+
+
+def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
+    joined = join_deltas(content)
+    elapsed = [None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])]
+    return Message(
+        id=row["id"],
+        conversation_id=row["conversation_id"],
+        parent_id=row["parent_id"],
+        role=row["role"],
+        status=row["status"],
+        provider=row["provider"],
+        model=row["model"],
+        text=text_of(joined),
+        content=joined,
+        finish_reason=row["finish_reason"],
+        error=json.loads(row["error_json"]) if row["error_json"] else None,
+        usage=msgspec.json.decode(row["usage_json"], type=Usage) if row["usage_json"] else None,
+        timing=Timing(*elapsed),
+        attempts=json.loads(row["attempts_json"]),
+        created_at_ms=row["created_at_ms"],
+    )
+
+
+@contextlib.contextmanager
+def reading(connection: sqlite3.Connection) -> Iterator[None]:
+    """Several SELECTs as of one moment."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("COMMIT")
+
+
+def load_page(connection: sqlite3.Connection, owner: str, message_id: int, cursor: int) -> Page:
+    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row."""
+    with reading(connection):
+        message = message_of(select_message(connection, owner, message_id), ())
+        last = connection.execute(
+            "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1", (message_id,)
+        ).fetchone()
+        rows = connection.execute(
+            "SELECT offset, kind, text FROM delta WHERE message_id = ?1 AND offset >= coalesce("
+            "(SELECT max(offset) FROM delta WHERE message_id = ?1 AND offset <= ?2), 0) ORDER BY offset",
+            (message_id, cursor),
+        )
+        found, characters = [], 0
+        for offset, kind, text in rows:
+            unread = text[max(cursor - offset, 0) :]
+            found += [Delta(kind, unread)] if unread else []
+            characters += len(unread)
+            if characters >= FRAME_CHARACTERS_MAX * 4:
+                break
+    pieces, offset = [], cursor
+    for delta in join_deltas(found):
+        for piece in split_delta(delta):
+            offset += len(piece.text)
+            pieces.append((offset, piece))
+    return Page(pieces, last["offset"] + len(last["text"]) if last else 0, message)
+
+
+def list_conversations(
+    connection: sqlite3.Connection, owner: str, limit: int, before: tuple[int, int] | None
+) -> ConversationList:
+    """A page of an owner's conversations; `before` is (updated_at_ms, id) of the last one on the page before."""
+    rows = connection.execute(
+        "SELECT conversation.*, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id)"
+        " AS running FROM conversation WHERE owner = ? AND (updated_at_ms, id) < (?, ?)"
+        " ORDER BY updated_at_ms DESC, id DESC LIMIT ?",
+        (owner, *(before or (2**63 - 1, 2**63 - 1)), limit + 1),
+    ).fetchall()
+    page = [ConversationSummary(**summary_of(row)) for row in rows[:limit]]
+    more = len(rows) > limit
+    return ConversationList(page, f"{page[-1].updated_at_ms}-{page[-1].id}" if more else None)
+
+
+def summary_of(row: sqlite3.Row) -> dict[str, Any]:
+    names = ("id", "title", "system", "created_at_ms", "updated_at_ms")
+    return {**{name: row[name] for name in names}, "running": bool(row["running"])}
+
+
+def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
+    with reading(connection):
+        summary = summary_of(require_conversation(connection, owner, conversation_id))
+        rows = connection.execute("SELECT * FROM message WHERE conversation_id = ? ORDER BY id", (conversation_id,)).fetchall()
+        contents: dict[int, list[Delta]] = {row["id"]: [] for row in rows}
+        for message_id, kind, text in connection.execute(
+            "SELECT message_id, kind, text FROM delta WHERE message_id IN"
+            " (SELECT id FROM message WHERE conversation_id = ?) ORDER BY message_id, offset",
+            (conversation_id,),
+        ):
+            contents[message_id].append(Delta(kind, text))
+    return Conversation(**summary, messages=[message_of(row, contents[row["id"]]) for row in rows])
+
+
+def update_conversation(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, changes: Mapping[str, str]
+) -> ConversationSummary:
+    """Sets title or system; that is no activity, so the conversation keeps its place in the list."""
+    require_conversation(connection, owner, conversation_id)
+    for name, value in changes.items():
+        assert name in ("title", "system")
+        connection.execute(f"UPDATE conversation SET {name} = ? WHERE id = ?", (value, conversation_id))
+    return ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
+
+
+def delete_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> list[int]:
+    """Deletes a conversation with everything in it, unless messages of it are running: then it returns those."""
+    require_conversation(connection, owner, conversation_id)
+    running = connection.execute(
+        "SELECT id FROM message WHERE status = 'running' AND conversation_id = ?", (conversation_id,)
+    ).fetchall()
+    if not running:
+        connection.execute("DELETE FROM conversation WHERE id = ?", (conversation_id,))
+    return [row[0] for row in running]
+
+
+class Store:
+    """The database. Every method may raise StoreUnavailable."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = -1
+        self._writer: Database | None = None
+        self._reader: Database | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
+        self._wake = asyncio.Event()
+
+    async def open(self) -> int:
+        """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
+        self._lock = lock_database(self._path)
+        try:
+            interrupted = await asyncio.to_thread(prepare_database, self._path)
+            self._writer = await Database(partial(connect, self._path, read_only=False), 64)
+            self._reader = await Database(partial(connect, self._path, read_only=True), 64)
+        except BaseException:
+            await self.close()
+            raise
+        self._task = asyncio.create_task(self._write_forever(), name="writer")
+        return interrupted
+
+    async def close(self) -> None:
+        """Ends the writer after what already waits, then both connections, then the lock."""
+        if self._task is not None:
+            with contextlib.suppress(StoreUnavailable):
+                await self.write(lambda connection: None)  # whatever waits is committed before this
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for database in (self._reader, self._writer):
+            if database is not None:
+                await database.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    async def read(self, operation: Callable[..., T], *arguments: Any) -> T:
+        """Runs an operation that only reads, in the reader's thread."""
+        assert self._reader is not None, "the store is open"
+        try:
+            return await self._reader.run(operation, *arguments)
+        except sqlite3.Error as exc:
+            raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
+
+    async def write(self, operation: Callable[..., T], *arguments: Any, durable: bool = False) -> T:
+        """Runs an operation in the next group; returns when that is committed. `durable`: and fsynced."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        bound = (lambda connection: operation(connection, *arguments)) if arguments else operation
+        self._waiting.append((bound, durable, future))
+        self._wake.set()
+        return await future
+
+    async def _write_forever(self) -> None:
+        """The only writer: takes all that waits, commits it together, tells each how it went."""
+        assert self._writer is not None, "the store is open"
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            group, self._waiting = self._waiting, []
+            durable = any(one[1] for one in group)
+            try:
+                outcomes = await self._writer.run(commit_together, [one[0] for one in group], durable)
+            except sqlite3.Error as exc:
+                error = StoreUnavailable(f"the database cannot be written: {reason_of(exc)}", retry_after_seconds=1)
+                error.__cause__ = exc
+                outcomes = [error] * len(group)
+            for (_, _, future), outcome in zip(group, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 10. Generations
+#
+# The way of a delta. A producer (one task per generation, owned here and by no request) reads its provider and appends
+# to `pending`. The flusher (one task) commits what all generations have pending in one transaction, and only then
+# publishes it: encoded once, into the generation's ring and the queue of every subscriber. So no client ever holds a
+# character that the database does not, many generations share a commit, and a fast stream coalesces into fewer,
+# larger events by itself. The flusher works at once when it was idle and paces itself by what a flush costs.
+#
+# A subscriber is one loop, the same for a first connection, a resume, a laggard and a finished message: what lies
+# between its cursor and the ring comes from the store, then the ring, then its queue. Nobody waits for it: a queue
+# that is full is thrown away, and the loop begins again at its cursor.
+#
+# Whoever ends a generation (the producer, stop, a guard, drain) calls `end`, first one wins, and the flusher writes it
+# together with the last deltas. If the database cannot be written, pending content is kept and tried again, reading
+# from the providers pauses because pending is bounded, and after FLUSH_PATIENCE_SECONDS the generations end as
+# `failed` for everyone who looks on; their content and status are still written when the database is back.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+log = logging.getLogger("llmchat")
+
+QUEUE_EVENTS_MAX = 256  # of one subscriber; beyond it, or beyond SEND_BYTES_MAX, it lags
+FLUSH_BURST_SECONDS = 0.02  # how far the pace may be ahead of itself: a stream at 50 deltas/s is never held up
+
+
+def start_data(generation_or_message: Any, message_id: int, status: str, offset: int) -> dict[str, Any]:
+    """The data of a `start` event."""
+    return {
+        "conversation_id": generation_or_message.conversation_id,
+        "message_id": message_id,
+        "parent_id": generation_or_message.parent_id,
+        "provider": generation_or_message.provider,
+        "model": generation_or_message.model,
+        "status": status,
+        "offset": offset,
+    }
+
+
+def encode_start(data: dict[str, Any]) -> bytes:
+    return RETRY_LINE + encode_event("start", data, data["offset"])
+
+
+def encode_end(ending: Ending, usage: Usage | None, timing: Timing) -> bytes:
+    """The last frame of every stream."""
+    return encode_event(
+        "end",
+        {
+            "status": ending.status,
+            "finish_reason": ending.finish_reason,
+            "usage": usage,
+            "timing": timing,
+            "error": ending.error,
+        },
+    )
+
+
+class Subscriber:
+    """The queue of one open stream. `cursor` follows what was taken out of it."""
+
+    __slots__ = ("_bytes", "cursor", "lagging", "queue")
+
+    def __init__(self, cursor: int) -> None:
+        self.cursor = cursor
+        self.queue: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(QUEUE_EVENTS_MAX)
+        self.lagging = False
+        self._bytes = 0
+
+    def put(self, offset: int, frame: bytes) -> None:
+        """Takes a frame, or gives up: whoever reads too slowly starts again from the store."""
+        if self.lagging:
+            return
+        if self.queue.full() or self._bytes > SEND_BYTES_MAX:
+            self.lagging = True
+            self.drop()
+            self.queue.put_nowait((self.cursor, b""))  # wakes the reader, should it wait
+            return
+        self._bytes += len(frame)
+        self.queue.put_nowait((offset, frame))
+
+    def drop(self) -> None:
+        while not self.queue.empty():
+            self.queue.get_nowait()
+        self._bytes = 0
+
+    async def get(self) -> bytes:
+        """Everything that is pending, joined for a single send; waits for the first."""
+        offset, frame = await self.queue.get()
+        if self.queue.empty():
+            self._bytes = 0
+            self.cursor = offset
+            return frame
+        frames = [frame]
+        while not self.queue.empty():
+            offset, frame = self.queue.get_nowait()
+            frames.append(frame)
+        self._bytes = 0
+        self.cursor = offset
+        return b"".join(frames)
+
+
+class Flush(NamedTuple):
+    """What one generation gives to a flush: pieces of content with the offset after each, and perhaps its end."""
+
+    generation: Generation
+    pieces: list[tuple[int, Delta]]
+    outcome: Outcome | None
+
+    def rows(self) -> list[Row]:
+        message_id = self.generation.message_id
+        return [Row(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+
+
+class Generation:
+    """The running production of one message: what is pending, what was published, who looks on.
+
+    `offset` counts what was taken for a flush, `published` what every subscriber may have. All of it lives in the
+    event loop's thread; nothing here waits.
+    """
+
+    def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], parameters: Parameters, config: Config) -> None:
+        self.owner = owner
+        self.message_id = started.message_id
+        self.conversation_id = started.conversation_id
+        self.parent_id = started.parent_id
+        self.created_at_ms = started.created_at_ms
+        self.system, self.turns, self.parameters = started.system, started.turns, parameters
+        self.targets = targets
+        self.target = targets[0]
+        self.task: asyncio.Task[None] | None = None
+        self.ending: Ending | None = None
+        self.attempts: list[dict[str, Any]] = []
+        # content on its way
+        self.pending: list[Delta] = []
+        self.pending_characters = 0
+        self.characters = 0  # of the whole answer
+        self.room = asyncio.Event()  # set while pending is below its bound
+        self.room.set()
+        self.offset = 0
+        self.published = 0
+        # who looks on
+        self.subscribers: set[Subscriber] = set()
+        self.ended = asyncio.Event()  # the `end` event is out
+        self._ring: deque[tuple[int, bytes]] = deque()
+        self._ring_floor = 0  # the offset before the ring's oldest event
+        self._ring_bytes = 0
+        self._ring_events_max = config.ring_events
+        # the guards' clocks, monotonic seconds
+        self.started_at = time.monotonic()
+        self.first_delta_at: float | None = None
+        self.attempt_at = self.started_at
+        self.last_delta_at: float | None = None  # of this attempt
+        self.answer: Answer | None = None
+        self.guard: asyncio.Timeout | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        # the guards over content
+        self._characters_max = config.answer_characters_max
+        self._circles = {
+            kind: RepetitionGuard(config.repetition_count, config.repetition_characters) for kind in sorted(MERGED_KINDS)
+        }
+
+    @property
+    def provider(self) -> str:
+        return self.target.provider.name
+
+    @property
+    def model(self) -> str:
+        return self.target.model
+
+    # ── content ──
+
+    def receive(self, deltas: list[Delta]) -> None:
+        """Takes what the provider sent. Raises GenerationError when a guard catches something in it."""
+        if self.ending is not None:
+            return
+        self.last_delta_at = time.monotonic()
+        if self.first_delta_at is None:
+            self.first_delta_at = self.last_delta_at
+        self.pending += deltas
+        length = sum([len(delta.text) for delta in deltas])
+        self.characters += length
+        self.pending_characters += length
+        if self.pending_characters > PENDING_CHARACTERS_MAX:
+            self.room.clear()
+        if self.characters > self._characters_max:
+            raise TooLong(f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)")
+        for delta in deltas:
+            if delta.kind in MERGED_KINDS and (period := self._circles[delta.kind].feed(delta.text)):
+                raise Repetition(f"the model goes round in circles, repeating {shorten(period, None)!r}")
+
+    def take(self) -> Flush:
+        """Everything pending, for a flush; with the outcome if this is the last."""
+        pieces = []
+        for delta in join_deltas(self.pending):
+            for piece in split_delta(delta):
+                self.offset += len(piece.text)
+                pieces.append((self.offset, piece))
+        self.pending = []
+        self.pending_characters = 0
+        return Flush(self, pieces, self.outcome() if self.ending is not None else None)
+
+    def outcome(self) -> Outcome:
+        assert self.ending is not None, "only what has ended has an outcome"
+        first = None if self.first_delta_at is None else round((self.first_delta_at - self.started_at) * 1000)
+        total = round((time.monotonic() - self.started_at) * 1000)
+        usage = self.answer.decoder.usage if self.answer is not None else None
+        if usage is None and self.answer is not None:
+            asked = sum(estimate_tokens(turn.content) for turn in self.turns)
+            usage = Usage(asked, (self.characters + 3) // 4, estimated=True)
+        return Outcome(self.message_id, self.ending, self.target, usage, tuple(self.attempts), first, total)
+
+    # ── publishing ──
+
+    def publish(self, offset: int, frame: bytes) -> None:
+        """Puts a committed event, or one that carries no content, before everyone who looks on."""
+        self._ring.append((offset, frame))
+        self._ring_bytes += len(frame)
+        while len(self._ring) > self._ring_events_max or (self._ring_bytes > RING_BYTES_MAX and len(self._ring) > 1):
+            self._ring_floor, dropped = self._ring.popleft()
+            self._ring_bytes -= len(dropped)
+        self.published = offset
+        for subscriber in self.subscribers:
+            subscriber.put(offset, frame)
+
+    def attach(self, cursor: int) -> tuple[Subscriber, bytes] | None:
+        """A subscriber from this cursor on and the part of the ring that it lacks; None: the ring does not reach it.
+
+        The cursor must be where an event ends, as every cursor that was handed out is; one that stands inside an
+        event goes to the store, which can cut.
+        """
+        if not self._ring_floor <= cursor <= self.published:
+            return None
+        behind = [frame for offset, frame in self._ring if offset > cursor or cursor == 0]
+        if cursor != self._ring_floor and all(offset != cursor for offset, _ in self._ring):
+            return None
+        if self.ended.is_set() and not behind:
+            behind = [self._ring[-1][1]]
+        subscriber = Subscriber(self.published)
+        self.subscribers.add(subscriber)
+        return subscriber, b"".join(behind)
+
+    # ── the guards' clock ──
+
+    def silent_until(self, config: Config) -> float:
+        """When the running attempt counts as stalled if nothing comes; keep-alives move it, but not for ever."""
+        if self.guard is None or not self.room.is_set():  # the silence is ours
+            return float("inf")
+        since = self.last_delta_at or self.attempt_at
+        patience = config.first_delta_timeout_seconds if self.last_delta_at is None else config.stall_timeout_seconds
+        heard = self.answer.heard_at if self.answer is not None else since
+        return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
+
+
+class Generations:
+    """Everything that runs: starts it, stops it, flushes it, streams it, drains it."""
+
+    def __init__(self, config: Config, store: Store, providers: Providers) -> None:
+        self.running: dict[int, Generation] = {}
+        self.draining = False
+        self.streams: dict[int, int] = {}  # open streams per message
+        self.flush_ms = 0.0  # what the last flush took
+        self._config = config
+        self._store = store
+        self._providers = providers
+        self._starting = 0
+        self._dirty: dict[int, Generation] = {}
+        self._wake = asyncio.Event()
+        self._flusher: asyncio.Task[None] | None = None
+        self._next_flush_at = 0.0
+
+    def open(self) -> None:
+        self._flusher = asyncio.create_task(self._flush_forever(), name="flusher")
+
+    async def close(self) -> None:
+        """Ends what still runs, then the flusher. `drain` was patient; this is not."""
+        for generation in list(self.running.values()):
+            self._end(generation, Ending("interrupted"))
+        tasks = [generation.task for generation in self.running.values() if generation.task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
+        if self._flusher is not None:
+            self._flusher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._flusher
+
+    async def drain(self) -> None:
+        """Takes no new generations, gives the running ones `drain_seconds`, ends the rest as interrupted."""
+        self.draining = True
+        if self.running:
+            log.info("draining", extra={"fields": {"running": len(self.running)}})
+        await self._wait_until_all_ended(self._config.drain_seconds)
+        for generation in list(self.running.values()):
+            self._end(generation, Ending("interrupted"))
+        await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
+
+    async def _wait_until_all_ended(self, seconds: float) -> None:
+        waits = [asyncio.ensure_future(generation.ended.wait()) for generation in self.running.values()]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=seconds)
+            for wait in late:
+                wait.cancel()
+
+    # ── start and stop ──
+
+    async def start(self, new: NewMessage) -> Started:
+        """Commits the question and starts its answer. Raises Draining, Overloaded, and what start_message raises."""
+        if self.draining:
+            raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
+        if len(self.running) + self._starting >= self._config.generations_max:
+            raise Overloaded(
+                f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
+                retry_after_seconds=5,
+            )
+        self._starting += 1
+        try:
+            started = await self._store.write(start_message, new, durable=True)
+        finally:
+            self._starting -= 1
+        if not started.repeated:
+            self._launch(Generation(new.owner, started, new.targets, new.parameters, self._config))
+        return started
+
+    def _launch(self, generation: Generation) -> None:
+        self.running[generation.message_id] = generation
+        generation.task = asyncio.create_task(self._produce(generation), name=f"generation {generation.message_id}")
+        self._watch(generation)
+        fields = {"message_id": generation.message_id, "model": str(generation.target)}
+        log.info("generation started", extra={"fields": fields})
+
+    def find(self, owner: str, message_id: int) -> Generation | None:
+        """The owner's running generation of this message, if there is one."""
+        generation = self.running.get(message_id)
+        return generation if generation is not None and generation.owner == owner else None
+
+    async def stop(self, owner: str, message_id: int) -> None:
+        """Ends a running generation; returns when that is durable. On any other message it does nothing."""
+        generation = self.find(owner, message_id)
+        if generation is None:
+            return
+        self._end(generation, Ending("stopped"))
+        await generation.ended.wait()
+
+    def _end(self, generation: Generation, ending: Ending) -> None:
+        """The end of a generation, whoever wants it; the first one counts. Its provider's connection closes now."""
+        if generation.ending is None:
+            generation.ending = ending
+            self._mark(generation)
+        if generation.timer is not None:
+            generation.timer.cancel()
+        if generation.task is not None and generation.task is not asyncio.current_task():
+            generation.task.cancel()
+
+    def _mark(self, generation: Generation) -> None:
+        self._dirty[generation.message_id] = generation
+        self._wake.set()
+
+    # ── the producer ──
+
+    async def _produce(self, generation: Generation) -> None:
+        """The outermost frame of a generation: whatever happens in it becomes its ending."""
+        try:
+            ending = await self._run(generation)
+        except LlmchatError as exc:
+            ending = Ending("failed", error=exc.detail())
+        except asyncio.CancelledError:
+            self._end(generation, Ending("interrupted"))
+            raise
+        except Exception:
+            log.exception("generation broke", extra={"fields": {"message_id": generation.message_id}})
+            ending = Ending("failed", error=InternalError("an error of llmchat's own; its log says more").detail())
+        self._end(generation, ending)
+
+    async def _run(self, generation: Generation) -> Ending:
+        """Tries the targets in turn, each with its retries, until one answers. Raises GenerationError.
+
+        Only before the first delta: after it, another try would pay twice and repeat text.
+        """
+        failure: GenerationError | None = None
+        for target in generation.targets:
+            if failure is not None:
+                self._notice(generation, "falling_back", failure, to=str(target))
+            generation.target = target
+            for attempt in range(1, self._config.attempts + 1):
+                failure = await self._attempt(generation, target)
+                if failure is None:
+                    assert generation.answer is not None, "an attempt that went well had an answer"
+                    return Ending("completed", finish_reason=generation.answer.decoder.finish_reason)
+                if generation.first_delta_at is not None:
+                    raise failure
+                delay = retry_delay(failure, attempt) if isinstance(failure, ProviderError) else None
+                if delay is None or attempt == self._config.attempts:
+                    break
+                self._notice(generation, "retrying", failure, attempt=attempt + 1, delay_ms=round(delay * 1000))
+                await asyncio.sleep(delay)
+        assert failure is not None, "there is at least one target"
+        raise failure
+
+    async def _attempt(self, generation: Generation, target: Target) -> GenerationError | None:
+        """One question to one model. Returns what went wrong, or None."""
+        question = Question(target.model, generation.system, generation.turns, generation.parameters)
+        generation.attempt_at, generation.last_delta_at = time.monotonic(), None
+        generation.answer = None
+        failure: GenerationError | None = None
+        try:
+            async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
+                async with contextlib.aclosing(generation.answer.deltas()) as batches:
+                    async for deltas in batches:
+                        generation.receive(deltas)
+                        self._mark(generation)
+                        if not generation.room.is_set():
+                            await generation.room.wait()
+        except TimeoutError:
+            failure = self._stalled(generation)
+        except GenerationError as exc:
+            failure = exc
+        finally:
+            generation.guard = None
+        record: dict[str, Any] = {"provider": target.provider.name, "model": target.model}
+        record["error"] = None if failure is None else failure.detail()
+        record["ms"] = round((time.monotonic() - generation.attempt_at) * 1000)
+        generation.attempts.append(record)
+        return failure
+
+    def _stalled(self, generation: Generation) -> Stalled:
+        since = generation.last_delta_at or generation.attempt_at
+        what = "no first delta" if generation.last_delta_at is None else "no further delta"
+        return Stalled(f"{generation.provider} sent {what} for {time.monotonic() - since:.1f} s")
+
+    def _notice(self, generation: Generation, code: str, failure: GenerationError, **more: Any) -> None:
+        data = {"code": code, **more, "error": failure.detail()}
+        generation.publish(generation.published, encode_event("notice", data))
+
+    def _watch(self, generation: Generation) -> None:
+        """The guards' clock: one timer per generation, which looks whether a bound was passed and sets itself anew."""
+        now = time.monotonic()
+        deadline = generation.started_at + self._config.generation_timeout_seconds
+        if now >= deadline:
+            error = DeadlineExceeded(f"the generation ran for {self._config.generation_timeout_seconds:g} s, the limit")
+            self._end(generation, Ending("failed", error=error.detail()))
+            return
+        loop = asyncio.get_running_loop()
+        due = generation.silent_until(self._config)
+        if now >= due and generation.guard is not None:
+            generation.guard.reschedule(loop.time())
+        patience = min(self._config.stall_timeout_seconds, self._config.first_delta_timeout_seconds)
+        wait = min(deadline - now, patience, due - now if due > now else patience)
+        generation.timer = loop.call_later(wait, self._watch, generation)
+
+    # ── the flusher ──
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            await self._pace()
+            self._wake.clear()
+            dirty, self._dirty = self._dirty, {}
+            started_at = time.monotonic()
+            await self._flush([generation.take() for generation in dirty.values()])
+            cost = time.monotonic() - started_at
+            self.flush_ms = cost * 1000
+            interval = min(max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO), FLUSH_INTERVAL_SECONDS_MAX)
+            self._next_flush_at = max(self._next_flush_at + interval, started_at - FLUSH_BURST_SECONDS + interval)
+
+    async def _pace(self) -> None:
+        wait = self._next_flush_at - time.monotonic()
+        if wait > 0:
+            await asyncio.sleep(wait)
+
+    async def _flush(self, batch: Sequence[Flush]) -> None:
+        """Commits a batch, however long the database makes it wait, and publishes it."""
+        rows = [row for flush in batch for row in flush.rows()]
+        outcomes = [flush.outcome for flush in batch if flush.outcome is not None]
+        try:
+            await self._commit(rows, outcomes)
+        except sqlite3.Error:  # the database works, but something in here does not go in: find it, spare the others
+            if len(batch) > 1:
+                for flush in batch:
+                    await self._flush([flush])
+            else:
+                self._abandon(batch[0].generation)
+        else:
+            for flush in batch:
+                self._publish(flush)
+
+    async def _commit(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+        failing_since: float | None = None
+        while True:
+            try:
+                await self._store.write(save_flush, rows, outcomes, durable=bool(outcomes))
+            except StoreUnavailable as exc:
+                if failing_since is None:
+                    failing_since = time.monotonic()
+                    log.error("flush failed", extra={"fields": {"error": exc.message}})
+                elif time.monotonic() - failing_since > FLUSH_PATIENCE_SECONDS:
+                    self._give_up(exc)
+                await asyncio.sleep(FLUSH_RETRY_SECONDS)
+            else:
+                if failing_since is not None:
+                    seconds = round(time.monotonic() - failing_since, 1)
+                    log.info("flush works again", extra={"fields": {"after_seconds": seconds}})
+                return
+
+    def _abandon(self, generation: Generation) -> None:
+        """A generation whose rows the database refuses, as when its message was deleted by another program."""
+        log.exception("flush refused", extra={"fields": {"message_id": generation.message_id}})
+        self._end(generation, Ending("failed", error=InternalError("the answer cannot be stored").detail()))
+        self._dirty.pop(generation.message_id, None)
+        self.running.pop(generation.message_id, None)
+        if not generation.ended.is_set():
+            self._announce(generation, generation.outcome())
+
+    def _give_up(self, error: StoreUnavailable) -> None:
+        """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
+        for generation in self.running.values():
+            self._end(generation, Ending("failed", error=error.detail()))
+            if not generation.ended.is_set():
+                self._announce(generation, generation.outcome())
+
+    def _publish(self, flush: Flush) -> None:
+        """What was committed, to everyone who looks on."""
+        generation = flush.generation
+        for offset, delta in flush.pieces:
+            generation.publish(offset, encode_delta(delta, offset))
+        if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
+            generation.room.set()
+        if flush.outcome is not None:
+            self.running.pop(generation.message_id, None)
+            if not generation.ended.is_set():
+                self._announce(generation, flush.outcome)
+
+    def _announce(self, generation: Generation, outcome: Outcome) -> None:
+        timing = Timing(outcome.first_delta_ms, outcome.total_ms)
+        generation.ended.set()
+        generation.publish(generation.published, encode_end(outcome.ending, outcome.usage, timing))
+        fields = {
+            "message_id": outcome.message_id,
+            "model": str(outcome.target),
+            "status": outcome.ending.status,
+            "code": outcome.ending.error["code"] if outcome.ending.error else None,
+            "characters": generation.characters,
+            "first_delta_ms": outcome.first_delta_ms,
+            "total_ms": outcome.total_ms,
+        }
+        log.info("generation ended", extra={"fields": {name: value for name, value in fields.items() if value is not None}})
+
+    # ── subscribers ──
+
+    async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
+        """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
+        generation = self.find(owner, message_id)
+        if generation is None:
+            page = await self._store.read(load_page, owner, message_id, cursor)
+            about, status, length = page.message, page.message.status, page.length
+        else:
+            about, status, length = generation, "running", generation.published
+        reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
+        if cursor > length and not reset:
+            raise InvalidRequest(f"after: {cursor} is beyond the end of message {message_id}, which is at {length}")
+        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
+            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
+            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        cursor = 0 if reset else cursor
+        first = encode_start(start_data(about, message_id, status, cursor))
+        return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
+
+    async def load(self, owner: str, message_id: int, cursor: int) -> Page:
+        return await self._store.read(load_page, owner, message_id, cursor)
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        return self._config.heartbeat_seconds
+
+
+class Stream:
+    """One subscriber's whole life, from its cursor to `end`. `close` may be called at any time, from a callback."""
+
+    def __init__(self, generations: Generations, owner: str, message_id: int, cursor: int, first: bytes) -> None:
+        self._generations = generations
+        self._owner = owner
+        self._message_id = message_id
+        self._cursor = cursor
+        self._first = first
+        self._subscriber: Subscriber | None = None
+        self._closed = False
+        self._finished = False
+        self._sent_at = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """The client is gone: whatever the stream waits for, it ends now."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self, frame: bytes = b"") -> None:
+        if self._subscriber is not None and self._subscriber.queue.empty():
+            self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """What is to be sent, one item per send."""
+        streams = self._generations.streams
+        streams[self._message_id] = streams.get(self._message_id, 0) + 1
+        try:
+            self._beat()
+            yield self._first
+            while not self._closed:
+                generation = self._generations.running.get(self._message_id)
+                attached = generation.attach(self._cursor) if generation is not None else None
+                if generation is not None and attached is not None:
+                    async with contextlib.aclosing(self._follow(generation, *attached)) as live:
+                        async for data in live:
+                            yield data
+                    if self._finished:
+                        return
+                    continue
+                page = await self._generations.load(self._owner, self._message_id, self._cursor)
+                if page.pieces:
+                    self._cursor = page.pieces[-1][0]
+                    yield b"".join(encode_delta(delta, offset) for offset, delta in page.pieces)
+                if page.message.status != "running" and self._cursor >= page.length:
+                    message = page.message
+                    yield encode_end(Ending(message.status, message.finish_reason, message.error), message.usage, message.timing)
+                    return
+                if not page.pieces:
+                    await asyncio.sleep(STARTED_WAIT_SECONDS)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            streams[self._message_id] -= 1
+            if not streams[self._message_id]:
+                del streams[self._message_id]
+
+    async def _follow(self, generation: Generation, subscriber: Subscriber, behind: bytes) -> AsyncIterator[bytes]:
+        """The ring's newest events, then the queue, until the end, or until this stream lags or is closed."""
+        self._subscriber = subscriber
+        try:
+            self._cursor = subscriber.cursor
+            if behind:
+                self._sent_at = time.monotonic()
+                yield behind
+            while not self._closed and not subscriber.lagging:
+                if generation.ended.is_set() and subscriber.queue.empty():
+                    self._finished = True
+                    return
+                data = await subscriber.get()
+                if subscriber.lagging:
+                    return
+                self._cursor = subscriber.cursor
+                if data:
+                    self._sent_at = time.monotonic()
+                    yield data
+        finally:
+            self._subscriber = None
+            generation.subscribers.discard(subscriber)
+
+    def _beat(self) -> None:
+        """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
+        seconds = self._generations.heartbeat_seconds
+        silent = time.monotonic() - self._sent_at
+        if silent >= seconds:
+            self._wake(HEARTBEAT_FRAME)
+            silent = 0.0
+        self._timer = asyncio.get_running_loop().call_later(seconds - silent, self._beat)
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 11. Identity
+#
+# Who asks. Every row has an owner, every query of section 9 is given one, and another owner's ids do not exist.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+LOCAL_OWNER = "local"
+
+
+def owner_of(request: Request) -> str:
+    """The owner that a request speaks for."""
+    return LOCAL_OWNER
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 12. HTTP
+#
+# A handler parses, authorises, calls and renders; what it can raise is in section 2, and one renderer turns that into
+# the error shape. ENDPOINTS is the API: the routes, /openapi.json, /docs and `help` are all read off it, so none of
+# them can say something else. Bodies are decoded into the types that also make the schema; what they refuse is told
+# with the field, what was expected and the value that came. A stream is sent past Starlette's response classes,
+# straight to the server: one send per wake-up. The envelope around everything gives a request its id and its error.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+Characters = Annotated[str, Meta(min_length=1)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=200, description="`provider/model`")]
+
+
+class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A part of a message that is text."""
+
+    text: Characters
+
+
+class ChatRequest(Struct, forbid_unknown_fields=True):
+    """A question. Absent fields have the defaults that the schema gives; null is the same as absent but for parent_id."""
+
+    message: Characters | list[TextPart]
+    model: ModelName | None = None
+    provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
+    conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
+    parent_id: (
+        Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
+        | UnsetType
+        | None
+    ) = UNSET
+    system: Annotated[str, Meta(max_length=100_000, description="kept with the conversation")] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+    stream: bool = True
+    background: bool = False
+
+
+class ConversationChanges(Struct, forbid_unknown_fields=True):
+    """What of a conversation can be set; absent fields stay as they are."""
+
+    title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
+    system: Annotated[str, Meta(max_length=100_000)] | UnsetType = UNSET
+
+
+class ErrorDetail(Struct):
+    code: Literal[tuple(sorted(set(ERROR_STATUSES)))]  # type: ignore[valid-type]
+    message: str
+    retryable: bool
+    request_id: str
+
+
+class ErrorAnswer(Struct, omit_defaults=True):
+    """Every error. `message_id`: the failed message, when there is one."""
+
+    error: ErrorDetail
+    message_id: int | None = None
+
+
+class StartedAnswer(Struct):
+    """A generation that was started in the background, or a running one in a list."""
+
+    conversation_id: int
+    message_id: int
+    parent_id: int | None
+    status: str
+
+
+class StatusAnswer(Struct):
+    message_id: int
+    status: Literal["running", "completed", "stopped", "failed", "interrupted"]
+
+
+class RunningGeneration(Struct):
+    message_id: int
+    conversation_id: int
+    provider: str
+    model: str
+    characters: int
+    seconds: float
+    subscribers: int
+
+
+class GenerationList(Struct):
+    generations: list[RunningGeneration]
+
+
+class HealthAnswer(Struct):
+    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503."""
+
+    status: str
+    version: str
+    database_writable: bool
+    running_generations: int
+    subscribers: int
+    last_flush_ms: float
+    uptime_seconds: float
+
+
+class ProviderHelp(Struct):
+    name: str
+    dialect: str
+    base_url: str
+    key: Literal["found", "missing", "rejected", "not needed"]
+    models: list[str]
+    error: str | None
+
+
+class EndpointHelp(Struct):
+    method: str
+    path: str
+    summary: str
+
+
+class HelpAnswer(Struct):
+    version: str
+    default_model: str | None
+    endpoints: list[EndpointHelp]
+    providers: list[ProviderHelp]
+    unusable_keys: list[str]
+
+
+class DeletedAnswer(Struct):
+    deleted: bool
+
+
+@dataclass(frozen=True)
+class Service:
+    """Everything that a handler works with; built once by create_app."""
+
+    config: Config
+    store: Store
+    providers: Providers
+    generations: Generations
+    started_at: float  # monotonic seconds
+
+
+def service_of(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encode_json(value), status, headers, "application/json")
+
+
+# ── what comes in ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def read_json(request: Request, kind: type[T]) -> tuple[T, bytes]:
+    """The request's body as a value of this type, and as it came. Raises InvalidRequest, TooLarge."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise InvalidRequest(f"content-type: {content_type or 'none'!r} is not accepted; send application/json")
+    body = bytearray()
+    try:
+        async for data in request.stream():
+            body += data
+            if len(body) > REQUEST_BYTES_MAX:
+                raise TooLarge(f"body: is larger than {REQUEST_BYTES_MAX:,} bytes, the limit")
+    except ClientDisconnect as exc:
+        raise InvalidRequest("body: the connection was closed before it was whole") from exc
+    try:
+        value = msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(explain(exc, bytes(body))) from exc
+    refuse_unstorable(value)
+    return value, bytes(body)
+
+
+def explain(error: Exception, body: bytes) -> str:
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        return f"body: is not JSON: {reason_of(exc)}"
+    if not isinstance(error, msgspec.ValidationError):
+        surrogate = "has half of a surrogate pair, which no text can hold"
+        return f"{find_surrogate(document, '') or 'body'}: {surrogate}"
+    complaint, _, path = str(error).partition(" - at `$")
+    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
+    name = ".".join(key or index for key, index in steps)
+    if unknown := re.search(r"unknown field `(.*)`", complaint):
+        return f"{'.'.join(filter(None, [name, unknown[1]]))}: is not a field of this request"
+    if missing := re.search(r"missing required field `(.*)`", complaint):
+        return f"{'.'.join(filter(None, [name, missing[1]]))}: is required"
+    value = document
+    for key, index in steps:
+        value = value[key] if key else value[int(index)]
+    shown = json.dumps(value, ensure_ascii=True)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}… ({len(value):,} long)" if hasattr(value, "__len__") else shown[:57]
+    expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
+    return f"{name or 'body'}: {expected}, got {shown}"
+
+
+def find_surrogate(value: Any, path: str) -> str | None:
+    """The path of the first text with a lone surrogate."""
+    if isinstance(value, str):
+        return path if re.search("[\ud800-\udfff]", value) else None
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (find_surrogate(one, f"{path}.{key}" if path else str(key)) for key, one in items)
+    return next((one for one in found if one), None)
+
+
+def refuse_unstorable(value: Any, path: str = "") -> None:
+    """Raises InvalidRequest for a NUL in any text: C code on the way, SQLite's own functions among it, ends there."""
+    if isinstance(value, str) and "\0" in value:
+        raise InvalidRequest(f"{path}: has a NUL character at {value.index(chr(0))}, which is not accepted")
+    if isinstance(value, Struct):
+        value = {name: getattr(value, name) for name in value.__struct_fields__}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in items:
+        refuse_unstorable(one, f"{path}.{key}" if path else str(key))
+
+
+def path_id(request: Request, name: str) -> int:
+    """The id in a path. Raises NotFound for what cannot be one."""
+    text = request.path_params["id"]
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise NotFound(f"{name}: there is no {name.removesuffix('_id')} {text[:40]!r}")
+    return int(text)
+
+
+def query_integer(request: Request, name: str, default: int, least: int, most: int) -> int:
+    """A whole number of the query string. Raises InvalidRequest."""
+    return parse_integer(name, request.query_params.get(name), default, least, most)
+
+
+def parse_integer(name: str, text: str | None, default: int, least: int, most: int) -> int:
+    if text is None:
+        return default
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or not least <= int(text) <= most:
+        raise InvalidRequest(f"{name}: {text[:40]!r} is not accepted; it is a whole number from {least:,} to {most:,}")
+    return int(text)
+
+
+def cursor_of(request: Request) -> int:
+    """Where a stream begins: `after`, or what a browser sends when it comes back. Raises InvalidRequest."""
+    after, last = request.query_params.get("after"), request.headers.get("last-event-id")
+    if after is not None and last is None:
+        return parse_integer("after", after, 0, 0, 2**53)
+    return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53)
+
+
+# ── what goes out ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def error_response(error: LlmchatError, request_id: str, message_id: int | None = None) -> Response:
+    """The one rendering of an error."""
+    detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
+    headers = {}
+    if error.status == 503 or error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
+    return json_response(ErrorAnswer(detail, message_id), error.status, headers)
+
+
+class EventStream(Response):
+    """A Server-Sent Events response: sends a stream's frames until its end or the client's."""
+
+    media_type = "text/event-stream"
+    HEADERS: ClassVar[list[tuple[bytes, bytes]]] = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-store, no-transform"),
+        (b"x-accel-buffering", b"no"),
+    ]
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(self._watch_client(receive))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+            async with contextlib.aclosing(self._stream.frames()) as frames:
+                async for data in frames:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        """The server tells of a closed connection only to who asks."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._stream.close()
+
+
+class Envelope:
+    """The outermost layer: a request's id, the headers of every response, and what becomes of an exception."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["request_id"] = find_request_id(scope)
+        started = False
+
+        async def send_in_envelope(message: AsgiMessage) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), (b"date", http_date())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_in_envelope)
+            return
+        except LlmchatError as exc:
+            error = exc
+        except HTTPException as exc:
+            error = routing_error(exc, scope)
+        except Exception:
+            log.exception("request broke", extra={"fields": {"request_id": request_id, "path": scope["path"]}})
+            error = InternalError("an error of llmchat's own; its log says more under this request id")
+        if not started:
+            await error_response(error, request_id)(scope, receive, send_in_envelope)
+
+
+def find_request_id(scope: Scope) -> str:
+    """The client's X-Request-ID if it is one that can be logged, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and len(value) <= HEADER_BYTES_MAX and re.fullmatch(rb"[A-Za-z0-9._:/+=-]+", value):
+            return cast(str, value.decode())
+    return f"{random.getrandbits(64):016x}"
+
+
+def http_date() -> bytes:
+    return email.utils.formatdate(usegmt=True).encode()
+
+
+def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
+    """No such path, or not with this method."""
+    if exc.status_code == 405:
+        allowed = (exc.headers or {}).get("Allow", "")
+        return InvalidRequest(f"method: {scope['method']} is not accepted here; use {allowed}")
+    return NotFound(f"path: there is nothing at {scope['path'][:200]}; GET /api/v1/help lists what there is")
+
+
+# ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def chat(request: Request) -> Response:
+    service, owner = service_of(request), owner_of(request)
+    asked, body = await read_json(request, ChatRequest)
+    new = await new_message(service, owner, asked)
+    if (key := idempotency_key(request)) is not None:
+        new = replace(new, idempotency_key=key, request_hash=hashlib.sha256(body).hexdigest())
+    started = await service.generations.start(new)
+    if asked.background:
+        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, "running")
+        return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
+    if asked.stream:
+        return EventStream(await service.generations.subscribe(owner, started.message_id, 0))
+    return await finished_message(request, started.message_id)
+
+
+async def finished_message(request: Request, message_id: int) -> Response:
+    """The message once it has ended; a failed one as its error."""
+    service, owner = service_of(request), owner_of(request)
+    generation = service.generations.find(owner, message_id)
+    if generation is not None:
+        await generation.ended.wait()
+    message = await service.store.read(load_message, owner, message_id)
+    error = generation.ending.error if generation is not None and generation.ending is not None else message.error
+    if error is None:
+        return json_response(message)
+    detail = ErrorDetail(error["code"], error["message"], error["retryable"], request.scope["request_id"])
+    status = ERROR_STATUSES.get(error["code"], 500)
+    return json_response(ErrorAnswer(detail, message_id), status, {"Retry-After": "1"} if status == 503 else None)
+
+
+async def get_message(request: Request) -> Response:
+    message = await service_of(request).store.read(load_message, owner_of(request), path_id(request, "message_id"))
+    return json_response(message)
+
+
+async def stream_message(request: Request) -> Response:
+    message_id, cursor = path_id(request, "message_id"), cursor_of(request)
+    return EventStream(await service_of(request).generations.subscribe(owner_of(request), message_id, cursor))
+
+
+async def stop_message(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    await service.generations.stop(owner, message_id)
+    message = await service.store.read(load_message, owner, message_id)
+    return json_response(StatusAnswer(message_id, message.status))
+
+
+async def list_generations(request: Request) -> Response:
+    service, owner = service_of(request), owner_of(request)
+    generations = [
+        RunningGeneration(
+            message_id=one.message_id,
+            conversation_id=one.conversation_id,
+            provider=one.provider,
+            model=one.model,
+            characters=one.published,
+            seconds=round(time.monotonic() - one.started_at, 3),
+            subscribers=len(one.subscribers),
+        )
+        for one in service.generations.running.values()
+        if one.owner == owner
+    ]
+    return json_response(GenerationList(generations))
+
+
+async def get_conversations(request: Request) -> Response:
+    limit = query_integer(request, "limit", 50, 1, LIST_LIMIT_MAX)
+    before = before_of(request.query_params.get("before"))
+    return json_response(await service_of(request).store.read(list_conversations, owner_of(request), limit, before))
+
+
+async def get_conversation(request: Request) -> Response:
+    conversation_id = path_id(request, "conversation_id")
+    return json_response(await service_of(request).store.read(load_conversation, owner_of(request), conversation_id))
+
+
+async def patch_conversation(request: Request) -> Response:
+    conversation_id = path_id(request, "conversation_id")
+    asked, _ = await read_json(request, ConversationChanges)
+    changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
+    store = service_of(request).store
+    return json_response(await store.write(update_conversation, owner_of(request), conversation_id, changes, durable=True))
+
+
+async def remove_conversation(request: Request) -> Response:
+    service, owner, conversation_id = service_of(request), owner_of(request), path_id(request, "conversation_id")
+    while running := await service.store.write(delete_conversation, owner, conversation_id, durable=True):
+        for message_id in running:
+            await service.generations.stop(owner, message_id)
+    return json_response(DeletedAnswer(True))
+
+
+async def get_health(request: Request) -> Response:
+    service = service_of(request)
+    generations = service.generations
+    try:
+        await service.store.write(touch)
+        writable = True
+    except StoreUnavailable:
+        writable = False
+    status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
+    answer = HealthAnswer(
+        status=status,
+        version=__version__,
+        database_writable=writable,
+        running_generations=len(generations.running),
+        subscribers=sum(generations.streams.values()),
+        last_flush_ms=round(generations.flush_ms, 3),
+        uptime_seconds=round(time.monotonic() - service.started_at, 3),
+    )
+    return json_response(answer, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+
+
+async def get_help(request: Request) -> Response:
+    service = service_of(request)
+    refresh = request.query_params.get("refresh", "0") not in ("0", "")
+    listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
+    endpoints = [EndpointHelp(one.method, one.path, one.summary) for one in ENDPOINTS]
+    default = service.config.default_model or next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
+    return json_response(HelpAnswer(__version__, default, endpoints, listed, list(service.config.unusable_keys)))
+
+
+async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:
+    models = await service.providers.list_models(provider, refresh)
+    key: Literal["found", "missing", "rejected", "not needed"] = "found"
+    if provider.name in service.providers.rejected:
+        key = "rejected" if provider.key else "missing"
+    elif not provider.key:
+        key = "not needed"
+    return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
+
+
+async def get_root(request: Request) -> Response:
+    return await get_health(request)
+
+
+async def get_openapi(request: Request) -> Response:
+    return json_response(openapi_document())
+
+
+async def get_docs(request: Request) -> Response:
+    return HTMLResponse(docs_page(str(request.base_url).rstrip("/")))
+
+
+async def new_message(service: Service, owner: str, asked: ChatRequest) -> NewMessage:
+    """What a chat request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
+    names = asked.fallbacks if asked.fallbacks is not None else [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
+    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
+    targets = (await service.providers.resolve(asked.provider, asked.model), *fallbacks)
+    parts = [asked.message] if isinstance(asked.message, str) else [part.text for part in asked.message]
+    if not any(part.strip() for part in parts):
+        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
+    parameters = Parameters(
+        temperature=asked.temperature, max_tokens=asked.max_tokens, reasoning_effort=asked.reasoning_effort, tools=asked.tools
+    )
+    content = tuple(Delta("text", part) for part in parts)
+    return NewMessage(owner, asked.conversation_id, asked.parent_id, content, asked.system, targets, parameters)
+
+
+def idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
+        raise InvalidRequest(f"Idempotency-Key: has {len(key)} characters; it is 1 to {HEADER_BYTES_MAX} printable ASCII characters")
+    return key
+
+
+def before_of(text: str | None) -> tuple[int, int] | None:
+    """The `before` of a list: what its `next_before` said. Raises InvalidRequest."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})", text)
+    if match is None:
+        raise InvalidRequest(f"before: {text[:40]!r} is not accepted; it is the next_before of the page before")
+    return int(match[1]), int(match[2])
+
+
+# ── the table of endpoints, and what is read off it ─────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One call of the API. `query` is (name, schema, meaning) each; `curl` is what follows the URL in its example."""
+
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    summary: str
+    answer: Any = None
+    body: Any = None
+    status: int = 200
+    streams: bool = False
+    query: tuple[tuple[str, dict[str, Any], str], ...] = ()
+    errors: tuple[int, ...] = ()
+    curl: str = ""
+
+
+WHOLE_NUMBER = {"type": "integer", "minimum": 0}
+AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
+LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
+BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
+REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
+JSON_CURL = "-H 'Content-Type: application/json' -d "
+
+ENDPOINTS = (
+    Endpoint("GET", "/", get_root, "the state of the service", HealthAnswer, errors=(503,)),
+    Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
+    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=(REFRESH,)),
+    Endpoint(
+        "POST", "/api/v1/chat", chat, "asks a question: streams the answer, or gives it whole, or starts it in the background",
+        Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
+        curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
+    ),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, errors=(404,)),
+    Endpoint(
+        "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
+        streams=True, query=(AFTER,), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+    ),
+    Endpoint(
+        "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
+        StatusAnswer, errors=(404, 503), curl="-X POST",
+    ),
+    Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
+    Endpoint(
+        "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
+        ConversationList, query=(LIMIT, BEFORE), errors=(400,),
+    ),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, errors=(404,)),
+    Endpoint(
+        "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title or system prompt",
+        ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
+    ),
+    Endpoint(
+        "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
+        DeletedAnswer, errors=(404,), curl="-X DELETE",
+    ),
+    Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
+    Endpoint("GET", "/docs", get_docs, "this API, to read"),
+)  # fmt: skip
+
+
+def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
+    """One route per path, so that a wrong method is told all that are right."""
+    by_path: dict[str, dict[str, Endpoint]] = {}
+    for one in endpoints:
+        by_path.setdefault(one.path, {})[one.method] = one
+    return [Route(path, dispatch(methods), methods=list(methods)) for path, methods in by_path.items()]
+
+
+def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
+    if len(methods) == 1:
+        return next(iter(methods.values())).handler
+
+    async def by_method(request: Request) -> Response:
+        return await methods["GET" if request.method == "HEAD" else request.method].handler(request)
+
+    return by_method
+
+
+def openapi_document() -> dict[str, Any]:
+    """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
+    types = {kind for one in ENDPOINTS for kind in (one.body, one.answer) if kind is not None} | {ErrorAnswer, StartedAnswer}
+    ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
+    schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
+    references = dict(zip(ordered, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for one in ENDPOINTS:
+        paths.setdefault(one.path, {})[one.method.lower()] = operation_of(one, references)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llmchat", "version": __version__, "description": "Answers that survive: streamed, stored, resumed."},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
+    if one.streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if one.path == "/docs":
+        content = {"text/html": {"schema": {"type": "string"}}}
+    responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
+    if one.body is ChatRequest:
+        started = {"application/json": {"schema": references[StartedAnswer]}}
+        responses["202"] = {"description": "started in the background", "content": started}
+    for status in sorted({*one.errors, 500}):
+        shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else ErrorAnswer]
+        responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
+    parameters = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
+    if "{id}" in one.path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}})
+    operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
+    if one.body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
+    return {**operation, "responses": responses}
+
+
+DOCS_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif }
+body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
+code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
+pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
+table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+.method { display: inline-block; min-width: 4rem; color: light-dark(#0b6b53, #5fd3b0) }
+"""
+
+
+def docs_page(base_url: str) -> str:
+    """The API as a page that needs nothing else: no script, no other file."""
+    document = openapi_document()
+    sections = "".join(docs_section(one, base_url, document) for one in ENDPOINTS)
+    codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>llmchat {__version__}: the API</title><style>{DOCS_STYLE}</style><body><h1>llmchat {__version__}</h1>"
+        f'<p>Every call with a line to try it. The same for machines: <a href="/openapi.json">/openapi.json</a>.'
+        f"{sections}<h2>Errors</h2><pre>"
+        f'{{"error": {{"code": "not_found", "message": "…", "retryable": false, "request_id": "…"}}}}</pre>'
+        f"<table><tr><th>code<th>status{codes}</table></html>"
+    )
+
+
+def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> str:
+    schema = document["components"]["schemas"].get(one.body.__name__, {}) if one.body is not None else {}
+    fields_of_body = [(name, describe_schema(value)) for name, value in schema.get("properties", {}).items()]
+    fields_of_query = [(f"?{name}=", f"{describe_schema(value)}: {meaning}") for name, value, meaning in one.query]
+    rows = "".join(
+        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}" for name, text in fields_of_body + fields_of_query
+    )
+    url = base_url + one.path.replace("{id}", "2" if "messages" in one.path else "1")
+    curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
+    return (
+        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.path)}</code></h2><p>{html.escape(one.summary)}'
+        f"<pre>{curl}</pre>{f'<table>{rows}</table>' if rows else ''}"
+    )
+
+
+def describe_schema(schema: Mapping[str, Any]) -> str:
+    """A property in a few words: its type, its bounds, its default, its meaning."""
+    if "anyOf" in schema:
+        text = " or ".join(dict.fromkeys(describe_schema(one) for one in schema["anyOf"]))
+    elif "$ref" in schema:
+        text = cast(str, schema["$ref"].rpartition("/")[2])
+    elif "enum" in schema:
+        text = " | ".join(map(str, schema["enum"]))
+    else:
+        text = str(schema.get("type", "anything"))
+    names = {"minimum": "at least", "maximum": "at most", "minLength": "at least, characters:", "maxLength": "at most, characters:"}
+    text += "".join(f", {words} {schema[key]:,}" for key, words in names.items() if key in schema)
+    if schema.get("default") is not None:
+        text += f", default {json.dumps(schema['default'])}"
+    return text + (f" ({schema['description']})" if schema.get("description") and "$ref" not in schema else "")
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 14. main
+#
+# `create_app` builds everything from a Config and opens it in its lifespan, whose end is the one place that says in
+# which order things close. The server is uvicorn's with three changes: a signal drains first, while requests are still
+# answered; a second signal exits at once; and it waits for an event instead of looking ten times a second, so an idle
+# service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
+
+
+class LogFormatter(logging.Formatter):
+    """One line per event: `time level message key=value …`, or the same as JSON."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self._json = form == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
+        given: dict[str, Any] = getattr(record, "fields", {})
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._json:
+            line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
+            return json.dumps({**line, "trace": trace} if trace else line, ensure_ascii=False, default=str)
+        pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
+        return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
+
+    def _quote(self, value: Any) -> str:
+        text = str(value)
+        return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"=]", text) or not text else text
+
+
+def open_log(config: Config) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(config.log_format))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+class App(Starlette):
+    """Starlette with our envelope in place of its layers: one error renderer, and nothing between a stream and its socket."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Envelope(self.router)
+
+
+def create_app(config: Config) -> Starlette:
+    """The service as an ASGI application; its lifespan opens and closes everything."""
+    store = Store(config.db)
+    providers = Providers(config)
+    generations = Generations(config, store, providers)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.interrupted = await store.open()
+        generations.open()
+        try:
+            yield
+        finally:
+            await generations.close()
+            await providers.close()
+            await store.close()
+
+    app = App(routes=routes_of(ENDPOINTS), lifespan=lifespan)
+    app.state.service = Service(config, store, providers, generations, time.monotonic())
+    return app
+
+
+def open_socket(config: Config) -> socket.socket:
+    """A listening socket. Raises StartError with one line if the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as exc:
+        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn, draining first."""
+
+    def __init__(self, config: uvicorn.Config, generations: Generations, greeting: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._generations = generations
+        self._greeting = greeting
+        self._loop = asyncio.get_running_loop()
+        self._signalled = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._greeting()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)  # whatever was committed is safe; nothing else is worth waiting for
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._signalled.set)
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self._signalled.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._generations.drain()
+        await super().shutdown(sockets)
+
+
+async def serve(config: Config) -> None:
+    """Runs the service until a signal. Raises StartError."""
+    with open_socket(config) as listener:
+        app = create_app(config)
+        async with app.router.lifespan_context(app):
+            settings = uvicorn.Config(
+                app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, date_header=False, timeout_graceful_shutdown=CLOSE_SECONDS,
+            )  # fmt: skip
+            host, port = listener.getsockname()[:2]
+            greeting = partial(greet, config, host, port, app.state.interrupted)
+            await Server(settings, app.state.service.generations, greeting).serve([listener])
+
+
+def greet(config: Config, host: str, port: int, interrupted: int) -> None:
+    """Where it listens, which database it uses, which providers it found; and what to set for keys it cannot use."""
+    shown = f"[{host}]" if ":" in host else host
+    found = ", ".join(one.name for one in config.providers)
+    hint = " (no key was found; set one such as OPENAI_API_KEY, or OLLAMA_BASE_URL)" if found == DEMO else ""
+    ended = f" ({interrupted} answers were interrupted; their text is kept)" if interrupted else ""
+    print(f"llmchat {__version__} listens on http://{shown}:{port}")
+    print(f"database: {Path(config.db).absolute()}{ended}")
+    print(f"providers: {found}{hint}", *config.unusable_keys, sep="\n", flush=True)
+
+
+def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespace:
+    lines = [f"  LLMCHAT_{one.name.upper():30} {one.metadata['meaning']} [{one.default}]" for one in SETTINGS]
+    parser = argparse.ArgumentParser(
+        prog="llmchat",
+        description="A self-hosted chat with any LLM: one Python file, one SQLite file, and nothing that you have seen is lost.",
+        epilog="settings, from the environment or .env:\n" + "\n".join(lines)
+        + "\n\nproviders: <PROVIDER>_API_KEY switches one on; <PROVIDER>_BASE_URL too, for local servers;\n"
+        "  <PROVIDER>_MODELS (comma list) and <PROVIDER>_DIALECT (openai | anthropic) say more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", help="TCP port to listen on")
+    parser.add_argument("--db", help="path of the SQLite database")
+    parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
+    flags = vars(parse_arguments_of_main(arguments))
+    try:
+        config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
+        open_log(config)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(serve(config))
+    except StartError as exc:
+        print(f"llmchat: {exc}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
