@@ -1,0 +1,173 @@
+"""What every test of the running service shares: a real server process, a real provider, a real SSE client."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.client import EventStream
+from tests.provider import Provider
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 20
+
+
+class Server:
+    """One llmchat process on a free port. Its environment holds nothing but what the test gives."""
+
+    def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
+        self.folder = folder
+        self.db = folder / "llmchat.db"
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+        self.environment = {**inherited, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error", **settings}
+        self.arguments = arguments
+        self.start()
+
+    def start(self) -> None:
+        """Starts the process, again after an end; returns once it listens. Raises AssertionError with its output."""
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "llmchat.py"), "--port", "0", "--db", str(self.db), *self.arguments],
+            cwd=self.folder, env=self.environment, text=True, bufsize=1, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.output: list[str] = []
+        self.log: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._collect, args=(pipe, lines), daemon=True)
+            for pipe, lines in ((self.process.stdout, self.output), (self.process.stderr, self.log))
+        ]
+        for reader in self._readers:
+            reader.start()
+        wait_until(lambda: len(self.output) >= 3 or self.process.poll() is not None, "the server's start", START_SECONDS)
+        match = re.search(r"http://\S+", "".join(self.output))
+        assert match, f"did not start: {self.output} {self.log}"
+        self.url = match[0]
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+    def _collect(self, pipe: Any, lines: list[str]) -> None:
+        with pipe:
+            for line in pipe:
+                lines.append(line)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return self.client.post(path, **({"json": body} if body is not None else {}), **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.client.get(path, **options)
+
+    def message(self, message_id: int) -> dict[str, Any]:
+        response = self.get(f"/api/v1/messages/{message_id}")
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def chat(self, message: str = "Hello", **more: Any) -> EventStream:
+        """A streamed chat."""
+        return EventStream(self.url, "POST", "/api/v1/chat", {"message": message, **more})
+
+    def resume(self, message_id: int, cursor: int | None = None) -> EventStream:
+        headers = {} if cursor is None else {"Last-Event-ID": str(cursor)}
+        return EventStream(self.url, "GET", f"/api/v1/messages/{message_id}/stream", headers=headers)
+
+    def start_chat(self, message: str = "Hello", **more: Any) -> int:
+        """A chat in the background; returns the id of its answer."""
+        response = self.post("/api/v1/chat", {"message": message, "background": True, **more})
+        assert response.status_code == 202, response.text
+        return int(response.json()["message_id"])
+
+    def wait_ended(self, message_id: int, seconds: float = 20) -> dict[str, Any]:
+        wait_until(lambda: self.message(message_id)["status"] != "running", f"the end of message {message_id}", seconds)
+        return self.message(message_id)
+
+    def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a second, independent connection sees in the database."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.db}?mode=ro", uri=True, timeout=10)) as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def content(self, message_id: int) -> str:
+        """The stored content of a message, of every kind, as a second connection sees it."""
+        return "".join(text for (text,) in self.rows("SELECT text FROM delta WHERE message_id = ? ORDER BY offset", message_id))
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self._reap()
+
+    def terminate(self, seconds: float = 20) -> int:
+        """SIGTERM; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(seconds)
+        return self._reap()
+
+    def _reap(self) -> int:
+        status = self.process.wait(20)
+        for reader in self._readers:
+            reader.join(5)
+        self.client.close()
+        return status
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self._reap()
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10) -> None:
+    """Looks again and again until the condition holds. Raises AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with Provider() as running:
+        yield running
+
+
+@pytest.fixture
+def serve(tmp_path: Path, provider: Provider) -> Iterator[Callable[..., Server]]:
+    """Starts servers whose provider `openai` is the test's; settings as keywords, flags as arguments."""
+    servers: list[Server] = []
+
+    def start(*arguments: str, folder: Path = tmp_path, **settings: str) -> Server:
+        settings = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "sk-test", "OPENAI_MODELS": "m,n", **settings}
+        servers.append(Server(folder, *arguments, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def server(serve: Callable[..., Server]) -> Server:
+    return serve()
+
+
+@pytest.fixture
+def demo_server(tmp_path: Path) -> Iterator[Server]:
+    """A server as a first start has it: nothing configured."""
+    running = Server(tmp_path)
+    yield running
+    running.close()
