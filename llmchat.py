@@ -53,10 +53,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import email.utils
 import hashlib
 import html
+import itertools
 import json
 import logging
 import os
@@ -103,6 +105,9 @@ T = TypeVar("T")
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 REQUEST_BYTES_MAX = 1_000_000  # a request's body: some 200,000 words, more than any model's context takes
+IMAGE_REQUEST_BYTES_MAX = 20_000_000  # the same, when there are images in it
+IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
+SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -127,6 +132,7 @@ FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
+QUERY_CHARACTERS_MAX = 500  # of a search
 LIST_LIMIT_MAX = 200  # conversations in one answer
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
@@ -323,9 +329,9 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options"),
+    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "prefill_prefix"),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
-    "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
     "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
     "xai": facts("https://api.x.ai/v1", "XAI_API_KEY", "repeated_reasoning"),
     "fireworks": facts("https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY FIREWORKS_AI_API_KEY"),
@@ -334,7 +340,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     "cohere": facts("https://api.cohere.ai/compatibility/v1", "COHERE_API_KEY CO_API_KEY", "no_stream_options"),
     "nvidia": facts("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY NVIDIA_NIM_API_KEY"),
     "sambanova": facts("https://api.sambanova.ai/v1", "SAMBANOVA_API_KEY"),
-    "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY"),
+    "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", "prefill_partial"),
     "zai": facts("https://api.z.ai/api/paas/v4", "ZAI_API_KEY ZHIPU_API_KEY ZHIPUAI_API_KEY"),
     "dashscope": facts(
         "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY QWENCLOUD_API_KEY"
@@ -368,7 +374,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     "azure": facts(None, "AZURE_OPENAI_API_KEY AZURE_API_KEY", "api_key_header", "max_completion_tokens"),
     "ollama": facts("https://ollama.com/v1", "OLLAMA_API_KEY"),
     "lmstudio": facts("http://127.0.0.1:1234/v1", "LMSTUDIO_API_KEY LM_STUDIO_API_KEY", local=True),
-    "llamacpp": facts("http://127.0.0.1:8080/v1", "LLAMACPP_API_KEY", local=True),
+    "llamacpp": facts("http://127.0.0.1:8080/v1", "LLAMACPP_API_KEY", "prefill", local=True),
     "vllm": facts("http://127.0.0.1:8000/v1", "VLLM_API_KEY HOSTED_VLLM_API_KEY", local=True),
     "litellm": facts("http://127.0.0.1:4000/v1", "LITELLM_API_KEY", local=True),
     "transformers": facts("http://127.0.0.1:8000/v1", "TRANSFORMERS_API_KEY", local=True),
@@ -402,6 +408,8 @@ class Config:
     db: str = setting("llmchat.db", "path of the SQLite database")
     default_model: str = setting("", "`provider/model` when a request names none; empty: the first one that is found")
     fallbacks: str = setting("", "comma list of `provider/model`, tried in order when a model fails before its first delta")
+    system: str = setting("", "system prompt of new conversations")
+    title_model: str = setting("", "`provider/model` that names a conversation after its first answer; empty: its first line does")
     log_level: str = setting("info", "what is logged", choices="debug info warning error")
     log_format: str = setting("text", "how it is logged", choices="text json")
     flush_interval_ms: int = setting(20, "shortest time between two flushes, in ms", least=0, most=250)
@@ -583,6 +591,21 @@ class Timing(Struct, frozen=True):
     total_ms: int | None
 
 
+NO_TIMING = Timing(None, None)
+
+
+def add_usage(one: Usage | None, other: Usage | None) -> Usage | None:
+    if one is None or other is None:
+        return one or other
+    return Usage(
+        one.input_tokens + other.input_tokens,
+        one.output_tokens + other.output_tokens,
+        one.estimated or other.estimated,
+        one.cached_tokens + other.cached_tokens,
+        one.reasoning_tokens + other.reasoning_tokens,
+    )
+
+
 class Ending(NamedTuple):
     """How a generation ended: everything that the terminal transaction writes."""
 
@@ -749,6 +772,9 @@ class Parameters(Struct, frozen=True, omit_defaults=True):
     response_format: dict[str, Any] | None = None
 
 
+NO_PARAMETERS = Parameters()
+
+
 @dataclass(frozen=True)
 class Question:
     """Everything that one request to a provider is built from; `system` empty: none."""
@@ -757,6 +783,7 @@ class Question:
     system: str
     turns: tuple[Turn, ...]
     parameters: Parameters
+    continues: bool = False  # the last turn is an answer that broke off; the new one goes on with it
 
 
 class AnswerDecoder(Protocol):
@@ -782,6 +809,7 @@ class Dialect(Protocol):
 
     def path(self, provider: Provider) -> str: ...
     def headers(self, provider: Provider) -> dict[str, str]: ...
+    def prefills(self, quirks: frozenset[str]) -> bool: ...
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]: ...
     def decoder(self, provider: Provider) -> AnswerDecoder: ...
 
@@ -794,7 +822,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     """
     kept: list[Turn] = []
     for turn in turns:
-        if not turn.content or (not kept and turn.role == "assistant"):
+        if (not turn.content and turn.role != "tool") or (not kept and turn.role == "assistant"):
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
@@ -802,6 +830,39 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
         else:
             kept.append(turn)
     return kept
+
+
+def pair_tools(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """The turns without tool calls that nobody answered and results that nobody asked for: both are refused."""
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant":
+            results = {one.tool_call_id for one in itertools.takewhile(lambda one: one.role == "tool", turns[index + 1 :])}
+            content = tuple(one for one in turn.content if one.kind != "tool_call" or call_id(one) in results)
+            yield replace(turn, content=content)
+        elif turn.role == "tool":
+            before = next((one for one in reversed(turns[:index]) if one.role != "tool"), None)
+            if before is not None and turn.tool_call_id in {call_id(one) for one in before.content if one.kind == "tool_call"}:
+                yield turn
+        else:
+            yield turn
+
+
+def call_id(call: Delta) -> str:
+    return cast(str, json.loads(call.text)["id"])
+
+
+CONTINUE_PROMPT = (
+    "Your last answer was cut off. Continue it exactly where it stopped, beginning with the very next character. "
+    "Do not repeat any of it, do not start again, and do not comment on this."
+)
+
+
+def upstream_turns(question: Question, prefills: bool) -> list[Turn]:
+    """The turns as they go out. A broken-off answer is continued as a prefill where that works, else by asking."""
+    turns = alternate(pair_tools(question.turns))
+    if question.continues and turns and turns[-1].role == "assistant" and not prefills:
+        turns.append(Turn("user", (Delta("text", CONTINUE_PROMPT),)))
+    return turns
 
 
 # What providers call the end, and ours. The last row: their word for an answer that broke.
@@ -1060,8 +1121,13 @@ class OpenAIDialect:
         if asked.get("tools"):
             asked["tools"] = [tool if tool.get("type") else {"type": "function", "function": tool} for tool in asked["tools"]]
         system = [{"role": "system", "content": question.system}] if question.system else []
-        turns = [self._message(turn, quirks) for turn in alternate(question.turns)]
+        turns = [self._message(turn, quirks) for turn in upstream_turns(question, self.prefills(quirks))]
+        if question.continues and turns and turns[-1]["role"] == "assistant":
+            turns[-1].update({"prefix": True} if "prefill_prefix" in quirks else {"partial": True} if "prefill_partial" in quirks else {})
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
+
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return bool(quirks & {"prefill", "prefill_prefix", "prefill_partial"}) and "no_prefill" not in quirks
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
@@ -1261,7 +1327,12 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, question.turns))]
+        turns = upstream_turns(question, self.prefills(quirks))
+        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, turns))]
+        prefilled = bool(messages) and messages[-1]["role"] == "assistant"
+        if prefilled and messages[-1]["content"] and messages[-1]["content"][-1]["type"] == "text":
+            last = messages[-1]["content"][-1]
+            last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
         body: dict[str, Any] = {
             "model": question.model,
             "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
@@ -1278,11 +1349,15 @@ class AnthropicDialect:
             body["stop_sequences"] = parameters.stop
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
-        if budget := THINKING_TOKENS.get(parameters.reasoning_effort or ""):
+        budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
+        if budget and not prefilled:  # a prefill and thinking exclude each other
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
             body["max_tokens"] += budget  # the budget counts as output
             body.pop("temperature", None)  # may not be set beside thinking
         return body
+
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return "no_prefill" not in quirks
 
     def _message(self, turn: Turn, provider: Provider) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
@@ -1666,7 +1741,11 @@ def retry_delay(error: ProviderError, attempt: int) -> float | None:
 
 
 # What a provider's refusal can teach: words in its 400 or 422, and the quirk that the next try then has.
-LEARNT_QUIRKS = {"stream_options": "no_stream_options", "max_completion_tokens": "max_completion_tokens"}
+LEARNT_QUIRKS = {
+    "stream_options": "no_stream_options",
+    "max_completion_tokens": "max_completion_tokens",
+    "prefill": "no_prefill",
+}
 
 
 class Providers:
@@ -1723,6 +1802,10 @@ class Providers:
             yield Answer(provider, response)
         finally:
             await response.aclose()
+
+    def prefills(self, provider: Provider) -> bool:
+        """Whether a broken-off answer is continued by a prefill, not by asking."""
+        return DIALECTS[provider.dialect].prefills(self._quirks(provider))
 
     def _quirks(self, provider: Provider) -> frozenset[str]:
         return provider.quirks | self._learnt.get(provider.name, frozenset())
@@ -1935,21 +2018,38 @@ class Message(Struct):
     created_at_ms: int
 
 
-class ConversationSummary(Struct):
-    """A conversation in a list. `running`: one of its messages is being generated."""
+class SnippetPart(Struct, frozen=True):
+    """A piece of a snippet; `mark`: this is what was searched for."""
+
+    text: str
+    mark: bool
+
+
+class Match(Struct, frozen=True):
+    """Where a search found a conversation; `message_id` null: in its title."""
+
+    message_id: int | None
+    snippet: list[SnippetPart]
+
+
+class ConversationSummary(Struct, omit_defaults=True):
+    """A conversation in a list. `running`: one of its messages is being generated. `match` only in a search."""
 
     id: int
     title: str
     system: str
+    parameters: Parameters
     created_at_ms: int
     updated_at_ms: int
     running: bool
+    match: Match | None = None
 
 
-class Conversation(ConversationSummary):
-    """A conversation with its tree: messages by id, each with its parent_id."""
+class Conversation(ConversationSummary, kw_only=True):
+    """A conversation with its tree: messages by id, siblings in order; `path` leads to the newest leaf."""
 
     messages: list[Message]
+    path: list[int]
 
 
 class ConversationList(Struct):
@@ -1964,12 +2064,13 @@ class NewMessage:
     """What a request adds to a conversation: a user's content, and the answer that is to come.
 
     `conversation_id` None: a new conversation. `parent_id` UNSET: the newest leaf; None: a new first message.
+    `turns` are a user's content or the results of tools; empty when an answer is generated once more.
     """
 
     owner: str
     conversation_id: int | None
     parent_id: int | UnsetType | None
-    content: tuple[Delta, ...]
+    turns: tuple[Turn, ...]
     system: str | None
     targets: tuple[Target, ...]  # whom to ask, and then the fallbacks
     parameters: Parameters
@@ -1979,15 +2080,23 @@ class NewMessage:
 
 @dataclass(frozen=True)
 class Started:
-    """A committed question. `turns` lead from the root to it; `repeated`: an earlier request with the same key."""
+    """A committed question, and all that its generation begins with. `turns` lead from the root to the question.
+
+    `content` and what follows it are an answer's that is continued; there `turns` end with that answer.
+    """
 
     conversation_id: int
     message_id: int
     parent_id: int | None
-    created_at_ms: int
     system: str = ""
     turns: tuple[Turn, ...] = ()
-    repeated: bool = False
+    parameters: Parameters = NO_PARAMETERS
+    repeated: bool = False  # an earlier request with the same Idempotency-Key has started it
+    is_first: bool = False  # the first answer of its conversation
+    content: tuple[Delta, ...] = ()
+    usage: Usage | None = None
+    timing: Timing = NO_TIMING
+    attempts: tuple[dict[str, Any], ...] = ()
 
 
 class Row(NamedTuple):
@@ -2037,6 +2146,8 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     location = f"{Path(path).absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(location, uri=True, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
+    connection.create_function("segment", 1, segment, deterministic=True)
+    connection.create_function("owner_token", 1, owner_token, deterministic=True)
     for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
     return connection
@@ -2112,12 +2223,115 @@ def back_up(connection: sqlite3.Connection, path: str) -> None:
 def interrupt_running(connection: sqlite3.Connection) -> int:
     """Recovery: what still runs in the file belongs to a process that died."""
     connection.execute("BEGIN IMMEDIATE")
-    cursor = connection.execute(
+    running = connection.execute("SELECT id FROM message WHERE status = 'running'").fetchall()
+    connection.execute(
         "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'",
         (now_ms(),),
     )
+    for (message_id,) in running:
+        index_ended(connection, message_id)
     connection.execute("COMMIT")
-    return cursor.rowcount
+    return len(running)
+
+
+# ── full text ───────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# One FTS5 table for titles and texts. Its tokenizer knows words between spaces; scripts that have none (Chinese,
+# Japanese, Thai, …) go in character by character and are searched as phrases. Whatever a user types is text: every
+# word of it is quoted, and matches as a prefix.
+
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+SEARCH_WORDS_MAX = 16  # of one query
+SEARCH_MATCHES_MAX = 400  # newest matches that are ranked; the word "the" is in every message
+SNIPPET_TOKENS = 24
+MARK_START, MARK_END = "\x02", "\x03"
+
+
+def segment(text: str | None) -> str:
+    """The text as it is indexed: a space around every character of a script that has none."""
+    return UNSPACED.sub(r" \1 ", text or "")
+
+
+def unsegment(text: str) -> str:
+    """A snippet as it was before."""
+    return re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+
+
+def owner_token(owner: str) -> str:
+    """An owner as one word of the index."""
+    return "o" + hashlib.sha256(owner.encode()).hexdigest()[:16]
+
+
+def index_message(connection: sqlite3.Connection, owner: str, message_id: int, text: str) -> None:
+    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (message_id,))
+    if text:
+        values = (message_id, owner_token(owner), segment(text))
+        connection.execute("INSERT INTO message_fts (rowid, owner, text) VALUES (?, ?, ?)", values)
+
+
+def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
+    owner = connection.execute(
+        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ?", (message_id,)
+    ).fetchone()
+    rows = connection.execute("SELECT text FROM delta WHERE message_id = ? AND kind = 'text' ORDER BY offset", (message_id,))
+    if owner is not None:
+        index_message(connection, owner[0], message_id, "".join(text for (text,) in rows))
+
+
+def index_title(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
+    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (-conversation_id,))
+    values = (-conversation_id, owner_token(owner), segment(title))
+    connection.execute("INSERT INTO message_fts (rowid, owner, title) VALUES (?, ?, ?)", values)
+
+
+def match_expression(owner: str, query: str) -> str | None:
+    """What FTS5 is asked: all words of the query, each as a prefix; None if there is no word in it."""
+    phrases = []
+    for word in query.split()[:SEARCH_WORDS_MAX]:
+        tokens = re.findall(r"[^\W_]+", segment(word))
+        if tokens:
+            phrases.append('"' + " ".join(tokens) + '"*')
+    return f"owner:{owner_token(owner)} AND {{title text}}: ({' AND '.join(phrases)})" if phrases else None
+
+
+def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
+    """The conversations with the best matches, titles first; each with a snippet of its best one."""
+    expression = match_expression(owner, query)
+    if expression is None:
+        return ConversationList([], None)
+    rows = connection.execute(
+        "SELECT message_fts.rowid AS row, coalesce(message.conversation_id, -message_fts.rowid) AS conversation_id,"
+        f" snippet(message_fts, CASE WHEN matched < 0 THEN 1 ELSE 2 END, '{MARK_START}', '{MARK_END}', '…', {SNIPPET_TOKENS}) AS snippet, score FROM ("
+        "SELECT rowid AS matched, CASE WHEN rowid < 0 THEN -1e6 ELSE 0 END + rank AS score FROM ("
+        f"SELECT rowid, bm25(message_fts) AS rank FROM message_fts WHERE message_fts MATCH ?1 ORDER BY rowid DESC LIMIT {SEARCH_MATCHES_MAX})"
+        ") JOIN message_fts ON message_fts.rowid = matched LEFT JOIN message ON message.id = matched"
+        " WHERE message_fts MATCH ?1 ORDER BY score",
+        (expression,),
+    )
+    best: dict[int, sqlite3.Row] = {}
+    for row in rows:
+        if len(best) < limit:
+            best.setdefault(row["conversation_id"], row)
+    found = []
+    for conversation_id, row in best.items():
+        summary = summary_of(require_conversation(connection, owner, conversation_id))
+        match = Match(row["row"] if row["row"] > 0 else None, snippet_of(row["snippet"]))
+        found.append(ConversationSummary(**summary, match=match))
+    return ConversationList(found, None)
+
+
+def snippet_of(text: str) -> list[SnippetPart]:
+    """A snippet as parts, the marked ones being what was found."""
+    pieces = re.split(f"([{MARK_START}{MARK_END}])", unsegment(text))
+    parts, mark = [], False
+    for piece in pieces:
+        if piece in (MARK_START, MARK_END):
+            mark = piece == MARK_START
+        elif piece:
+            parts.append(SnippetPart(piece, mark))
+    return parts
 
 
 def lock_database(path: str) -> int:
@@ -2199,19 +2413,93 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
     else:
         require_conversation(connection, new.owner, conversation_id)
         parent_id = find_parent(connection, conversation_id, parent_id)
-        if new.system is not None:
-            connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
-    question_id = insert_message(connection, conversation_id, parent_id, "user", "completed", created_at_ms)
-    insert_content(connection, question_id, new.content)
+    if new.system is not None:
+        connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    for turn in new.turns:
+        parent_id = insert_turn(connection, new.owner, conversation_id, parent_id, turn, created_at_ms)
+    return insert_answer(connection, new, conversation_id, parent_id, created_at_ms)
+
+
+def insert_turn(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
+) -> int:
+    """Stores a message that is whole; returns its id."""
+    params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
     message_id = insert_message(
-        connection, conversation_id, question_id, "assistant", "running", created_at_ms,
-        provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(new.parameters).decode(),
+        connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=encode_json(params).decode()
+    )
+    insert_content(connection, message_id, turn.content)
+    index_message(connection, owner, message_id, text_of(turn.content))
+    return message_id
+
+
+def insert_answer(
+    connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, created_at_ms: int
+) -> Started:
+    """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
+    row = connection.execute("SELECT system, params_json FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
+    asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
+    message_id = insert_message(
+        connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
+        provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(asked).decode(),
         idempotency_key=new.idempotency_key, request_hash=new.request_hash,
     )  # fmt: skip
-    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (conversation_id,)).fetchone()[0]
     connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
-    turns = select_path(connection, question_id)
-    return Started(conversation_id, message_id, question_id, created_at_ms, system, turns)
+    answers = "SELECT count(*) FROM message WHERE conversation_id = ? AND role = 'assistant'"
+    return Started(
+        conversation_id,
+        message_id,
+        parent_id,
+        row["system"],
+        () if parent_id is None else select_path(connection, parent_id),
+        msgspec.convert(asked, Parameters),
+        is_first=connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+    )
+
+
+def regenerate_message(connection: sqlite3.Connection, message_id: int, new: NewMessage) -> Started:
+    """Stores a running sibling of an answer. Raises NotFound, InvalidRequest, Conflict."""
+    if new.idempotency_key is not None and (earlier := find_repeated(connection, new)):
+        return earlier
+    row = select_answer(connection, new.owner, message_id)
+    asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
+    new = replace(new, parameters=msgspec.convert(asked, Parameters))
+    return insert_answer(connection, new, row["conversation_id"], row["parent_id"], now_ms())
+
+
+def continue_message(connection: sqlite3.Connection, owner: str, message_id: int, target: Target) -> Started:
+    """Sets an answer that broke off running again, in place. Raises NotFound, InvalidRequest, Conflict."""
+    row = select_answer(connection, owner, message_id)
+    ended = row["status"] if row["status"] != "completed" else f"completed, with finish_reason {row['finish_reason']}"
+    if row["status"] == "running" or (row["status"] == "completed" and row["finish_reason"] != "length"):
+        raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
+    connection.execute(
+        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
+        " provider = ?, model = ? WHERE id = ?",
+        (target.provider.name, target.model, message_id),
+    )
+    rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
+    before = message_of(row, [Delta(*one) for one in rows])
+    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()[0]
+    return Started(
+        before.conversation_id,
+        message_id,
+        before.parent_id,
+        system,
+        select_path(connection, message_id),
+        msgspec.convert(json.loads(row["params_json"]), Parameters),
+        content=tuple(before.content),
+        usage=before.usage,
+        timing=before.timing,
+        attempts=tuple(before.attempts),
+    )
+
+
+def select_answer(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
+    row = select_message(connection, owner, message_id)
+    if row["role"] != "assistant":
+        raise InvalidRequest(f"message_id: message {message_id} is of role {row['role']}; only an answer can be generated")
+    return row
 
 
 def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | None:
@@ -2225,15 +2513,16 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
         return None
     if row["request_hash"] != new.request_hash:
         raise Conflict(f"Idempotency-Key: {new.idempotency_key!r} was used with another request")
-    return Started(row["conversation_id"], row["id"], row["parent_id"], row["created_at_ms"], repeated=True)
+    return Started(row["conversation_id"], row["id"], row["parent_id"], repeated=True)
 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
-    title = make_title(text_of(new.content))
+    title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
     cursor = connection.execute(
         "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms) VALUES (?, ?, ?, ?, ?)",
         (new.owner, title, new.system or "", created_at_ms, created_at_ms),
     )
+    index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
     return cast(int, cursor.lastrowid)
 
 
@@ -2313,6 +2602,7 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
             " WHERE id = (SELECT conversation_id FROM message WHERE id = ?)",
             (now_ms(), outcome.message_id),
         )
+        index_ended(connection, outcome.message_id)
 
 
 def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
@@ -2322,12 +2612,13 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
         " SELECT id, parent_id, 0 FROM message WHERE id = ?"
         " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id)"
         " SELECT message.id, role, provider, params_json, kind, text FROM path JOIN message USING (id)"
-        " JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
+        " LEFT JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
         (message_id,),
     )
     found: dict[int, tuple[sqlite3.Row, list[Delta]]] = {}
     for row in rows:
-        found.setdefault(row["id"], (row, []))[1].append(Delta(row["kind"], row["text"]))
+        content = found.setdefault(row["id"], (row, []))[1]
+        content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
         Turn(row["role"], tuple(join_deltas(content)), row["provider"], json.loads(row["params_json"]).get("tool_call_id"))
         for row, content in found.values()
@@ -2430,7 +2721,8 @@ def list_conversations(
 
 def summary_of(row: sqlite3.Row) -> dict[str, Any]:
     names = ("id", "title", "system", "created_at_ms", "updated_at_ms")
-    return {**{name: row[name] for name in names}, "running": bool(row["running"])}
+    parameters = msgspec.json.decode(row["params_json"], type=Parameters)
+    return {**{name: row[name] for name in names}, "parameters": parameters, "running": bool(row["running"])}
 
 
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
@@ -2444,17 +2736,29 @@ def load_conversation(connection: sqlite3.Connection, owner: str, conversation_i
             (conversation_id,),
         ):
             contents[message_id].append(Delta(kind, text))
-    return Conversation(**summary, messages=[message_of(row, contents[row["id"]]) for row in rows])
+    parents = {row["id"]: row["parent_id"] for row in rows}
+    path: list[int] = []
+    leaf = max(parents, default=None)
+    while leaf is not None:
+        path.append(leaf)
+        leaf = parents[leaf]
+    messages = [message_of(row, contents[row["id"]]) for row in rows]
+    return Conversation(**summary, messages=messages, path=path[::-1])
 
 
 def update_conversation(
-    connection: sqlite3.Connection, owner: str, conversation_id: int, changes: Mapping[str, str]
+    connection: sqlite3.Connection, owner: str, conversation_id: int, changes: Mapping[str, Any]
 ) -> ConversationSummary:
-    """Sets title or system; that is no activity, so the conversation keeps its place in the list."""
-    require_conversation(connection, owner, conversation_id)
-    for name, value in changes.items():
-        assert name in ("title", "system")
-        connection.execute(f"UPDATE conversation SET {name} = ? WHERE id = ?", (value, conversation_id))
+    """Sets title, system or parameters; that is no activity, so the conversation keeps its place in the list."""
+    row = require_conversation(connection, owner, conversation_id)
+    title, system = changes.get("title", row["title"]), changes.get("system", row["system"])
+    params = {**json.loads(row["params_json"]), **{name: changes[name] for name in changes if name not in ("title", "system")}}
+    params_json = encode_json({name: value for name, value in params.items() if value is not None}).decode()
+    connection.execute(
+        "UPDATE conversation SET title = ?, system = ?, params_json = ? WHERE id = ?", (title, system, params_json, conversation_id)
+    )
+    if title != row["title"]:
+        index_title(connection, owner, conversation_id, title)
     return ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
 
 
@@ -2465,8 +2769,48 @@ def delete_conversation(connection: sqlite3.Connection, owner: str, conversation
         "SELECT id FROM message WHERE status = 'running' AND conversation_id = ?", (conversation_id,)
     ).fetchall()
     if not running:
+        indexed = "SELECT id FROM message WHERE conversation_id = ?1 UNION ALL SELECT -?1"
+        connection.execute(f"DELETE FROM message_fts WHERE rowid IN ({indexed})", (conversation_id,))
         connection.execute("DELETE FROM conversation WHERE id = ?", (conversation_id,))
     return [row[0] for row in running]
+
+
+def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
+    """Sets a title that a model made, unless somebody has set one meanwhile."""
+    first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[0]
+    row = connection.execute("SELECT title FROM conversation WHERE id = ? AND owner = ?", (conversation_id, owner)).fetchone()
+    if first is None or row is None:
+        return
+    question = next(iter(select_path(connection, first)), None)
+    if question is not None and row["title"] == make_title(text_of(question.content)):
+        update_conversation(connection, owner, conversation_id, {"title": title})
+
+
+class UsageRow(Struct):
+    """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
+
+    day: str
+    provider: str | None
+    model: str | None
+    messages: int
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+
+
+def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[UsageRow]:
+    rows = connection.execute(
+        "SELECT date(message.created_at_ms / 1000, 'unixepoch') AS day, provider, model, count(*),"
+        " sum(json_extract(usage_json, '$.input_tokens')), sum(json_extract(usage_json, '$.output_tokens')),"
+        " max(json_extract(usage_json, '$.estimated')) FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE owner = ? AND usage_json IS NOT NULL AND message.created_at_ms >= ?"
+        " GROUP BY day, provider, model ORDER BY day DESC, provider, model",
+        (owner, now_ms() - days * 86_400_000),
+    )
+    return [
+        UsageRow(day, provider, model, messages, asked, answered, bool(estimated))
+        for day, provider, model, messages, asked, answered, estimated in rows
+    ]
 
 
 class Store:
@@ -2569,7 +2913,15 @@ class Store:
 
 log = logging.getLogger("llmchat")
 
+SEAM_CHARACTERS_MAX = 400  # of an answer's end that a continuation may repeat
+SEAM_CHARACTERS_MIN = 4  # a shorter repeat is a coincidence
 QUEUE_EVENTS_MAX = 256  # of one subscriber; beyond it, or beyond SEND_BYTES_MAX, it lags
+TITLE_SECONDS = 60  # for a model to name a conversation
+TITLE_SAMPLE_CHARACTERS = 2_000  # of the question and of the answer that it is shown
+TITLE_PROMPT = (
+    "Give this conversation a title of two to six words, in its own language. Answer with the title alone.\n\n"
+    "User: {question}\n\nAssistant: {answer}"
+)
 FLUSH_BURST_SECONDS = 0.02  # how far the pace may be ahead of itself: a stream at 50 deltas/s is never held up
 
 
@@ -2602,6 +2954,36 @@ def encode_end(ending: Ending, usage: Usage | None, timing: Timing) -> bytes:
             "error": ending.error,
         },
     )
+
+
+class Seam:
+    """Joins a continued answer to what was there: drops what the model says again.
+
+    Text is held back only while it may still be a repeat. `least` is how many characters make a repeat: models that
+    are asked to go on begin again at a word or a sentence, those that are given a prefill at most with white space.
+    """
+
+    def __init__(self, before: str, prefilled: bool) -> None:
+        self._before = before[len(before.rstrip()) :] if prefilled else before[-SEAM_CHARACTERS_MAX:]
+        self._least = 1 if prefilled else SEAM_CHARACTERS_MIN
+        self._held: str | None = ""
+
+    def feed(self, text: str) -> str:
+        """What of the text is new, as far as that is known yet."""
+        if self._held is None:
+            return text
+        self._held += text
+        longest = range(len(self._held) + 1, len(self._before) + 1)
+        if any(self._before[-length:].startswith(self._held) for length in longest):
+            return ""
+        return self.end()
+
+    def end(self) -> str:
+        """What was held back and is no repeat; from here on, everything passes."""
+        held, self._held = self._held or "", None
+        lengths = range(min(len(held), len(self._before)), self._least - 1, -1)
+        repeat = next((length for length in lengths if self._before.endswith(held[:length])), 0)
+        return held[repeat:]
 
 
 class Subscriber:
@@ -2667,31 +3049,30 @@ class Generation:
     event loop's thread; nothing here waits.
     """
 
-    def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], parameters: Parameters, config: Config) -> None:
+    def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], config: Config) -> None:
         self.owner = owner
+        self.started = started
         self.message_id = started.message_id
         self.conversation_id = started.conversation_id
         self.parent_id = started.parent_id
-        self.created_at_ms = started.created_at_ms
-        self.system, self.turns, self.parameters = started.system, started.turns, parameters
         self.targets = targets
         self.target = targets[0]
         self.task: asyncio.Task[None] | None = None
         self.ending: Ending | None = None
-        self.attempts: list[dict[str, Any]] = []
+        self.attempts = list(started.attempts)
         # content on its way
         self.pending: list[Delta] = []
         self.pending_characters = 0
         self.characters = 0  # of the whole answer
         self.room = asyncio.Event()  # set while pending is below its bound
         self.room.set()
-        self.offset = 0
-        self.published = 0
+        self.seam: Seam | None = None
+        self.offset = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
         self.subscribers: set[Subscriber] = set()
         self.ended = asyncio.Event()  # the `end` event is out
         self._ring: deque[tuple[int, bytes]] = deque()
-        self._ring_floor = 0  # the offset before the ring's oldest event
+        self._ring_floor = self.published  # the offset before the ring's oldest event
         self._ring_bytes = 0
         self._ring_events_max = config.ring_events
         # the guards' clocks, monotonic seconds
@@ -2725,6 +3106,9 @@ class Generation:
         self.last_delta_at = time.monotonic()
         if self.first_delta_at is None:
             self.first_delta_at = self.last_delta_at
+        if self.seam is not None:
+            joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
+            deltas = [one for one in joined if one.text]
         self.pending += deltas
         length = sum([len(delta.text) for delta in deltas])
         self.characters += length
@@ -2749,14 +3133,22 @@ class Generation:
         return Flush(self, pieces, self.outcome() if self.ending is not None else None)
 
     def outcome(self) -> Outcome:
+        """What the terminal transaction writes; a continued answer's figures are the sums of its runs."""
         assert self.ending is not None, "only what has ended has an outcome"
-        first = None if self.first_delta_at is None else round((self.first_delta_at - self.started_at) * 1000)
-        total = round((time.monotonic() - self.started_at) * 1000)
+        before = self.started.timing
+        first = before.first_delta_ms
+        if first is None and self.first_delta_at is not None:
+            first = round((self.first_delta_at - self.started_at) * 1000)
+        total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), tuple(self.attempts), first, total)
+
+    def usage(self) -> Usage | None:
+        """The tokens of all runs of this answer; None: nothing was asked that would cost anything."""
         usage = self.answer.decoder.usage if self.answer is not None else None
         if usage is None and self.answer is not None:
-            asked = sum(estimate_tokens(turn.content) for turn in self.turns)
+            asked = sum(estimate_tokens(turn.content) for turn in self.started.turns)
             usage = Usage(asked, (self.characters + 3) // 4, estimated=True)
-        return Outcome(self.message_id, self.ending, self.target, usage, tuple(self.attempts), first, total)
+        return add_usage(self.started.usage, usage)
 
     # ── publishing ──
 
@@ -2812,6 +3204,7 @@ class Generations:
         self._store = store
         self._providers = providers
         self._starting = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self._dirty: dict[int, Generation] = {}
         self._wake = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
@@ -2824,8 +3217,10 @@ class Generations:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
         for generation in list(self.running.values()):
             self._end(generation, Ending("interrupted"))
+        for task in self._tasks:
+            task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         if self._flusher is not None:
             self._flusher.cancel()
@@ -2853,6 +3248,19 @@ class Generations:
 
     async def start(self, new: NewMessage) -> Started:
         """Commits the question and starts its answer. Raises Draining, Overloaded, and what start_message raises."""
+        return await self._start(new.owner, new.targets, start_message, new)
+
+    async def regenerate(self, message_id: int, new: NewMessage) -> Started:
+        """Starts a sibling of an answer. Raises as `start` does."""
+        return await self._start(new.owner, new.targets, regenerate_message, message_id, new)
+
+    async def go_on(self, owner: str, message_id: int, target: Target) -> Started:
+        """Goes on with an answer that broke off, in the same message. Raises as `start` does."""
+        return await self._start(owner, (target,), continue_message, owner, message_id, target)
+
+    async def _start(
+        self, owner: str, targets: tuple[Target, ...], operation: Callable[..., Started], *arguments: Any
+    ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
         if len(self.running) + self._starting >= self._config.generations_max:
@@ -2862,11 +3270,11 @@ class Generations:
             )
         self._starting += 1
         try:
-            started = await self._store.write(start_message, new, durable=True)
+            started = await self._store.write(operation, *arguments, durable=True)
         finally:
             self._starting -= 1
         if not started.repeated:
-            self._launch(Generation(new.owner, started, new.targets, new.parameters, self._config))
+            self._launch(Generation(owner, started, targets, self._config))
         return started
 
     def _launch(self, generation: Generation) -> None:
@@ -2946,12 +3354,15 @@ class Generations:
 
     async def _attempt(self, generation: Generation, target: Target) -> GenerationError | None:
         """One question to one model. Returns what went wrong, or None."""
-        question = Question(target.model, generation.system, generation.turns, generation.parameters)
+        started = generation.started
+        question = Question(target.model, started.system, started.turns, started.parameters, continues=bool(started.content))
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
         generation.answer = None
         failure: GenerationError | None = None
         try:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
+                if started.content:
+                    generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
                 async with contextlib.aclosing(generation.answer.deltas()) as batches:
                     async for deltas in batches:
                         generation.receive(deltas)
@@ -2964,6 +3375,8 @@ class Generations:
             failure = exc
         finally:
             generation.guard = None
+            if generation.seam is not None and (rest := generation.seam.end()):
+                generation.receive([Delta("text", rest)])
         record: dict[str, Any] = {"provider": target.provider.name, "model": target.model}
         record["error"] = None if failure is None else failure.detail()
         record["ms"] = round((time.monotonic() - generation.attempt_at) * 1000)
@@ -3076,6 +3489,33 @@ class Generations:
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
+            if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
+                self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Owns a task until it has ended; `close` awaits it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _title(self, generation: Generation) -> None:
+        """Lets a model name the conversation. Nobody waits for it, and a failure is no more than a line in the log."""
+        try:
+            async with asyncio.timeout(TITLE_SECONDS):
+                target = await self._providers.resolve(None, self._config.title_model, "LLMCHAT_TITLE_MODEL")
+                message = await self._store.read(load_message, generation.owner, generation.message_id)
+                asked = text_of(generation.started.turns[-1].content) if generation.started.turns else ""
+                prompt = TITLE_PROMPT.format(question=asked[:TITLE_SAMPLE_CHARACTERS], answer=message.text[:TITLE_SAMPLE_CHARACTERS])
+                question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
+                deltas: list[Delta] = []
+                async with self._providers.ask(target, question) as answer:
+                    async for batch in answer.deltas():
+                        deltas += batch
+            title = make_title(text_of(deltas).strip().strip('"'))
+            if title:
+                await self._store.write(title_conversation, generation.owner, generation.conversation_id, title)
+        except (LlmchatError, TimeoutError) as exc:
+            fields = {"conversation_id": generation.conversation_id, "error": reason_of(exc)}
+            log.warning("no title", extra={"fields": fields})
 
     def _announce(self, generation: Generation, outcome: Outcome) -> None:
         timing = Timing(outcome.first_delta_ms, outcome.total_ms)
@@ -3237,6 +3677,9 @@ def owner_of(request: Request) -> str:
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Characters = Annotated[str, Meta(min_length=1)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+MaxTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high"]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200, description="`provider/model`")]
 
 
@@ -3246,33 +3689,69 @@ class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text")
     text: Characters
 
 
-class ChatRequest(Struct, forbid_unknown_fields=True):
-    """A question. Absent fields have the defaults that the schema gives; null is the same as absent but for parent_id."""
+class ImagePart(Struct, forbid_unknown_fields=True, tag_field="type", tag="image"):
+    """A part of a message that is an image, as base64 or as a data URL; never an address to fetch."""
 
-    message: Characters | list[TextPart]
+    data: Annotated[str, Meta(min_length=1, description="base64, or a data URL")]
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"] | None = None
+
+
+class ToolResultPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
+    """What a tool that the last answer called gave; its text may be empty."""
+
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    text: str
+
+
+class Asked(Struct, forbid_unknown_fields=True):
+    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
+
     model: ModelName | None = None
     provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
+    temperature: Temperature | None = None
+    max_tokens: MaxTokens | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+    stream: bool = True
+    background: bool = False
+
+
+class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """A question. Null is the same as absent, but for parent_id."""
+
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(min_length=1, max_length=64)]
     conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
     parent_id: (
         Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
         | UnsetType
         | None
     ) = UNSET
-    system: Annotated[str, Meta(max_length=100_000, description="kept with the conversation")] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = None
+
+
+class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """Another answer to the same question; what is absent is as it was for the first."""
+
+
+class ContinueRequest(Struct, forbid_unknown_fields=True):
+    """How the rest of an answer is to come."""
+
+    model: ModelName | None = None
+    provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     stream: bool = True
     background: bool = False
 
 
 class ConversationChanges(Struct, forbid_unknown_fields=True):
-    """What of a conversation can be set; absent fields stay as they are."""
+    """What of a conversation can be set; absent fields stay as they are. A parameter that is null is unset again."""
 
     title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
-    system: Annotated[str, Meta(max_length=100_000)] | UnsetType = UNSET
+    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | UnsetType = UNSET
+    temperature: Temperature | UnsetType | None = UNSET
+    max_tokens: MaxTokens | UnsetType | None = UNSET
+    reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
 
 
 class ErrorDetail(Struct):
@@ -3352,6 +3831,12 @@ class HelpAnswer(Struct):
     unusable_keys: list[str]
 
 
+class UsageAnswer(Struct):
+    """Newest day first, then by provider and model."""
+
+    usage: list[UsageRow]
+
+
 class DeletedAnswer(Struct):
     deleted: bool
 
@@ -3378,25 +3863,30 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 # ── what comes in ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def read_json(request: Request, kind: type[T]) -> tuple[T, bytes]:
+async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BYTES_MAX) -> tuple[T, bytes]:
     """The request's body as a value of this type, and as it came. Raises InvalidRequest, TooLarge."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise InvalidRequest(f"content-type: {content_type or 'none'!r} is not accepted; send application/json")
+    body = await read_body(request, bytes_max)
+    try:
+        value = msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(explain(exc, body)) from exc
+    refuse_unstorable(value)
+    return value, body
+
+
+async def read_body(request: Request, bytes_max: int) -> bytes:
     body = bytearray()
     try:
         async for data in request.stream():
             body += data
-            if len(body) > REQUEST_BYTES_MAX:
-                raise TooLarge(f"body: is larger than {REQUEST_BYTES_MAX:,} bytes, the limit")
+            if len(body) > bytes_max:
+                raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
     except ClientDisconnect as exc:
         raise InvalidRequest("body: the connection was closed before it was whole") from exc
-    try:
-        value = msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(explain(exc, bytes(body))) from exc
-    refuse_unstorable(value)
-    return value, bytes(body)
+    return bytes(body)
 
 
 def explain(error: Exception, body: bytes) -> str:
@@ -3575,16 +4065,46 @@ def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
 
 async def chat(request: Request) -> Response:
     service, owner = service_of(request), owner_of(request)
-    asked, body = await read_json(request, ChatRequest)
-    new = await new_message(service, owner, asked)
-    if (key := idempotency_key(request)) is not None:
-        new = replace(new, idempotency_key=key, request_hash=hashlib.sha256(body).hexdigest())
-    started = await service.generations.start(new)
+    asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
+    turns = turns_of(asked.message)
+    if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
+        raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+    new = await new_message(request, asked, body, turns)
+    is_new = asked.conversation_id is None
+    system = asked.system if asked.system is not None or not is_new else service.config.system or None
+    new = replace(new, conversation_id=asked.conversation_id, parent_id=asked.parent_id, system=system)
+    return await answer_started(request, asked, await service.generations.start(new), owner)
+
+
+async def regenerate(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    message = await service.store.read(load_message, owner, message_id)
+    if asked.model is None and asked.provider is None and message.model:
+        asked.provider, asked.model = message.provider, message.model
+    new = await new_message(request, asked, body + str(message_id).encode(), ())
+    return await answer_started(request, asked, await service.generations.regenerate(message_id, new), owner)
+
+
+async def continue_answer(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    message = await service.store.read(load_message, owner, message_id)
+    if asked.model is None and asked.provider is None and message.model:
+        asked.provider, asked.model = message.provider, message.model
+    target = await service.providers.resolve(asked.provider, asked.model)
+    started = await service.generations.go_on(owner, message_id, target)
+    return await answer_started(request, asked, started, owner)
+
+
+async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
+    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
     if asked.background:
         answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, "running")
         return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
     if asked.stream:
-        return EventStream(await service.generations.subscribe(owner, started.message_id, 0))
+        cursor = sum(len(delta.text) for delta in started.content)
+        return EventStream(await service_of(request).generations.subscribe(owner, started.message_id, cursor))
     return await finished_message(request, started.message_id)
 
 
@@ -3638,9 +4158,20 @@ async def list_generations(request: Request) -> Response:
     return json_response(GenerationList(generations))
 
 
+async def get_usage(request: Request) -> Response:
+    days = query_integer(request, "days", 30, 1, 3660)
+    return json_response(UsageAnswer(await service_of(request).store.read(sum_usage, owner_of(request), days)))
+
+
 async def get_conversations(request: Request) -> Response:
     limit = query_integer(request, "limit", 50, 1, LIST_LIMIT_MAX)
     before = before_of(request.query_params.get("before"))
+    query = request.query_params.get("query", "")
+    if query.strip():
+        if len(query) > QUERY_CHARACTERS_MAX:
+            raise InvalidRequest(f"query: has {len(query):,} characters; the limit is {QUERY_CHARACTERS_MAX}")
+        store = service_of(request).store
+        return json_response(await store.read(search_conversations, owner_of(request), query, limit))
     return json_response(await service_of(request).store.read(list_conversations, owner_of(request), limit, before))
 
 
@@ -3653,8 +4184,8 @@ async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
-    store = service_of(request).store
-    return json_response(await store.write(update_conversation, owner_of(request), conversation_id, changes, durable=True))
+    store, owner = service_of(request).store, owner_of(request)
+    return json_response(await store.write(update_conversation, owner, conversation_id, changes, durable=True))
 
 
 async def remove_conversation(request: Request) -> Response:
@@ -3717,19 +4248,82 @@ async def get_docs(request: Request) -> Response:
     return HTMLResponse(docs_page(str(request.base_url).rstrip("/")))
 
 
-async def new_message(service: Service, owner: str, asked: ChatRequest) -> NewMessage:
-    """What a chat request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
-    names = asked.fallbacks if asked.fallbacks is not None else [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
+async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
+    """The body as `read_json` gives it, or the type's defaults when there is none."""
+    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        return kind(), b""
+    return await read_json(request, kind)
+
+
+async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
+    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
+    service = service_of(request)
+    names = asked.fallbacks
+    if names is None:
+        names = [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
+    target = await service.providers.resolve(asked.provider, asked.model)
     fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
-    targets = (await service.providers.resolve(asked.provider, asked.model), *fallbacks)
-    parts = [asked.message] if isinstance(asked.message, str) else [part.text for part in asked.message]
-    if not any(part.strip() for part in parts):
-        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
     parameters = Parameters(
-        temperature=asked.temperature, max_tokens=asked.max_tokens, reasoning_effort=asked.reasoning_effort, tools=asked.tools
+        temperature=asked.temperature,
+        max_tokens=asked.max_tokens,
+        reasoning_effort=asked.reasoning_effort,
+        tools=asked.tools,
+        tool_choice=asked.tool_choice,
     )
-    content = tuple(Delta("text", part) for part in parts)
-    return NewMessage(owner, asked.conversation_id, asked.parent_id, content, asked.system, targets, parameters)
+    key = idempotency_key(request)
+    return NewMessage(
+        owner=owner_of(request),
+        conversation_id=None,
+        parent_id=UNSET,
+        turns=turns,
+        system=None,
+        targets=(target, *fallbacks),
+        parameters=parameters,
+        idempotency_key=key,
+        request_hash=hashlib.sha256(body).hexdigest() if key else None,
+    )
+
+
+def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
+    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
+    parts = [TextPart(message)] if isinstance(message, str) else message
+    results = [
+        Turn("tool", (Delta("text", part.text),) if part.text else (), tool_call_id=part.tool_call_id)
+        for part in parts
+        if isinstance(part, ToolResultPart)
+    ]
+    content = tuple(
+        Delta("text", part.text) if isinstance(part, TextPart) else image_of(part, f"message.{index}")
+        for index, part in enumerate(parts)
+        if not isinstance(part, ToolResultPart)
+    )
+    if not results and not any(delta.kind == "image" or delta.text.strip() for delta in content):
+        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
+    return (*results, Turn("user", content)) if content else tuple(results)
+
+
+IMAGE_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+
+def image_of(part: ImagePart, name: str) -> Delta:
+    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
+    head, comma, rest = part.data.partition(",")
+    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError as exc:
+        raise InvalidRequest(f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched") from exc
+    if len(data) > IMAGE_BYTES_MAX:
+        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
+    found = next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+    if found is None or (part.media_type is not None and part.media_type != found):
+        raise InvalidRequest(f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type")
+    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -3773,6 +4367,8 @@ WHOLE_NUMBER = {"type": "integer", "minimum": 0}
 AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
 LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
 BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
+QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
+DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
 REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
@@ -3794,20 +4390,30 @@ ENDPOINTS = (
         "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
         StatusAnswer, errors=(404, 503), curl="-X POST",
     ),
+    Endpoint(
+        "POST", "/api/v1/messages/{id}/regenerate", regenerate, "another answer to the same question, beside this one",
+        Message, RegenerateRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
+        curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
+    ),
+    Endpoint(
+        "POST", "/api/v1/messages/{id}/continue", continue_answer, "goes on with an answer that broke off, in place",
+        Message, ContinueRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504), curl="-N -X POST",
+    ),
     Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
     Endpoint(
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
-        ConversationList, query=(LIMIT, BEFORE), errors=(400,),
+        ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
     ),
     Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, errors=(404,)),
     Endpoint(
-        "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title or system prompt",
+        "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
     ),
     Endpoint(
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
     Endpoint("GET", "/docs", get_docs, "this API, to read"),
 )  # fmt: skip
@@ -3855,7 +4461,7 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     if one.path == "/docs":
         content = {"text/html": {"schema": {"type": "string"}}}
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is ChatRequest:
+    if one.body is not None and one.streams:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
     for status in sorted({*one.errors, 500}):
