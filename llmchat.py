@@ -1651,7 +1651,7 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         return max(float(headers.get("retry-after-ms", "")) / 1000, 0.0)
     with contextlib.suppress(ValueError):
         return max(float(headers.get("retry-after", "")), 0.0)
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         return max(email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
     return None
 
