@@ -156,7 +156,7 @@ class LlmchatError(Exception):
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = message.encode("utf-8", "replace").decode()  # a provider's words may hold half a surrogate pair
         self.retry_after_seconds = retry_after_seconds
 
     def detail(self) -> dict[str, Any]:
