@@ -3021,12 +3021,12 @@ class Generations:
         outcomes = [flush.outcome for flush in batch if flush.outcome is not None]
         try:
             await self._commit(rows, outcomes)
-        except sqlite3.Error:  # the database works, but something in here does not go in: find it, spare the others
+        except Exception:  # the database works, but something in here does not go in: find it, spare the others
             if len(batch) > 1:
                 for flush in batch:
                     await self._flush([flush])
             else:
-                self._abandon(batch[0].generation)
+                await self._abandon(batch[0].generation)
         else:
             for flush in batch:
                 self._publish(flush)
@@ -3049,14 +3049,21 @@ class Generations:
                     log.info("flush works again", extra={"fields": {"after_seconds": seconds}})
                 return
 
-    def _abandon(self, generation: Generation) -> None:
-        """A generation whose rows the database refuses, as when its message was deleted by another program."""
+    async def _abandon(self, generation: Generation) -> None:
+        """A generation whose rows the database refuses, as when its message was deleted by another program.
+
+        What it had in its hands is dropped, so that at least its end can be stored, if there is still a message.
+        """
         log.exception("flush refused", extra={"fields": {"message_id": generation.message_id}})
-        self._end(generation, Ending("failed", error=InternalError("the answer cannot be stored").detail()))
+        self._end(generation, Ending("failed"))
+        generation.ending = Ending("failed", error=InternalError("the answer cannot be stored").detail())
+        outcome = replace(generation.outcome(), usage=None, attempts=())
+        with contextlib.suppress(sqlite3.Error):
+            await self._commit([], [outcome])
         self._dirty.pop(generation.message_id, None)
         self.running.pop(generation.message_id, None)
         if not generation.ended.is_set():
-            self._announce(generation, generation.outcome())
+            self._announce(generation, outcome)
 
     def _give_up(self, error: StoreUnavailable) -> None:
         """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
