@@ -3105,7 +3105,7 @@ class Generations:
         """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
         generation = self.find(owner, message_id)
         about: Generation | Message
-        if generation is None:
+        if generation is None or cursor > generation.published:  # the store is a moment ahead of what was published
             page = await self._store.read(load_page, owner, message_id, cursor)
             about, status, length = page.message, page.message.status, page.length
         else:
