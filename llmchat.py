@@ -3475,7 +3475,7 @@ def parse_integer(name: str, text: str | None, default: int, least: int, most: i
 def cursor_of(request: Request) -> int:
     """Where a stream begins: `after`, or what a browser sends when it comes back. Raises InvalidRequest."""
     after, last = request.query_params.get("after"), request.headers.get("last-event-id")
-    if after is not None and last is None:
+    if after is not None and not last:  # an empty id is what a browser has before the first event
         return parse_integer("after", after, 0, 0, 2**53)
     return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53)
 
