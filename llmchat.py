@@ -3075,8 +3075,9 @@ class Generations:
     def _publish(self, flush: Flush) -> None:
         """What was committed, to everyone who looks on."""
         generation = flush.generation
-        for offset, delta in flush.pieces:
-            generation.publish(offset, encode_delta(delta, offset))
+        if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
+            for offset, delta in flush.pieces:
+                generation.publish(offset, encode_delta(delta, offset))
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
