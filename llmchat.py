@@ -162,7 +162,7 @@ class LlmchatError(Exception):
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = message.encode("utf-8", "replace").decode()  # a provider's words may hold half a surrogate pair
         self.retry_after_seconds = retry_after_seconds
 
     def detail(self) -> dict[str, Any]:
@@ -1726,7 +1726,7 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         return max(float(headers.get("retry-after-ms", "")) / 1000, 0.0)
     with contextlib.suppress(ValueError):
         return max(float(headers.get("retry-after", "")), 0.0)
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         return max(email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
     return None
 
@@ -3434,12 +3434,12 @@ class Generations:
         outcomes = [flush.outcome for flush in batch if flush.outcome is not None]
         try:
             await self._commit(rows, outcomes)
-        except sqlite3.Error:  # the database works, but something in here does not go in: find it, spare the others
+        except Exception:  # the database works, but something in here does not go in: find it, spare the others
             if len(batch) > 1:
                 for flush in batch:
                     await self._flush([flush])
             else:
-                self._abandon(batch[0].generation)
+                await self._abandon(batch[0].generation)
         else:
             for flush in batch:
                 self._publish(flush)
@@ -3462,14 +3462,21 @@ class Generations:
                     log.info("flush works again", extra={"fields": {"after_seconds": seconds}})
                 return
 
-    def _abandon(self, generation: Generation) -> None:
-        """A generation whose rows the database refuses, as when its message was deleted by another program."""
+    async def _abandon(self, generation: Generation) -> None:
+        """A generation whose rows the database refuses, as when its message was deleted by another program.
+
+        What it had in its hands is dropped, so that at least its end can be stored, if there is still a message.
+        """
         log.exception("flush refused", extra={"fields": {"message_id": generation.message_id}})
-        self._end(generation, Ending("failed", error=InternalError("the answer cannot be stored").detail()))
+        self._end(generation, Ending("failed"))
+        generation.ending = Ending("failed", error=InternalError("the answer cannot be stored").detail())
+        outcome = replace(generation.outcome(), usage=None, attempts=())
+        with contextlib.suppress(sqlite3.Error):
+            await self._commit([], [outcome])
         self._dirty.pop(generation.message_id, None)
         self.running.pop(generation.message_id, None)
         if not generation.ended.is_set():
-            self._announce(generation, generation.outcome())
+            self._announce(generation, outcome)
 
     def _give_up(self, error: StoreUnavailable) -> None:
         """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
@@ -3481,8 +3488,9 @@ class Generations:
     def _publish(self, flush: Flush) -> None:
         """What was committed, to everyone who looks on."""
         generation = flush.generation
-        for offset, delta in flush.pieces:
-            generation.publish(offset, encode_delta(delta, offset))
+        if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
+            for offset, delta in flush.pieces:
+                generation.publish(offset, encode_delta(delta, offset))
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
@@ -3538,7 +3546,7 @@ class Generations:
         """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
         generation = self.find(owner, message_id)
         about: Generation | Message
-        if generation is None:
+        if generation is None or cursor > generation.published:  # the store is a moment ahead of what was published
             page = await self._store.read(load_page, owner, message_id, cursor)
             about, status, length = page.message, page.message.status, page.length
         else:
@@ -3958,7 +3966,7 @@ def parse_integer(name: str, text: str | None, default: int, least: int, most: i
 def cursor_of(request: Request) -> int:
     """Where a stream begins: `after`, or what a browser sends when it comes back. Raises InvalidRequest."""
     after, last = request.query_params.get("after"), request.headers.get("last-event-id")
-    if after is not None and last is None:
+    if after is not None and not last:  # an empty id is what a browser has before the first event
         return parse_integer("after", after, 0, 0, 2**53)
     return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53)
 
