@@ -128,6 +128,7 @@ FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
+TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
 LIST_LIMIT_MAX = 200  # conversations in one answer
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
@@ -2240,8 +2241,10 @@ def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created
 
 def make_title(text: str) -> str:
     """The first line that says something, without Markdown's marks, cut at a word."""
-    lines = (re.sub(r"[*_`~]|^[#>\s-]+", "", line).strip() for line in text.split("\n"))
-    title = " ".join(next((line for line in lines if re.search(r"\w", line)), "").split())
+    lines = [line.strip()[:TITLE_LINE_CHARACTERS_MAX] for line in text.split("\n") if line.strip()]
+    bare = (re.sub(r"^(\s|>|[#*+-]+\s)+", "", line) for line in lines if not line.startswith(("```", "~~~")))
+    plain = (re.sub(r"(?<!\w)([*_`~]{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2", line) for line in bare)
+    title = " ".join(next((line for line in plain if re.search(r"\w", line)), lines[0] if lines else "").split())
     if len(title) <= TITLE_CHARACTERS_MAX:
         return title
     cut = title[: TITLE_CHARACTERS_MAX - 1]
