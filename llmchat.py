@@ -1990,6 +1990,7 @@ class Started:
     system: str = ""
     turns: tuple[Turn, ...] = ()
     repeated: bool = False
+    status: str = "running"
 
 
 class Row(NamedTuple):
@@ -2227,7 +2228,7 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
         return None
     if row["request_hash"] != new.request_hash:
         raise Conflict(f"Idempotency-Key: {new.idempotency_key!r} was used with another request")
-    return Started(row["conversation_id"], row["id"], row["parent_id"], row["created_at_ms"], repeated=True)
+    return Started(row["conversation_id"], row["id"], row["parent_id"], row["created_at_ms"], repeated=True, status=row["status"])
 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
@@ -3661,7 +3662,7 @@ async def chat(request: Request) -> Response:
         new = replace(new, idempotency_key=key, request_hash=hashlib.sha256(body).hexdigest())
     started = await service.generations.start(new)
     if asked.background:
-        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, "running")
+        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, started.status)
         return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
     if asked.stream:
         return EventStream(await service.generations.subscribe(owner, started.message_id, 0))
