@@ -3734,6 +3734,8 @@ async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
+    if not changes.get("title", "x").strip():
+        raise InvalidRequest("title: is empty; it has at least one character that is not a space")
     store = service_of(request).store
     return json_response(await store.write(update_conversation, owner_of(request), conversation_id, changes, durable=True))
 
