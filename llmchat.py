@@ -3580,9 +3580,12 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
         gone = asyncio.ensure_future(self._watch_client(receive))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
             async with contextlib.aclosing(self._stream.frames()) as frames:
                 async for data in frames:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
