@@ -108,6 +108,7 @@ REQUEST_BYTES_MAX = 1_000_000  # a request's body: some 200,000 words, more than
 IMAGE_REQUEST_BYTES_MAX = 20_000_000  # the same, when there are images in it
 IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
 SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
+NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -133,6 +134,7 @@ FLUSH_RETRY_SECONDS = 0.5  # between those tries
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
 QUERY_CHARACTERS_MAX = 500  # of a search
+TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
 LIST_LIMIT_MAX = 200  # conversations in one answer
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
@@ -2092,6 +2094,7 @@ class Started:
     turns: tuple[Turn, ...] = ()
     parameters: Parameters = NO_PARAMETERS
     repeated: bool = False  # an earlier request with the same Idempotency-Key has started it
+    status: str = "running"
     is_first: bool = False  # the first answer of its conversation
     content: tuple[Delta, ...] = ()
     usage: Usage | None = None
@@ -2513,7 +2516,7 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
         return None
     if row["request_hash"] != new.request_hash:
         raise Conflict(f"Idempotency-Key: {new.idempotency_key!r} was used with another request")
-    return Started(row["conversation_id"], row["id"], row["parent_id"], repeated=True)
+    return Started(row["conversation_id"], row["id"], row["parent_id"], repeated=True, status=row["status"])
 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
@@ -2528,8 +2531,10 @@ def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created
 
 def make_title(text: str) -> str:
     """The first line that says something, without Markdown's marks, cut at a word."""
-    lines = (re.sub(r"[*_`~]|^[#>\s-]+", "", line).strip() for line in text.split("\n"))
-    title = " ".join(next((line for line in lines if re.search(r"\w", line)), "").split())
+    lines = [line.strip()[:TITLE_LINE_CHARACTERS_MAX] for line in text.split("\n") if line.strip()]
+    bare = (re.sub(r"^(\s|>|[#*+-]+\s)+", "", line) for line in lines if not line.startswith(("```", "~~~")))
+    plain = (re.sub(r"(?<!\w)([*_`~]{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2", line) for line in bare)
+    title = " ".join(next((line for line in plain if re.search(r"\w", line)), lines[0] if lines else "").split())
     if len(title) <= TITLE_CHARACTERS_MAX:
         return title
     cut = title[: TITLE_CHARACTERS_MAX - 1]
@@ -3880,7 +3885,7 @@ async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BY
     try:
         value = msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(explain(exc, body)) from exc
+        raise InvalidRequest(explain(exc, body, kind)) from exc
     refuse_unstorable(value)
     return value, body
 
@@ -3897,49 +3902,125 @@ async def read_body(request: Request, bytes_max: int) -> bytes:
     return bytes(body)
 
 
-def explain(error: Exception, body: bytes) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
+def explain(error: Exception, body: bytes, kind: Any) -> str:
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        return f"body: is not JSON: {reason_of(exc)}"
-    if not isinstance(error, msgspec.ValidationError):
-        surrogate = "has half of a surrogate pair, which no text can hold"
-        return f"{find_surrogate(document, '') or 'body'}: {surrogate}"
-    complaint, _, path = str(error).partition(" - at `$")
+        document = parse_strictly(body)
+        if not isinstance(error, msgspec.ValidationError | RecursionError):
+            name = find_surrogate(document, "") or "body"
+            return f"{printable(name)}: has half of a surrogate pair, which no text can hold"
+        return explain_validation(error, document, kind)
+    except RecursionError:
+        return f"body: is nested deeper than {NESTING_MAX} levels, the limit"
+    except UnicodeDecodeError as exc:
+        return f"body: is not UTF-8: {exc.reason} at byte {exc.start}"
+    except ValueError as exc:
+        return f"body: is not JSON: {printable(str(exc))}"
+
+
+def parse_strictly(body: bytes) -> Any:
+    """The body as Python's own parser sees it, which says where it is wrong; a number too long for it stays text."""
+
+    def refuse_constant(word: str) -> None:
+        raise ValueError(f"{word} is no value that JSON has")
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in members:
+                raise ValueError(f"{json.dumps(name)} is given twice in one object")
+            members[name] = value
+        return members
+
+    return json.loads(
+        body.decode(),
+        parse_constant=refuse_constant,
+        object_pairs_hook=refuse_repeats,
+        parse_int=lambda digits: int(digits) if len(digits) <= 20 else digits,
+    )
+
+
+JSON_WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}  # for Python's
+
+
+def explain_validation(error: Exception, document: Any, kind: Any) -> str:
+    """What the decoder says is wrong with a document that is JSON, in JSON's words."""
+    if isinstance(error, RecursionError):
+        raise error
+    complaint, _, path = str(error).rpartition(" - at `$") if " - at `$" in str(error) else (str(error), "", "")
     steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
     name = ".".join(key or index for key, index in steps)
-    if unknown := re.search(r"unknown field `(.*)`", complaint):
-        return f"{'.'.join(filter(None, [name, unknown[1]]))}: is not a field of this request"
-    if missing := re.search(r"missing required field `(.*)`", complaint):
-        return f"{'.'.join(filter(None, [name, missing[1]]))}: is required"
+    for clue, words in (("unknown", "is not a field of this request"), ("missing required", "is required")):
+        if found := re.search(f"(?s){clue} field `(.*)`", complaint):
+            return f"{printable('.'.join(filter(None, [name, found[1]])))}: {words}"
     value = document
     for key, index in steps:
         value = value[key] if key else value[int(index)]
-    shown = json.dumps(value, ensure_ascii=True)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}… ({len(value):,} long)" if hasattr(value, "__len__") else shown[:57]
+    shown = json.dumps(value)
+    if len(shown) > 60:
+        length = f" ({len(value):,} long)" if isinstance(value, str | list) else ""
+        shown = f"{shown[:57]}…{length}"
     expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
+    expected = re.sub(r"\b(str|int|float|bool)\b", lambda word: JSON_WORDS[word[0]], expected)
+    if expected.startswith("invalid") and (accepted := accepted_values(kind, steps[-1][0])):
+        expected = f"expected {' | '.join(accepted)}"
     return f"{name or 'body'}: {expected}, got {shown}"
 
 
+def accepted_values(kind: Any, name: str) -> list[str]:
+    """The choices of a field, wherever in the type it is."""
+    found: list[str] = []
+
+    def look(schema: Any) -> None:
+        for key, below in schema.items() if isinstance(schema, dict) else enumerate(schema):
+            if key == name and isinstance(below, dict):
+                found.extend(word for one in (below, *below.get("anyOf", ())) for word in one.get("enum", ()) if word)
+            if isinstance(below, dict | list):
+                look(below)
+
+    look(msgspec.json.schema(kind))
+    return found
+
+
+def printable(text: str, most: int = 200) -> str:
+    """A client's own words in a form that any log and any JSON can hold."""
+    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:most])
+    return shown if len(text) <= most else f"{shown}…"
+
+
+def place_in(path: str, key: str | int) -> str:
+    """The path of a member. A long name is cut: it may stand before ten thousand others."""
+    return f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
+
+
 def find_surrogate(value: Any, path: str) -> str | None:
-    """The path of the first text with a lone surrogate."""
+    """The path of the first text with a lone surrogate; a name may have it too."""
     if isinstance(value, str):
         return path if re.search("[\ud800-\udfff]", value) else None
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = (find_surrogate(one, f"{path}.{key}" if path else str(key)) for key, one in items)
-    return next((one for one in found if one), None)
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        place = place_in(path, key)
+        found = find_surrogate(str(key), place) or find_surrogate(one, place)
+        if found:
+            return found
+    return None
 
 
-def refuse_unstorable(value: Any, path: str = "") -> None:
-    """Raises InvalidRequest for a NUL in any text: C code on the way, SQLite's own functions among it, ends there."""
+def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
+    """Raises InvalidRequest for a NUL in any text, because C code on the way, SQLite's own functions among it, ends
+    there; and for nesting that some parser on the way upstream would not take."""
     if isinstance(value, str) and "\0" in value:
-        raise InvalidRequest(f"{path}: has a NUL character at {value.index(chr(0))}, which is not accepted")
+        raise InvalidRequest(f"{printable(path)}: has a NUL character at {value.index(chr(0))}, which is not accepted")
     if isinstance(value, Struct):
         value = {name: getattr(value, name) for name in value.__struct_fields__}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if items and depth > NESTING_MAX:
+        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {NESTING_MAX} levels, the limit")
     for key, one in items:
-        refuse_unstorable(one, f"{path}.{key}" if path else str(key))
+        place = place_in(path, key)
+        if isinstance(key, str) and "\0" in key:
+            raise InvalidRequest(f"{printable(place)}: has a NUL character in its name, which is not accepted")
+        if isinstance(one, str | list | dict | Struct):
+            refuse_unstorable(one, place, depth + 1)
 
 
 def path_id(request: Request, name: str) -> int:
@@ -3997,9 +4078,12 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
         gone = asyncio.ensure_future(self._watch_client(receive))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
             async with contextlib.aclosing(self._stream.frames()) as frames:
                 async for data in frames:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -4063,9 +4147,9 @@ def http_date() -> bytes:
 def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
     """No such path, or not with this method."""
     if exc.status_code == 405:
-        allowed = (exc.headers or {}).get("Allow", "")
+        allowed = ", ".join(sorted((exc.headers or {}).get("Allow", "").split(", ")))
         return InvalidRequest(f"method: {scope['method']} is not accepted here; use {allowed}")
-    return NotFound(f"path: there is nothing at {scope['path'][:200]}; GET /api/v1/help lists what there is")
+    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
 
 
 # ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4108,7 +4192,7 @@ async def continue_answer(request: Request) -> Response:
 async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
     """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
     if asked.background:
-        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, "running")
+        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, started.status)
         return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
     if asked.stream:
         cursor = sum(len(delta.text) for delta in started.content)
@@ -4192,6 +4276,8 @@ async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
+    if not changes.get("title", "x").strip():
+        raise InvalidRequest("title: is empty; it has at least one character that is not a space")
     store, owner = service_of(request).store, owner_of(request)
     return json_response(await store.write(update_conversation, owner, conversation_id, changes, durable=True))
 
