@@ -1648,13 +1648,21 @@ def reason_of(exc: BaseException) -> str:
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """How long a provider asks to wait, by `retry-after-ms`, or `retry-after` as seconds or an HTTP date."""
+    text = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
-        return max(float(headers.get("retry-after-ms", "")) / 1000, 0.0)
+        return check_seconds(float(headers.get("retry-after-ms", "")) / 1000)
     with contextlib.suppress(ValueError):
-        return max(float(headers.get("retry-after", "")), 0.0)
-    with contextlib.suppress(TypeError, ValueError):
-        return max(email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
+        return check_seconds(float(text))
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return check_seconds(email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return None
+
+
+def check_seconds(seconds: float) -> float:
+    """A wait that is not in the past. Raises ValueError for what is no number (`float` takes "nan")."""
+    if seconds != seconds:
+        raise ValueError("not a number")
+    return max(seconds, 0.0)
 
 
 def retry_delay(error: ProviderError, attempt: int) -> float | None:
