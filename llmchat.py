@@ -113,6 +113,7 @@ PENDING_CHARACTERS_MAX = 256 * 1024  # of one generation, received but not commi
 
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
+STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
@@ -642,15 +643,20 @@ def encode_delta(delta: Delta, offset: int) -> bytes:
 
 HEARTBEAT_FRAME = encode_event("heartbeat", {})
 RESET_FRAME = encode_event("reset", {}, 0)
+SSE_FIELDS = frozenset({b"data", b"event", b"id", b"retry", b""})
 RETRY_LINE = b"retry: 1000\n"  # ms a browser's EventSource waits before it comes back
 
 
 class SseDecoder:
-    """Turns bytes, cut anywhere, into events. Raises ProviderProtocol for an event over PROVIDER_EVENT_BYTES_MAX."""
+    """Turns bytes, cut anywhere, into events. Raises ProviderProtocol for an event over PROVIDER_EVENT_BYTES_MAX.
 
-    __slots__ = ("_buffer", "_last_was_cr", "_started")
+    `strange` keeps the beginning of what is no SSE at all: a page or a bare error, the provider's words for a failure.
+    """
+
+    __slots__ = ("_buffer", "_last_was_cr", "_started", "strange")
 
     def __init__(self) -> None:
+        self.strange = bytearray()
         self._buffer = bytearray()
         self._last_was_cr = False
         self._started = False
@@ -666,18 +672,28 @@ class SseDecoder:
         buffer += data
         end = buffer.rfind(b"\n\n", searched)
         if end < 0:
-            if len(buffer) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+            self._check_size(len(buffer))
             return []
         blocks = bytes(memoryview(buffer)[:end]).split(b"\n\n")
         del buffer[: end + 2]
-        return [event for block in blocks if (event := parse_sse_block(block))]
+        self._check_size(max(len(buffer), *map(len, blocks)))
+        return [event for block in blocks if (event := self._parse(block))]
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """What the end of the stream leaves: an undelimited last event, if there is one (departure 2)."""
-        event = parse_sse_block(bytes(self._buffer))
+        event = self._parse(bytes(self._buffer))
         self._buffer.clear()
         return [event] if event else []
+
+    def _check_size(self, size: int) -> None:
+        if size > PROVIDER_EVENT_BYTES_MAX:
+            raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+
+    def _parse(self, block: bytes) -> tuple[bytes, bytes] | None:
+        event = parse_sse_block(block)
+        if event is None and len(self.strange) < STRANGE_BYTES_MAX and not only_sse_fields(block):
+            self.strange += block[:STRANGE_BYTES_MAX] + b"\n\n"
+        return event
 
     def _fold_newlines(self, data: bytes) -> bytes:
         """CR and CRLF become LF, also where a cut parted them (1)."""
@@ -711,6 +727,11 @@ def parse_sse_block(block: bytes) -> tuple[bytes, bytes] | None:
         elif field_name == b"event":
             name = value
     return (name, b"\n".join(data)) if data else None
+
+
+def only_sse_fields(block: bytes) -> bool:
+    """Whether every line is a field of the specification, a comment, or empty."""
+    return all(line.partition(b":")[0] in SSE_FIELDS for line in block.split(b"\n"))
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
