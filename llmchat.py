@@ -115,6 +115,7 @@ PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a who
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
 
@@ -834,13 +835,17 @@ FINISH_REASONS = {
     **dict.fromkeys(["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"),
     **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
 }
-BROKEN_REASONS = frozenset({"error", "network_error", "ERROR", "OTHER", "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE"})
+BROKEN_REASONS = frozenset({"error", "network_error", "OTHER", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS"})
 
 
 def finish_reason_of(word: str) -> str:
-    """Our finish_reason for a provider's; one that nobody knows is a `stop`. Raises ProviderError for a broken end."""
-    if word in BROKEN_REASONS or word.startswith("ERROR"):
-        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {word!r}", transient=True)
+    """Our finish_reason for a provider's; one that nobody knows is a `stop`. Raises ProviderError for a broken end.
+
+    Gemini's OpenAI endpoint puts its own word behind ours, as in "function_call_filter: MALFORMED_FUNCTION_CALL".
+    """
+    word = word.rpartition(": ")[2]
+    if word in BROKEN_REASONS or word.startswith(("ERROR", "MALFORMED")):
+        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {shorten(word, None)!r}", transient=True)
     return FINISH_REASONS.get(word, "stop")
 
 
@@ -859,18 +864,18 @@ ERROR_TYPE_STATUSES = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
-SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")
+SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")  # waiting does not help
+NESTED_WORDS_MAX = 8  # how deep an error's sentence may be
 
 
-def provider_error(provider: Provider, status: int, words: str, kind: str = "") -> ProviderError:
-    """The error for an HTTP status, or what an in-band error's type says; `words` are the provider's own."""
-    message = f"{provider.name} answered {status}: {shorten(words, provider.key)}"
-    if status in (401, 403):
+def provider_error(provider: Provider, status: int, words: str, kinds: Sequence[str] = (), said: str = "") -> ProviderError:
+    """The error for an HTTP status, or for the one that an in-band error means; `words` are the provider's own."""
+    message = f"{provider.name} {said or f'answered {status}'}: {shorten(words, provider.key)}"
+    if status in (401, 403) or (status == 400 and re.search(r"\bapi[ _-]?key\b", words, re.I)):  # 400: Gemini, xAI
         hint = f"; check {provider.variable}" if provider.variable else ""
         return ProviderAuth(message + hint)
     if status == 429:
-        spent = any(code in kind or code in words for code in SPENT_CODES)
-        return ProviderRateLimited(message, transient=not spent)
+        return ProviderRateLimited(message, transient=not is_spent(words, kinds))
     if status in (408, 409) or status >= 500:
         return ProviderUnavailable(message, transient=True)
     if status < 400:
@@ -878,44 +883,80 @@ def provider_error(provider: Provider, status: int, words: str, kind: str = "") 
     return ProviderRejected(message)
 
 
-def in_band_error(provider: Provider, document: Any) -> ProviderError:
+def is_spent(words: str, kinds: Sequence[str]) -> bool:
+    """Whether an error says that there is no money left: then no retry makes sense, whatever else it says."""
+    return any(code in kinds or code in words for code in SPENT_CODES)
+
+
+def in_band_error(provider: Provider, data: bytes) -> ProviderError:
     """The error for an error object inside an answer, in whatever shape it comes."""
-    inner = document.get("error") if isinstance(document, dict) and document.get("error") else document
-    kinds = [str(inner.get(key, "")) for key in ("code", "type", "status")] if isinstance(inner, dict) else []
+    words, kinds = body_words("", data)
     status = next((int(kind) for kind in kinds if re.fullmatch("[45][0-9][0-9]", kind)), None)
     status = status or next((ERROR_TYPE_STATUSES[kind] for kind in kinds if kind in ERROR_TYPE_STATUSES), 500)
-    return provider_error(provider, status, error_words(document), " ".join(kinds))
+    return provider_error(provider, status, words, kinds, "reported an error")
+
+
+def body_words(content_type: str, body: bytes) -> tuple[str, list[str]]:
+    """The sentence in an error's body, and its code, type and status; a page is reduced to its text.
+
+    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them.
+    """
+    text = body.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+    try:
+        document = json.loads(text)
+        while isinstance(document, list) and document:
+            document = document[0]
+        inner = document.get("error") if isinstance(document, dict) else None
+        inner = inner if isinstance(inner, dict) else document
+        kinds = [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
+        return error_words(document) or "(no words)", kinds
+    except (ValueError, RecursionError):
+        text = text_of_page(text) if "html" in content_type or text.startswith("<") else text
+        return text or "(an empty body)", []
 
 
 def error_words(document: Any) -> str:
-    """The sentence in an error's body: {"error": {"message"}}, {"error": "…"}, {"detail"}, {"message"}, a list of one."""
-    if isinstance(document, list) and document:
-        return error_words(document[0])
-    if isinstance(document, dict):
-        for key in ("error", "message", "detail", "msg"):
-            if document.get(key):
-                return error_words(document[key])
-    return document if isinstance(document, str) else encode_json(document).decode()
+    """The sentence in an error's document; what has none is shown as it is."""
+    for _ in range(NESTED_WORDS_MAX):
+        if isinstance(document, list) and document:
+            document = document[0]
+        elif isinstance(document, dict) and document.get("msg") and isinstance(document.get("loc"), list):  # FastAPI
+            return f"{'.'.join(map(str, document['loc']))}: {document['msg']}"
+        elif isinstance(document, dict):
+            key = next((key for key in ("error", "message", "detail", "msg") if document.get(key)), None)
+            if key is None:
+                break
+            document = document[key]
+        else:
+            break
+    return document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
 
 
-def body_words(content_type: str, body: bytes) -> tuple[str, str]:
-    """(sentence, type and code) of an error's body; HTML is reduced to its text."""
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        document = json.loads(text)
-    except ValueError:
-        if "html" in content_type or text.startswith("<"):
-            text = html.unescape(re.sub(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", " ", text, flags=re.S | re.I))
-        return text or "(an empty body)", ""
-    inner = document.get("error") if isinstance(document, dict) else None
-    kind = f"{inner.get('code')} {inner.get('type')}" if isinstance(inner, dict) else ""
-    return error_words(document), kind
+def text_of_page(page: str) -> str:
+    """The words of an HTML page, without scripts and styles; in linear time, whatever the page is."""
+    words, hidden = [], ""
+    for tag, text in re.findall(r"<(/?[a-zA-Z!][^<>]*)>|([^<]+|<)", page):
+        name = re.split(r"[\s/]", tag.lower().removeprefix("/"), maxsplit=1)[0]
+        if hidden:
+            hidden = "" if tag.startswith("/") and name == hidden else hidden
+        elif name in ("script", "style"):
+            hidden = name
+        else:
+            words.append(text or " ")
+    return html.unescape("".join(words)).strip()
 
 
 def shorten(words: str, key: str | None) -> str:
-    """A provider's words in one line of bounded length, without the key that some of them repeat."""
-    line = " ".join((words.replace(key, "…") if key else words).replace("\0", " ").split())
+    """Words in one storable line of bounded length, without the key that some providers repeat."""
+    line = " ".join(without_halves(words.replace(key, "…") if key else words).replace("\0", " ").split())
     return line if len(line) <= PROVIDER_WORDS_CHARACTERS_MAX else line[: PROVIDER_WORDS_CHARACTERS_MAX - 1] + "…"
+
+
+def without_halves(text: str) -> str:
+    """The text with surrogate pairs joined and halves of them as U+FFFD: JSON's escapes allow what UTF-8 cannot hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def count(value: Any) -> int:
@@ -970,7 +1011,7 @@ class OpenAIDecoder:
         except (msgspec.DecodeError, UnicodeDecodeError):
             chunk = self._decode_leniently(data)
         if chunk.error or name == b"error":
-            raise in_band_error(self._provider, json.loads(data))
+            raise in_band_error(self._provider, data)
         if chunk.choices:
             choice = chunk.choices[0]
             delta = choice.delta or choice.message
@@ -1170,7 +1211,7 @@ class AnthropicDecoder:
             words = shorten(data.decode("utf-8", "replace"), self._provider.key)
             raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
         if name == b"error" or event.error:  # the event's name decides: some send an error of another shape
-            raise in_band_error(self._provider, json.loads(data))
+            raise in_band_error(self._provider, data)
         if event.type == "content_block_delta" and event.delta is not None:
             self._decode_delta(event.index, event.delta, deltas)
         elif event.type == "content_block_start" and event.content_block is not None:
@@ -1184,7 +1225,7 @@ class AnthropicDecoder:
         with contextlib.suppress(ValueError):
             document = json.loads(data)
             if name == b"error" or (isinstance(document, dict) and document.get("error")):
-                raise in_band_error(self._provider, document)
+                raise in_band_error(self._provider, data)
 
     def _decode_message(self, event: AnthropicEvent) -> None:
         if event.message:
@@ -1664,7 +1705,7 @@ def connection_errors() -> tuple[type[Exception], ...]:
 
 def reason_of(exc: BaseException) -> str:
     """An exception's own words, or its name when it has none."""
-    return " ".join(str(exc).split())[:PROVIDER_WORDS_CHARACTERS_MAX] or type(exc).__name__
+    return shorten(str(exc), None) or type(exc).__name__
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -1696,7 +1737,7 @@ def retry_delay(error: ProviderError, attempt: int) -> float | None:
 
 
 # What a provider's refusal can teach: words in its 400 or 422, and the quirk that the next try then has.
-LEARNT_QUIRKS = {"stream_options": "no_stream_options", "max_completion_tokens": "max_completion_tokens"}
+LEARNT_QUIRKS = {b"stream_options": "no_stream_options", b"max_completion_tokens": "max_completion_tokens"}
 
 
 class Providers:
@@ -1734,21 +1775,19 @@ class Providers:
         """Posts a question; the connection closes with the context, at once when it is cancelled.
 
         Raises ProviderError. A refusal that names a field which this provider does not take is learnt from, and the
-        question goes out once more without it.
+        question goes out once more without it; every round learns something, so there are few.
         """
         provider = target.provider
         response = await self._post(provider, question)
         try:
-            if response.status_code != 200:
-                error, words = await self._refusal(provider, response)
-                quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in words), None)
+            while response.status_code != 200:
+                error, body = await self._refusal(provider, response)
+                quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in body), None)
                 if response.status_code not in (400, 422) or quirk is None or quirk in self._quirks(provider):
                     raise error
                 await response.aclose()
                 self._learnt[provider.name] = self._quirks(provider) | {quirk}
                 response = await self._post(provider, question)
-                if response.status_code != 200:
-                    raise (await self._refusal(provider, response))[0]
             self.rejected.discard(provider.name)
             yield Answer(provider, response)
         finally:
@@ -1773,25 +1812,26 @@ class Providers:
             where = f"{provider.name} cannot be reached at {provider.base_url}"
             raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
 
-    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, str]:
-        """The error for a status other than 200, and the provider's whole words."""
+    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
+        """The error for a status other than 200, and the body that it was read from."""
         body = b""
-        with contextlib.suppress(*connection_errors()):
-            async for data in response.aiter_bytes():
-                body += data
-                if len(body) > REQUEST_BYTES_MAX:
-                    break
-        words, kind = body_words(response.headers.get("content-type", ""), body)
+        with contextlib.suppress(TimeoutError, *connection_errors()):
+            async with asyncio.timeout(REFUSAL_SECONDS):
+                async for data in response.aiter_bytes():
+                    body += data
+                    if len(body) > REQUEST_BYTES_MAX:
+                        break
+        words, kinds = body_words(response.headers.get("content-type", ""), body)
         if 300 <= response.status_code < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
-        error = provider_error(provider, response.status_code, words, kind)
+        error = provider_error(provider, response.status_code, words, kinds)
         error.retry_after_seconds = retry_after_seconds(response.headers)
         should_retry = response.headers.get("x-should-retry")
         if should_retry in ("true", "false"):
-            error.transient = should_retry == "true"
+            error.transient = should_retry == "true" and not is_spent(words, kinds)
         if isinstance(error, ProviderAuth):
             self.rejected.add(provider.name)
-        return error, words
+        return error, body
 
     # ── models ──
 
