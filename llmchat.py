@@ -783,10 +783,16 @@ class Question:
 
 
 class AnswerDecoder(Protocol):
-    """The decoder of one answer; it is used once."""
+    """The decoder of one answer; it is used once.
+
+    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
+    delta before they are complete; that they grow is a sign of life.
+    """
 
     finish_reason: str | None
     usage: Usage | None
+    done: bool
+    held_characters: int
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
         """Appends what one SSE event brings. Raises ProviderError."""
@@ -964,6 +970,82 @@ def count(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0
 
 
+def within(document: Mapping[str, Any], outer: str, inner: str) -> Any:
+    """A value one level down, where there is such a level."""
+    found = document.get(outer)
+    return found.get(inner) if isinstance(found, dict) else None
+
+
+class ToolCall:
+    """A tool call whose arguments are still coming. Their text is joined once, at the end."""
+
+    __slots__ = ("fragments", "identity", "name")
+
+    def __init__(self, identity: str = "", name: str = "") -> None:
+        self.identity = identity
+        self.name = name
+        self.fragments: list[str] = []
+
+
+def tool_call_delta(call: ToolCall) -> Delta:
+    """A complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
+    identity = call.identity or f"call_{random.getrandbits(64):016x}"
+    texts = {"id": identity, "name": call.name, "arguments": "".join(call.fragments)}
+    return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
+
+
+Chunk = TypeVar("Chunk")
+
+
+class Decoder:
+    """What the decoders share: the end, and text whose surrogate pairs a provider has cut between two events."""
+
+    __slots__ = ("_halves", "_mending", "_provider", "done", "finish_reason", "held_characters", "usage")
+
+    def __init__(self, provider: Provider) -> None:
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self.done = False
+        self.held_characters = 0
+        self._provider = provider
+        self._halves: dict[str, str] = {}  # by kind: the first half of a pair
+        self._mending = False
+
+    def end(self, deltas: list[Delta]) -> None:
+        if self.finish_reason is None:
+            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
+        deltas.extend(Delta(kind, "\ufffd") for kind in self._halves)
+
+    def _decode_leniently(self, data: bytes, kind: type[Chunk]) -> Chunk:
+        """For what the strict decoder refuses although it is JSON: half a surrogate pair, broken UTF-8, a list of one."""
+        try:
+            document = json.loads(data.decode("utf-8", "replace"))
+            chunk = msgspec.convert(document[0] if isinstance(document, list) and document else document, kind)
+        except (ValueError, RecursionError, msgspec.ValidationError) as exc:
+            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
+            raise ProviderProtocol(f"{self._provider.name} sent something that cannot be read: {words}") from exc
+        self._mending = True
+        return chunk
+
+    def _mend(self, deltas: list[Delta], first: int) -> None:
+        """Joins halves over the cut; a half that stays alone becomes U+FFFD, for nothing could store it."""
+        mended = []
+        for delta in deltas[first:]:
+            text = self._halves.pop(delta.kind, "") + delta.text
+            if delta.kind in MERGED_KINDS and "\ud800" <= text[-1] <= "\udbff":
+                self._halves[delta.kind], text = text[-1], text[:-1]
+            mended += [Delta(delta.kind, without_halves(text))] if text else []
+        deltas[first:] = mended
+        self._mending = bool(self._halves)
+
+    def _hold(self, call: ToolCall, text: str) -> None:
+        """Keeps a fragment of a call's arguments. Raises TooLong."""
+        call.fragments.append(text)
+        self.held_characters += len(text)
+        if self.held_characters > PROVIDER_EVENT_BYTES_MAX:
+            raise TooLong(f"the tool calls are longer than {PROVIDER_EVENT_BYTES_MAX:,} characters, the limit")
+
+
 # ── OpenAI's chat completions: openai-python, types/chat/chat_completion_chunk.py ───────────────────────────────────
 
 
@@ -979,6 +1061,7 @@ class ChatChoice(Struct, gc=False):
     delta: ChatDelta | None = None
     message: ChatDelta | None = None
     finish_reason: str | None = None
+    usage: Any = None
 
 
 class ChatChunk(Struct, gc=False):
@@ -993,73 +1076,110 @@ class ChatChunk(Struct, gc=False):
 decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
 
 
-class OpenAIDecoder:
-    __slots__ = ("_calls", "_last_reasoning", "_provider", "finish_reason", "usage")
+class OpenAIDecoder(Decoder):
+    __slots__ = ("_calls", "_last_reasoning", "_positions")
 
     def __init__(self, provider: Provider) -> None:
-        self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self._provider = provider
-        self._calls: dict[int, dict[str, str]] = {}  # by index; complete only at the end
+        super().__init__(provider)
+        self._calls: list[ToolCall] = []  # complete only at the end
+        self._positions: dict[int, int] = {}  # in that list, by the provider's index
         self._last_reasoning: str | None = None
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
-        if data.startswith(b"[DONE]"):
+        if self.done or not data:
             return
+        if data.startswith(b"[DONE]"):
+            self.done = True
+            return
+        if name == b"error":
+            raise in_band_error(self._provider, data)
+        first = len(deltas)
         try:
             chunk = decode_chat_chunk(data)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            chunk = self._decode_leniently(data)
-        if chunk.error or name == b"error":
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            chunk = self._decode_leniently(data, ChatChunk)
+        if chunk.error:
             raise in_band_error(self._provider, data)
         if chunk.choices:
-            choice = chunk.choices[0]
-            delta = choice.delta or choice.message
-            if delta is not None:
-                if isinstance(delta.content, str) and delta.content:
-                    deltas.append(Delta("text", delta.content))
-                else:
-                    self._decode_rest(delta, deltas)
-            if choice.finish_reason:
-                self.finish_reason = finish_reason_of(choice.finish_reason)
+            self._decode_choice(chunk.choices[0], deltas)
         if chunk.usage or chunk.x_groq:
-            self._decode_usage(chunk)
+            self._decode_extras(chunk)
+        if self._mending:
+            self._mend(deltas, first)
+
+    def _decode_choice(self, choice: ChatChoice, deltas: list[Delta]) -> None:
+        delta = choice.delta or choice.message
+        if delta is not None:
+            content = delta.content
+            if isinstance(content, str) and not (delta.reasoning_content or delta.reasoning or delta.tool_calls or delta.refusal):
+                if content:
+                    deltas.append(Delta("text", content))
+            else:
+                self._decode_rest(delta, deltas)
+        if choice.finish_reason:
+            self.finish_reason = finish_reason_of(choice.finish_reason)
+        if choice.usage:  # Moonshot
+            self._decode_usage(choice.usage)
 
     def _decode_rest(self, delta: ChatDelta, deltas: list[Delta]) -> None:
-        """Everything but plain text: reasoning under either name, parts (Mistral), refusals, tool calls."""
+        """Everything but text alone: reasoning under either name, parts (Mistral), refusals, tool calls."""
         reasoning = delta.reasoning_content or delta.reasoning
         if isinstance(reasoning, str) and reasoning:
             # Quirk of xAI: a reasoning delta may come twice in a row (AI SDK, packages/xai).
             if not (reasoning == self._last_reasoning and "repeated_reasoning" in self._provider.quirks):
                 deltas.append(Delta("reasoning", reasoning))
             self._last_reasoning = reasoning
-        if isinstance(delta.content, list):
-            deltas.extend(part for item in delta.content for part in parts_of(item))
+        parts = delta.content if isinstance(delta.content, list) else [delta.content]
+        deltas.extend(part for item in parts for part in parts_of(item))
         if isinstance(delta.refusal, str) and delta.refusal:
             deltas.append(Delta("text", delta.refusal))
-        for fragment in delta.tool_calls or ():
+        fragments = delta.tool_calls if isinstance(delta.tool_calls, list) else [delta.tool_calls] if delta.tool_calls else []
+        for fragment in fragments:
             self._collect(fragment)
 
     def _collect(self, fragment: Any) -> None:
-        """Joins a tool call's fragments. Without an index (Gemini) an id or a name begins the next call."""
+        """Takes a fragment of a tool call."""
         if not isinstance(fragment, dict):
             raise ProviderProtocol(f"{self._provider.name}: a tool call is {type(fragment).__name__}, not an object")
-        function = fragment.get("function") or {}
-        index = fragment.get("index")
-        if not isinstance(index, int):
-            begins = fragment.get("id") or function.get("name") or not self._calls
-            index = max(self._calls, default=-1) + (1 if begins else 0)
-        call = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
-        call["id"] = fragment.get("id") or call["id"]
-        call["name"] = function.get("name") or call["name"]
-        arguments = function.get("arguments")
-        call["arguments"] += arguments if isinstance(arguments, str) else encode_json(arguments).decode() if arguments else ""
+        function = fragment.get("function")
+        function = function if isinstance(function, dict) else {}
+        call = self._call_of(fragment.get("index"), fragment.get("id") or "", function.get("name") or "")
+        arguments = function.get("arguments") or ""
+        self._hold(call, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
 
-    def _decode_usage(self, chunk: ChatChunk) -> None:
-        usage = chunk.usage or (chunk.x_groq.get("usage") if isinstance(chunk.x_groq, dict) else None)
+    def _call_of(self, index: Any, identity: Any, name: Any) -> ToolCall:
+        """The call that a fragment belongs to, by its index, or begun by it.
+
+        Without an index (Gemini) a new id, or a name without an id, begins the next call. With one, so does another id
+        together with a name: some gateways give every call the index 0.
+        """
+        identity, name = str(identity), str(name)
+        indexed = isinstance(index, int)
+        position = self._positions.get(index, -1) if indexed else len(self._calls) - 1
+        call = self._calls[position] if position >= 0 else None
+        if call is not None and indexed:
+            begins = bool(identity and name and call.identity not in ("", identity))
+        else:
+            begins = call is None or (identity != call.identity if identity else bool(name))
+        if call is None or begins:
+            call = ToolCall()
+            self._calls.append(call)
+            if indexed:
+                self._positions[index] = len(self._calls) - 1
+        call.identity, call.name = identity or call.identity, name or call.name
+        return call
+
+    def _decode_extras(self, chunk: ChatChunk) -> None:
+        """Usage, and what Groq puts beside it."""
+        groq = chunk.x_groq if isinstance(chunk.x_groq, dict) else {}
+        if groq.get("error"):
+            raise provider_error(self._provider, 500, str(groq["error"]), (), "reported an error")
+        self._decode_usage(chunk.usage or groq.get("usage"))
+
+    def _decode_usage(self, usage: Any) -> None:
         if isinstance(usage, dict):
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+            cached = within(usage, "prompt_tokens_details", "cached_tokens") or usage.get("prompt_cache_hit_tokens")
+            reasoning = within(usage, "completion_tokens_details", "reasoning_tokens") or usage.get("reasoning_tokens")
             self.usage = Usage(
                 input_tokens=count(usage.get("prompt_tokens")),
                 output_tokens=count(usage.get("completion_tokens")),
@@ -1068,29 +1188,23 @@ class OpenAIDecoder:
                 reasoning_tokens=count(reasoning),
             )
 
-    def _decode_leniently(self, data: bytes) -> ChatChunk:
-        """For what the strict decoder refuses although it is JSON: half a surrogate pair becomes U+FFFD."""
-        try:
-            document = json.loads(data.decode("utf-8", "replace"))
-            whole = json.dumps(document, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return decode_chat_chunk(whole.encode())
-        except (ValueError, msgspec.DecodeError) as exc:
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
-
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        self.decode(b"", body.strip(), deltas)
+        self.decode(b"", body, deltas)
+        if self.finish_reason is None and not deltas:
+            words, _ = body_words("", body)
+            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
 
     def end(self, deltas: list[Delta]) -> None:
-        if self.finish_reason is None:
-            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
-        deltas.extend(Delta("tool_call", encode_json(call).decode()) for _, call in sorted(self._calls.items()))
+        super().end(deltas)
+        deltas.extend(map(tool_call_delta, self._calls))
         if self._calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
 
 
 def parts_of(item: Any) -> Iterator[Delta]:
-    """A part of list content: {"type": "text", "text"} or {"type": "thinking", "thinking": [{"text"}]}."""
+    """A part of content: a string, {"type": "text", "text"} or {"type": "thinking", "thinking": [{"text"}]}."""
+    if isinstance(item, str):
+        item = {"text": item}
     if isinstance(item, dict) and item.get("type") == "thinking":
         thinking = item.get("thinking")
         texts = [part.get("text") for part in thinking if isinstance(part, dict)] if isinstance(thinking, list) else [thinking]
@@ -1164,111 +1278,114 @@ THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}
 
 
 class BlockDelta(Struct, gc=False):
-    type: str = ""
-    text: str = ""
-    thinking: str = ""
-    partial_json: str = ""
-    signature: str = ""
-    stop_reason: str | None = None
+    """Any delta of any block; types that are not known have fields of other types, so nothing is typed."""
+
+    text: Any = None
+    thinking: Any = None
+    partial_json: Any = None
+    signature: Any = None
+    stop_reason: Any = None
 
 
 class AnthropicEvent(Struct, gc=False):
     """Any event of the stream, or a whole message (type `message`, whose blocks are in `content`)."""
 
     type: str = ""
-    index: int = 0
+    index: Any = 0
     delta: BlockDelta | None = None
-    content_block: dict[str, Any] | None = None
-    message: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None
+    content_block: Any = None
+    message: Any = None
+    usage: Any = None
     error: Any = None
-    content: list[dict[str, Any]] | None = None
-    stop_reason: str | None = None
+    content: Any = None
+    stop_reason: Any = None
 
 
 decode_anthropic_event = msgspec.json.Decoder(AnthropicEvent).decode
 
 
-class AnthropicDecoder:
-    __slots__ = ("_blocks", "_provider", "_stopped", "_usage", "finish_reason", "usage")
+class AnthropicDecoder(Decoder):
+    __slots__ = ("_calls", "_usage")
 
     def __init__(self, provider: Provider) -> None:
-        self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self._provider = provider
-        self._blocks: dict[int, dict[str, Any]] = {}  # by index, because servers let blocks overlap
+        super().__init__(provider)
+        self._calls: dict[Any, ToolCall] = {}  # by their block's index, because servers let blocks overlap
         self._usage: dict[str, Any] = {}  # cumulative: a later number replaces an earlier one
-        self._stopped = False
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        if self.done or not data:
+            return
+        if data.startswith(b"[DONE]"):  # gateways that know one end for all
+            self.done = True
+            return
+        if name == b"error":  # the event's name decides: some send an error of another shape
+            raise in_band_error(self._provider, data)
+        first = len(deltas)
         try:
             event = decode_anthropic_event(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            if name in (b"error", b""):
-                self._raise_if_error(name, data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             if name and name not in ANTHROPIC_EVENTS:
                 return
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
-        if name == b"error" or event.error:  # the event's name decides: some send an error of another shape
+            event = self._decode_leniently(data, AnthropicEvent)
+        if event.error or event.type == "error":
             raise in_band_error(self._provider, data)
+        self._decode_event(event, deltas)
+        if self._mending:
+            self._mend(deltas, first)
+
+    def _decode_event(self, event: AnthropicEvent, deltas: list[Delta]) -> None:
         if event.type == "content_block_delta" and event.delta is not None:
             self._decode_delta(event.index, event.delta, deltas)
-        elif event.type == "content_block_start" and event.content_block is not None:
+        elif event.type == "content_block_start" and isinstance(event.content_block, dict):
             self._start_block(event.index, event.content_block, deltas)
         elif event.type == "content_block_stop":
             self._stop_block(event.index, deltas)
-        elif event.type in ("message_start", "message_delta", "message_stop"):
-            self._decode_message(event)
-
-    def _raise_if_error(self, name: bytes, data: bytes) -> None:
-        with contextlib.suppress(ValueError):
-            document = json.loads(data)
-            if name == b"error" or (isinstance(document, dict) and document.get("error")):
-                raise in_band_error(self._provider, data)
-
-    def _decode_message(self, event: AnthropicEvent) -> None:
-        if event.message:
+        elif event.type == "message_start" and isinstance(event.message, dict):
             self._count(event.message.get("usage"))
-        if event.delta is not None and event.delta.stop_reason:
-            self.finish_reason = finish_reason_of(event.delta.stop_reason)
-        self._count(event.usage)
-        self._stopped = self._stopped or event.type == "message_stop"
+        elif event.type == "message_delta":
+            self._count(event.usage)
+            if event.delta is not None and isinstance(event.delta.stop_reason, str):
+                self.finish_reason = finish_reason_of(event.delta.stop_reason)
+        elif event.type == "message_stop":
+            self.done = True
 
-    def _decode_delta(self, index: int, delta: BlockDelta, deltas: list[Delta]) -> None:
-        if delta.text:
+    def _decode_delta(self, index: Any, delta: BlockDelta, deltas: list[Delta]) -> None:
+        if isinstance(delta.text, str) and delta.text:
             deltas.append(Delta("text", delta.text))
-        elif delta.thinking:
+        elif isinstance(delta.thinking, str) and delta.thinking:
             deltas.append(Delta("reasoning", delta.thinking))
-        elif delta.signature:
+        elif isinstance(delta.signature, str) and delta.signature:
             deltas.append(self._signature({"signature": delta.signature}))
-        elif delta.partial_json:
-            self._blocks.setdefault(index, {}).setdefault("fragments", []).append(delta.partial_json)
+        elif isinstance(delta.partial_json, str) and index in self._calls:
+            self._hold(self._calls[index], delta.partial_json)
 
-    def _start_block(self, index: int, block: dict[str, Any], deltas: list[Delta]) -> None:
-        """Remembers a block until it stops. A text block may begin with text; a redacted one is whole already."""
-        self._blocks[index] = {**block, "fragments": []}
-        if block.get("type") == "redacted_thinking":
-            deltas.append(self._signature({"redacted": block.get("data", "")}))
-        elif block.get("type") == "thinking" and block.get("thinking"):
+    def _start_block(self, index: Any, block: dict[str, Any], deltas: list[Delta]) -> None:
+        """A text block may begin with text; a redacted one is whole already; a tool call is one when it stops."""
+        kind, text = block.get("type"), block.get("text")
+        if kind == "tool_use":
+            self._calls[index] = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""))
+            if block.get("input"):  # whole at once, as in a document
+                self._hold(self._calls[index], json.dumps(block["input"], ensure_ascii=False))
+        elif kind == "redacted_thinking":
+            deltas.append(self._signature({"redacted": str(block.get("data") or "")}))
+        elif kind == "thinking" and isinstance(block.get("thinking"), str) and block["thinking"]:
             deltas.append(Delta("reasoning", block["thinking"]))
-        elif block.get("type") == "text" and block.get("text"):
-            deltas.append(Delta("text", block["text"]))
+        elif kind == "text" and isinstance(text, str) and text:
+            deltas.append(Delta("text", text))
 
-    def _stop_block(self, index: int, deltas: list[Delta]) -> None:
-        """A tool call is complete with its block; fragments win over an `input` that came at the start."""
-        block = self._blocks.pop(index, {})
-        if block.get("type") == "tool_use":
-            arguments = "".join(block["fragments"]) or encode_json(block.get("input") or {}).decode()
-            call = {"id": block.get("id") or "", "name": block.get("name") or "", "arguments": arguments}
-            deltas.append(Delta("tool_call", encode_json(call).decode()))
+    def _stop_block(self, index: Any, deltas: list[Delta]) -> None:
+        """A tool call is complete with its block."""
+        if (call := self._calls.pop(index, None)) is not None:
+            call.fragments = call.fragments if any(call.fragments) else ["{}"]
+            deltas.append(tool_call_delta(call))
 
     def _signature(self, what: dict[str, str]) -> Delta:
         """What must go back with the reasoning before it, and only to the provider that signed it."""
+        what = {key: without_halves(text) for key, text in what.items()}
         return Delta("signature", encode_json({"provider": self._provider.name, **what}).decode())
 
-    def _count(self, usage: dict[str, Any] | None) -> None:
-        if not usage:
+    def _count(self, usage: Any) -> None:
+        if not isinstance(usage, dict) or not usage:
             return
         self._usage.update({name: value for name, value in usage.items() if value is not None})
         cached = count(self._usage.get("cache_read_input_tokens"))
@@ -1281,25 +1398,26 @@ class AnthropicDecoder:
         )
 
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        self._raise_if_error(b"", body)
-        try:
-            event = decode_anthropic_event(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            words = shorten(body.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an answer that cannot be read: {words}") from exc
-        for index, block in enumerate(event.content or ()):
-            self._start_block(index, block, deltas)
-            if block.get("type") == "thinking" and block.get("signature"):
-                deltas.append(self._signature({"signature": block["signature"]}))
-            self._stop_block(index, deltas)
+        event = self._decode_leniently(body, AnthropicEvent)
+        if event.error or event.type == "error":
+            raise in_band_error(self._provider, body)
+        if not isinstance(event.content, list):
+            words, _ = body_words("", body)
+            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
+        for index, block in enumerate(event.content):
+            if isinstance(block, dict):
+                self._start_block(index, block, deltas)
+                if block.get("type") == "thinking" and block.get("signature"):
+                    deltas.append(self._signature({"signature": str(block["signature"])}))
+                self._stop_block(index, deltas)
+        self._mend(deltas, 0)
         self._count(event.usage)
-        if event.stop_reason:
+        if isinstance(event.stop_reason, str):
             self.finish_reason = finish_reason_of(event.stop_reason)
 
     def end(self, deltas: list[Delta]) -> None:
-        if self.finish_reason is None:
-            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
-        for index in sorted(self._blocks):  # some servers stop blocks only at the very end, or never
+        super().end(deltas)
+        for index in list(self._calls):  # some servers stop blocks only at the very end, or never
             self._stop_block(index, deltas)
 
 
