@@ -57,24 +57,22 @@ import contextlib
 import email.utils
 import hashlib
 import html
-import ipaddress
 import json
 import logging
 import os
 import random
 import re
-import signal
 import socket
 import sqlite3
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import aiosqlite
 import msgspec
@@ -85,7 +83,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message as AsgiMessage, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
 if TYPE_CHECKING:
     import httpx
@@ -1741,7 +1740,7 @@ class Answer:
         self.heard_at = time.monotonic()
         self._response = response
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """What each read of the socket brings. Raises ProviderError, after the deltas that came before it."""
         content_type = self._response.headers.get("content-type", "")
         if "json" in content_type or "html" in content_type:
@@ -2212,7 +2211,7 @@ class Database(aiosqlite.Connection):
     """An aiosqlite connection that runs a whole function in its thread: one switch of threads per operation."""
 
     async def run(self, operation: Callable[..., T], *arguments: Any) -> T:
-        return cast(T, await self._execute(operation, self._conn, *arguments))
+        return cast(T, await self._execute(operation, self._conn, *arguments))  # type: ignore[no-untyped-call]
 
 
 def now_ms() -> int:
@@ -2228,6 +2227,13 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
     return connection
+
+
+async def open_database(path: str, *, read_only: bool) -> Database:
+    """A connection with a thread of its own; whoever gets it closes it."""
+    database = Database(partial(connect, path, read_only=read_only), 64)
+    await database
+    return database
 
 
 def prepare_database(path: str) -> int:
@@ -2450,7 +2456,7 @@ def find_parent(connection: sqlite3.Connection, conversation_id: int, parent_id:
     found = connection.execute("SELECT conversation_id FROM message WHERE id = ?", (parent_id,)).fetchone()
     if found is None or found[0] != conversation_id:
         raise InvalidRequest(f"parent_id: there is no message {parent_id} in conversation {conversation_id}")
-    return cast(int, parent_id)
+    return parent_id
 
 
 def insert_message(
@@ -2667,8 +2673,8 @@ class Store:
         self._lock = lock_database(self._path)
         try:
             interrupted = await asyncio.to_thread(prepare_database, self._path)
-            self._writer = await Database(partial(connect, self._path, read_only=False), 64)
-            self._reader = await Database(partial(connect, self._path, read_only=True), 64)
+            self._writer = await open_database(self._path, read_only=False)
+            self._reader = await open_database(self._path, read_only=True)
         except BaseException:
             await self.close()
             raise
@@ -2754,14 +2760,14 @@ QUEUE_EVENTS_MAX = 256  # of one subscriber; beyond it, or beyond SEND_BYTES_MAX
 FLUSH_BURST_SECONDS = 0.02  # how far the pace may be ahead of itself: a stream at 50 deltas/s is never held up
 
 
-def start_data(generation_or_message: Any, message_id: int, status: str, offset: int) -> dict[str, Any]:
+def start_data(about: Generation | Message, message_id: int, status: str, offset: int) -> dict[str, Any]:
     """The data of a `start` event."""
     return {
-        "conversation_id": generation_or_message.conversation_id,
+        "conversation_id": about.conversation_id,
         "message_id": message_id,
-        "parent_id": generation_or_message.parent_id,
-        "provider": generation_or_message.provider,
-        "model": generation_or_message.model,
+        "parent_id": about.parent_id,
+        "provider": about.provider,
+        "model": about.model,
         "status": status,
         "offset": offset,
     }
@@ -3278,6 +3284,7 @@ class Generations:
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
         """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
         generation = self.find(owner, message_id)
+        about: Generation | Message
         if generation is None:
             page = await self._store.read(load_page, owner, message_id, cursor)
             about, status, length = page.message, page.message.status, page.length
@@ -3325,7 +3332,7 @@ class Stream:
         if self._subscriber is not None and self._subscriber.queue.empty():
             self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
 
-    async def frames(self) -> AsyncIterator[bytes]:
+    async def frames(self) -> AsyncGenerator[bytes, None]:
         """What is to be sent, one item per send."""
         streams = self._generations.streams
         streams[self._message_id] = streams.get(self._message_id, 0) + 1
@@ -3359,7 +3366,7 @@ class Stream:
             if not streams[self._message_id]:
                 del streams[self._message_id]
 
-    async def _follow(self, generation: Generation, subscriber: Subscriber, behind: bytes) -> AsyncIterator[bytes]:
+    async def _follow(self, generation: Generation, subscriber: Subscriber, behind: bytes) -> AsyncGenerator[bytes, None]:
         """The ring's newest events, then the queue, until the end, or until this stream lags or is closed."""
         self._subscriber = subscriber
         try:
@@ -4041,7 +4048,7 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     for status in sorted({*one.errors, 500}):
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else ErrorAnswer]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
-    parameters = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
+    parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
     if "{id}" in one.path:
         parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
