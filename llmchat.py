@@ -118,7 +118,9 @@ PENDING_CHARACTERS_MAX = 256 * 1024  # of one generation, received but not commi
 
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
+STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
 
@@ -666,15 +668,20 @@ def encode_delta(delta: Delta, offset: int) -> bytes:
 
 HEARTBEAT_FRAME = encode_event("heartbeat", {})
 RESET_FRAME = encode_event("reset", {}, 0)
+SSE_FIELDS = frozenset({b"data", b"event", b"id", b"retry", b""})
 RETRY_LINE = b"retry: 1000\n"  # ms a browser's EventSource waits before it comes back
 
 
 class SseDecoder:
-    """Turns bytes, cut anywhere, into events. Raises ProviderProtocol for an event over PROVIDER_EVENT_BYTES_MAX."""
+    """Turns bytes, cut anywhere, into events. Raises ProviderProtocol for an event over PROVIDER_EVENT_BYTES_MAX.
 
-    __slots__ = ("_buffer", "_last_was_cr", "_started")
+    `strange` keeps the beginning of what is no SSE at all: a page or a bare error, the provider's words for a failure.
+    """
+
+    __slots__ = ("_buffer", "_last_was_cr", "_started", "strange")
 
     def __init__(self) -> None:
+        self.strange = bytearray()
         self._buffer = bytearray()
         self._last_was_cr = False
         self._started = False
@@ -690,18 +697,28 @@ class SseDecoder:
         buffer += data
         end = buffer.rfind(b"\n\n", searched)
         if end < 0:
-            if len(buffer) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+            self._check_size(len(buffer))
             return []
         blocks = bytes(memoryview(buffer)[:end]).split(b"\n\n")
         del buffer[: end + 2]
-        return [event for block in blocks if (event := parse_sse_block(block))]
+        self._check_size(max(len(buffer), *map(len, blocks)))
+        return [event for block in blocks if (event := self._parse(block))]
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """What the end of the stream leaves: an undelimited last event, if there is one (departure 2)."""
-        event = parse_sse_block(bytes(self._buffer))
+        event = self._parse(bytes(self._buffer))
         self._buffer.clear()
         return [event] if event else []
+
+    def _check_size(self, size: int) -> None:
+        if size > PROVIDER_EVENT_BYTES_MAX:
+            raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+
+    def _parse(self, block: bytes) -> tuple[bytes, bytes] | None:
+        event = parse_sse_block(block)
+        if event is None and len(self.strange) < STRANGE_BYTES_MAX and not only_sse_fields(block):
+            self.strange += block[:STRANGE_BYTES_MAX] + b"\n\n"
+        return event
 
     def _fold_newlines(self, data: bytes) -> bytes:
         """CR and CRLF become LF, also where a cut parted them (1)."""
@@ -735,6 +752,11 @@ def parse_sse_block(block: bytes) -> tuple[bytes, bytes] | None:
         elif field_name == b"event":
             name = value
     return (name, b"\n".join(data)) if data else None
+
+
+def only_sse_fields(block: bytes) -> bool:
+    """Whether every line is a field of the specification, a comment, or empty."""
+    return all(line.partition(b":")[0] in SSE_FIELDS for line in block.split(b"\n"))
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -789,10 +811,16 @@ class Question:
 
 
 class AnswerDecoder(Protocol):
-    """The decoder of one answer; it is used once."""
+    """The decoder of one answer; it is used once.
+
+    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
+    delta before they are complete; that they grow is a sign of life.
+    """
 
     finish_reason: str | None
     usage: Usage | None
+    done: bool
+    held_characters: int
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
         """Appends what one SSE event brings. Raises ProviderError."""
@@ -875,13 +903,17 @@ FINISH_REASONS = {
     **dict.fromkeys(["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"),
     **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
 }
-BROKEN_REASONS = frozenset({"error", "network_error", "ERROR", "OTHER", "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE"})
+BROKEN_REASONS = frozenset({"error", "network_error", "OTHER", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS"})
 
 
 def finish_reason_of(word: str) -> str:
-    """Our finish_reason for a provider's; one that nobody knows is a `stop`. Raises ProviderError for a broken end."""
-    if word in BROKEN_REASONS or word.startswith("ERROR"):
-        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {word!r}", transient=True)
+    """Our finish_reason for a provider's; one that nobody knows is a `stop`. Raises ProviderError for a broken end.
+
+    Gemini's OpenAI endpoint puts its own word behind ours, as in "function_call_filter: MALFORMED_FUNCTION_CALL".
+    """
+    word = word.rpartition(": ")[2]
+    if word in BROKEN_REASONS or word.startswith(("ERROR", "MALFORMED")):
+        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {shorten(word, None)!r}", transient=True)
     return FINISH_REASONS.get(word, "stop")
 
 
@@ -900,18 +932,18 @@ ERROR_TYPE_STATUSES = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
-SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")
+SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")  # waiting does not help
+NESTED_WORDS_MAX = 8  # how deep an error's sentence may be
 
 
-def provider_error(provider: Provider, status: int, words: str, kind: str = "") -> ProviderError:
-    """The error for an HTTP status, or what an in-band error's type says; `words` are the provider's own."""
-    message = f"{provider.name} answered {status}: {shorten(words, provider.key)}"
-    if status in (401, 403):
+def provider_error(provider: Provider, status: int, words: str, kinds: Sequence[str] = (), said: str = "") -> ProviderError:
+    """The error for an HTTP status, or for the one that an in-band error means; `words` are the provider's own."""
+    message = f"{provider.name} {said or f'answered {status}'}: {shorten(words, provider.key)}"
+    if status in (401, 403) or (status == 400 and re.search(r"\bapi[ _-]?key\b", words, re.I)):  # 400: Gemini, xAI
         hint = f"; check {provider.variable}" if provider.variable else ""
         return ProviderAuth(message + hint)
     if status == 429:
-        spent = any(code in kind or code in words for code in SPENT_CODES)
-        return ProviderRateLimited(message, transient=not spent)
+        return ProviderRateLimited(message, transient=not is_spent(words, kinds))
     if status in (408, 409) or status >= 500:
         return ProviderUnavailable(message, transient=True)
     if status < 400:
@@ -919,49 +951,161 @@ def provider_error(provider: Provider, status: int, words: str, kind: str = "") 
     return ProviderRejected(message)
 
 
-def in_band_error(provider: Provider, document: Any) -> ProviderError:
+def is_spent(words: str, kinds: Sequence[str]) -> bool:
+    """Whether an error says that there is no money left: then no retry makes sense, whatever else it says."""
+    return any(code in kinds or code in words for code in SPENT_CODES)
+
+
+def in_band_error(provider: Provider, data: bytes) -> ProviderError:
     """The error for an error object inside an answer, in whatever shape it comes."""
-    inner = document.get("error") if isinstance(document, dict) and document.get("error") else document
-    kinds = [str(inner.get(key, "")) for key in ("code", "type", "status")] if isinstance(inner, dict) else []
+    words, kinds = body_words("", data)
     status = next((int(kind) for kind in kinds if re.fullmatch("[45][0-9][0-9]", kind)), None)
     status = status or next((ERROR_TYPE_STATUSES[kind] for kind in kinds if kind in ERROR_TYPE_STATUSES), 500)
-    return provider_error(provider, status, error_words(document), " ".join(kinds))
+    return provider_error(provider, status, words, kinds, "reported an error")
+
+
+def body_words(content_type: str, body: bytes) -> tuple[str, list[str]]:
+    """The sentence in an error's body, and its code, type and status; a page is reduced to its text.
+
+    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them.
+    """
+    text = body.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+    try:
+        document = json.loads(text)
+        while isinstance(document, list) and document:
+            document = document[0]
+        inner = document.get("error") if isinstance(document, dict) else None
+        inner = inner if isinstance(inner, dict) else document
+        kinds = [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
+        return error_words(document) or "(no words)", kinds
+    except (ValueError, RecursionError):
+        text = text_of_page(text) if "html" in content_type or text.startswith("<") else text
+        return text or "(an empty body)", []
 
 
 def error_words(document: Any) -> str:
-    """The sentence in an error's body: {"error": {"message"}}, {"error": "…"}, {"detail"}, {"message"}, a list of one."""
-    if isinstance(document, list) and document:
-        return error_words(document[0])
-    if isinstance(document, dict):
-        for key in ("error", "message", "detail", "msg"):
-            if document.get(key):
-                return error_words(document[key])
-    return document if isinstance(document, str) else encode_json(document).decode()
+    """The sentence in an error's document; what has none is shown as it is."""
+    for _ in range(NESTED_WORDS_MAX):
+        if isinstance(document, list) and document:
+            document = document[0]
+        elif isinstance(document, dict) and document.get("msg") and isinstance(document.get("loc"), list):  # FastAPI
+            return f"{'.'.join(map(str, document['loc']))}: {document['msg']}"
+        elif isinstance(document, dict):
+            key = next((key for key in ("error", "message", "detail", "msg") if document.get(key)), None)
+            if key is None:
+                break
+            document = document[key]
+        else:
+            break
+    return document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
 
 
-def body_words(content_type: str, body: bytes) -> tuple[str, str]:
-    """(sentence, type and code) of an error's body; HTML is reduced to its text."""
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        document = json.loads(text)
-    except ValueError:
-        if "html" in content_type or text.startswith("<"):
-            text = html.unescape(re.sub(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", " ", text, flags=re.S | re.I))
-        return text or "(an empty body)", ""
-    inner = document.get("error") if isinstance(document, dict) else None
-    kind = f"{inner.get('code')} {inner.get('type')}" if isinstance(inner, dict) else ""
-    return error_words(document), kind
+def text_of_page(page: str) -> str:
+    """The words of an HTML page, without scripts and styles; in linear time, whatever the page is."""
+    words, hidden = [], ""
+    for tag, text in re.findall(r"<(/?[a-zA-Z!][^<>]*)>|([^<]+|<)", page):
+        name = re.split(r"[\s/]", tag.lower().removeprefix("/"), maxsplit=1)[0]
+        if hidden:
+            hidden = "" if tag.startswith("/") and name == hidden else hidden
+        elif name in ("script", "style"):
+            hidden = name
+        else:
+            words.append(text or " ")
+    return html.unescape("".join(words)).strip()
 
 
 def shorten(words: str, key: str | None) -> str:
-    """A provider's words in one line of bounded length, without the key that some of them repeat."""
-    line = " ".join((words.replace(key, "…") if key else words).replace("\0", " ").split())
+    """Words in one storable line of bounded length, without the key that some providers repeat."""
+    line = " ".join(without_halves(words.replace(key, "…") if key else words).replace("\0", " ").split())
     return line if len(line) <= PROVIDER_WORDS_CHARACTERS_MAX else line[: PROVIDER_WORDS_CHARACTERS_MAX - 1] + "…"
+
+
+def without_halves(text: str) -> str:
+    """The text with surrogate pairs joined and halves of them as U+FFFD: JSON's escapes allow what UTF-8 cannot hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def count(value: Any) -> int:
     """A token count as providers send them: missing, null and nonsense are 0."""
     return int(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0
+
+
+def within(document: Mapping[str, Any], outer: str, inner: str) -> Any:
+    """A value one level down, where there is such a level."""
+    found = document.get(outer)
+    return found.get(inner) if isinstance(found, dict) else None
+
+
+class ToolCall:
+    """A tool call whose arguments are still coming. Their text is joined once, at the end."""
+
+    __slots__ = ("fragments", "identity", "name")
+
+    def __init__(self, identity: str = "", name: str = "") -> None:
+        self.identity = identity
+        self.name = name
+        self.fragments: list[str] = []
+
+
+def tool_call_delta(call: ToolCall) -> Delta:
+    """A complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
+    identity = call.identity or f"call_{random.getrandbits(64):016x}"
+    texts = {"id": identity, "name": call.name, "arguments": "".join(call.fragments)}
+    return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
+
+
+Chunk = TypeVar("Chunk")
+
+
+class Decoder:
+    """What the decoders share: the end, and text whose surrogate pairs a provider has cut between two events."""
+
+    __slots__ = ("_halves", "_mending", "_provider", "done", "finish_reason", "held_characters", "usage")
+
+    def __init__(self, provider: Provider) -> None:
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self.done = False
+        self.held_characters = 0
+        self._provider = provider
+        self._halves: dict[str, str] = {}  # by kind: the first half of a pair
+        self._mending = False
+
+    def end(self, deltas: list[Delta]) -> None:
+        if self.finish_reason is None:
+            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
+        deltas.extend(Delta(kind, "\ufffd") for kind in self._halves)
+
+    def _decode_leniently(self, data: bytes, kind: type[Chunk]) -> Chunk:
+        """For what the strict decoder refuses although it is JSON: half a surrogate pair, broken UTF-8, a list of one."""
+        try:
+            document = json.loads(data.decode("utf-8", "replace"))
+            chunk = msgspec.convert(document[0] if isinstance(document, list) and document else document, kind)
+        except (ValueError, RecursionError, msgspec.ValidationError) as exc:
+            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
+            raise ProviderProtocol(f"{self._provider.name} sent something that cannot be read: {words}") from exc
+        self._mending = True
+        return chunk
+
+    def _mend(self, deltas: list[Delta], first: int) -> None:
+        """Joins halves over the cut; a half that stays alone becomes U+FFFD, for nothing could store it."""
+        mended = []
+        for delta in deltas[first:]:
+            text = self._halves.pop(delta.kind, "") + delta.text
+            if delta.kind in MERGED_KINDS and "\ud800" <= text[-1] <= "\udbff":
+                self._halves[delta.kind], text = text[-1], text[:-1]
+            mended += [Delta(delta.kind, without_halves(text))] if text else []
+        deltas[first:] = mended
+        self._mending = bool(self._halves)
+
+    def _hold(self, call: ToolCall, text: str) -> None:
+        """Keeps a fragment of a call's arguments. Raises TooLong."""
+        call.fragments.append(text)
+        self.held_characters += len(text)
+        if self.held_characters > PROVIDER_EVENT_BYTES_MAX:
+            raise TooLong(f"the tool calls are longer than {PROVIDER_EVENT_BYTES_MAX:,} characters, the limit")
 
 
 # ── OpenAI's chat completions: openai-python, types/chat/chat_completion_chunk.py ───────────────────────────────────
@@ -979,6 +1123,7 @@ class ChatChoice(Struct, gc=False):
     delta: ChatDelta | None = None
     message: ChatDelta | None = None
     finish_reason: str | None = None
+    usage: Any = None
 
 
 class ChatChunk(Struct, gc=False):
@@ -993,73 +1138,110 @@ class ChatChunk(Struct, gc=False):
 decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
 
 
-class OpenAIDecoder:
-    __slots__ = ("_calls", "_last_reasoning", "_provider", "finish_reason", "usage")
+class OpenAIDecoder(Decoder):
+    __slots__ = ("_calls", "_last_reasoning", "_positions")
 
     def __init__(self, provider: Provider) -> None:
-        self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self._provider = provider
-        self._calls: dict[int, dict[str, str]] = {}  # by index; complete only at the end
+        super().__init__(provider)
+        self._calls: list[ToolCall] = []  # complete only at the end
+        self._positions: dict[int, int] = {}  # in that list, by the provider's index
         self._last_reasoning: str | None = None
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
-        if data.startswith(b"[DONE]"):
+        if self.done or not data:
             return
+        if data.startswith(b"[DONE]"):
+            self.done = True
+            return
+        if name == b"error":
+            raise in_band_error(self._provider, data)
+        first = len(deltas)
         try:
             chunk = decode_chat_chunk(data)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            chunk = self._decode_leniently(data)
-        if chunk.error or name == b"error":
-            raise in_band_error(self._provider, json.loads(data))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            chunk = self._decode_leniently(data, ChatChunk)
+        if chunk.error:
+            raise in_band_error(self._provider, data)
         if chunk.choices:
-            choice = chunk.choices[0]
-            delta = choice.delta or choice.message
-            if delta is not None:
-                if isinstance(delta.content, str) and delta.content:
-                    deltas.append(Delta("text", delta.content))
-                else:
-                    self._decode_rest(delta, deltas)
-            if choice.finish_reason:
-                self.finish_reason = finish_reason_of(choice.finish_reason)
+            self._decode_choice(chunk.choices[0], deltas)
         if chunk.usage or chunk.x_groq:
-            self._decode_usage(chunk)
+            self._decode_extras(chunk)
+        if self._mending:
+            self._mend(deltas, first)
+
+    def _decode_choice(self, choice: ChatChoice, deltas: list[Delta]) -> None:
+        delta = choice.delta or choice.message
+        if delta is not None:
+            content = delta.content
+            if isinstance(content, str) and not (delta.reasoning_content or delta.reasoning or delta.tool_calls or delta.refusal):
+                if content:
+                    deltas.append(Delta("text", content))
+            else:
+                self._decode_rest(delta, deltas)
+        if choice.finish_reason:
+            self.finish_reason = finish_reason_of(choice.finish_reason)
+        if choice.usage:  # Moonshot
+            self._decode_usage(choice.usage)
 
     def _decode_rest(self, delta: ChatDelta, deltas: list[Delta]) -> None:
-        """Everything but plain text: reasoning under either name, parts (Mistral), refusals, tool calls."""
+        """Everything but text alone: reasoning under either name, parts (Mistral), refusals, tool calls."""
         reasoning = delta.reasoning_content or delta.reasoning
         if isinstance(reasoning, str) and reasoning:
             # Quirk of xAI: a reasoning delta may come twice in a row (AI SDK, packages/xai).
             if not (reasoning == self._last_reasoning and "repeated_reasoning" in self._provider.quirks):
                 deltas.append(Delta("reasoning", reasoning))
             self._last_reasoning = reasoning
-        if isinstance(delta.content, list):
-            deltas.extend(part for item in delta.content for part in parts_of(item))
+        parts = delta.content if isinstance(delta.content, list) else [delta.content]
+        deltas.extend(part for item in parts for part in parts_of(item))
         if isinstance(delta.refusal, str) and delta.refusal:
             deltas.append(Delta("text", delta.refusal))
-        for fragment in delta.tool_calls or ():
+        fragments = delta.tool_calls if isinstance(delta.tool_calls, list) else [delta.tool_calls] if delta.tool_calls else []
+        for fragment in fragments:
             self._collect(fragment)
 
     def _collect(self, fragment: Any) -> None:
-        """Joins a tool call's fragments. Without an index (Gemini) an id or a name begins the next call."""
+        """Takes a fragment of a tool call."""
         if not isinstance(fragment, dict):
             raise ProviderProtocol(f"{self._provider.name}: a tool call is {type(fragment).__name__}, not an object")
-        function = fragment.get("function") or {}
-        index = fragment.get("index")
-        if not isinstance(index, int):
-            begins = fragment.get("id") or function.get("name") or not self._calls
-            index = max(self._calls, default=-1) + (1 if begins else 0)
-        call = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
-        call["id"] = fragment.get("id") or call["id"]
-        call["name"] = function.get("name") or call["name"]
-        arguments = function.get("arguments")
-        call["arguments"] += arguments if isinstance(arguments, str) else encode_json(arguments).decode() if arguments else ""
+        function = fragment.get("function")
+        function = function if isinstance(function, dict) else {}
+        call = self._call_of(fragment.get("index"), fragment.get("id") or "", function.get("name") or "")
+        arguments = function.get("arguments") or ""
+        self._hold(call, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
 
-    def _decode_usage(self, chunk: ChatChunk) -> None:
-        usage = chunk.usage or (chunk.x_groq.get("usage") if isinstance(chunk.x_groq, dict) else None)
+    def _call_of(self, index: Any, identity: Any, name: Any) -> ToolCall:
+        """The call that a fragment belongs to, by its index, or begun by it.
+
+        Without an index (Gemini) a new id, or a name without an id, begins the next call. With one, so does another id
+        together with a name: some gateways give every call the index 0.
+        """
+        identity, name = str(identity), str(name)
+        indexed = isinstance(index, int)
+        position = self._positions.get(index, -1) if indexed else len(self._calls) - 1
+        call = self._calls[position] if position >= 0 else None
+        if call is not None and indexed:
+            begins = bool(identity and name and call.identity not in ("", identity))
+        else:
+            begins = call is None or (identity != call.identity if identity else bool(name))
+        if call is None or begins:
+            call = ToolCall()
+            self._calls.append(call)
+            if indexed:
+                self._positions[index] = len(self._calls) - 1
+        call.identity, call.name = identity or call.identity, name or call.name
+        return call
+
+    def _decode_extras(self, chunk: ChatChunk) -> None:
+        """Usage, and what Groq puts beside it."""
+        groq = chunk.x_groq if isinstance(chunk.x_groq, dict) else {}
+        if groq.get("error"):
+            raise provider_error(self._provider, 500, str(groq["error"]), (), "reported an error")
+        self._decode_usage(chunk.usage or groq.get("usage"))
+
+    def _decode_usage(self, usage: Any) -> None:
         if isinstance(usage, dict):
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+            cached = within(usage, "prompt_tokens_details", "cached_tokens") or usage.get("prompt_cache_hit_tokens")
+            reasoning = within(usage, "completion_tokens_details", "reasoning_tokens") or usage.get("reasoning_tokens")
             self.usage = Usage(
                 input_tokens=count(usage.get("prompt_tokens")),
                 output_tokens=count(usage.get("completion_tokens")),
@@ -1068,29 +1250,23 @@ class OpenAIDecoder:
                 reasoning_tokens=count(reasoning),
             )
 
-    def _decode_leniently(self, data: bytes) -> ChatChunk:
-        """For what the strict decoder refuses although it is JSON: half a surrogate pair becomes U+FFFD."""
-        try:
-            document = json.loads(data.decode("utf-8", "replace"))
-            whole = json.dumps(document, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return decode_chat_chunk(whole.encode())
-        except (ValueError, msgspec.DecodeError) as exc:
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
-
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        self.decode(b"", body.strip(), deltas)
+        self.decode(b"", body, deltas)
+        if self.finish_reason is None and not deltas:
+            words, _ = body_words("", body)
+            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
 
     def end(self, deltas: list[Delta]) -> None:
-        if self.finish_reason is None:
-            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
-        deltas.extend(Delta("tool_call", encode_json(call).decode()) for _, call in sorted(self._calls.items()))
+        super().end(deltas)
+        deltas.extend(map(tool_call_delta, self._calls))
         if self._calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
 
 
 def parts_of(item: Any) -> Iterator[Delta]:
-    """A part of list content: {"type": "text", "text"} or {"type": "thinking", "thinking": [{"text"}]}."""
+    """A part of content: a string, {"type": "text", "text"} or {"type": "thinking", "thinking": [{"text"}]}."""
+    if isinstance(item, str):
+        item = {"text": item}
     if isinstance(item, dict) and item.get("type") == "thinking":
         thinking = item.get("thinking")
         texts = [part.get("text") for part in thinking if isinstance(part, dict)] if isinstance(thinking, list) else [thinking]
@@ -1169,111 +1345,114 @@ THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}
 
 
 class BlockDelta(Struct, gc=False):
-    type: str = ""
-    text: str = ""
-    thinking: str = ""
-    partial_json: str = ""
-    signature: str = ""
-    stop_reason: str | None = None
+    """Any delta of any block; types that are not known have fields of other types, so nothing is typed."""
+
+    text: Any = None
+    thinking: Any = None
+    partial_json: Any = None
+    signature: Any = None
+    stop_reason: Any = None
 
 
 class AnthropicEvent(Struct, gc=False):
     """Any event of the stream, or a whole message (type `message`, whose blocks are in `content`)."""
 
     type: str = ""
-    index: int = 0
+    index: Any = 0
     delta: BlockDelta | None = None
-    content_block: dict[str, Any] | None = None
-    message: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None
+    content_block: Any = None
+    message: Any = None
+    usage: Any = None
     error: Any = None
-    content: list[dict[str, Any]] | None = None
-    stop_reason: str | None = None
+    content: Any = None
+    stop_reason: Any = None
 
 
 decode_anthropic_event = msgspec.json.Decoder(AnthropicEvent).decode
 
 
-class AnthropicDecoder:
-    __slots__ = ("_blocks", "_provider", "_stopped", "_usage", "finish_reason", "usage")
+class AnthropicDecoder(Decoder):
+    __slots__ = ("_calls", "_usage")
 
     def __init__(self, provider: Provider) -> None:
-        self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self._provider = provider
-        self._blocks: dict[int, dict[str, Any]] = {}  # by index, because servers let blocks overlap
+        super().__init__(provider)
+        self._calls: dict[Any, ToolCall] = {}  # by their block's index, because servers let blocks overlap
         self._usage: dict[str, Any] = {}  # cumulative: a later number replaces an earlier one
-        self._stopped = False
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        if self.done or not data:
+            return
+        if data.startswith(b"[DONE]"):  # gateways that know one end for all
+            self.done = True
+            return
+        if name == b"error":  # the event's name decides: some send an error of another shape
+            raise in_band_error(self._provider, data)
+        first = len(deltas)
         try:
             event = decode_anthropic_event(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            if name in (b"error", b""):
-                self._raise_if_error(name, data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             if name and name not in ANTHROPIC_EVENTS:
                 return
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
-        if name == b"error" or event.error:  # the event's name decides: some send an error of another shape
-            raise in_band_error(self._provider, json.loads(data))
+            event = self._decode_leniently(data, AnthropicEvent)
+        if event.error or event.type == "error":
+            raise in_band_error(self._provider, data)
+        self._decode_event(event, deltas)
+        if self._mending:
+            self._mend(deltas, first)
+
+    def _decode_event(self, event: AnthropicEvent, deltas: list[Delta]) -> None:
         if event.type == "content_block_delta" and event.delta is not None:
             self._decode_delta(event.index, event.delta, deltas)
-        elif event.type == "content_block_start" and event.content_block is not None:
+        elif event.type == "content_block_start" and isinstance(event.content_block, dict):
             self._start_block(event.index, event.content_block, deltas)
         elif event.type == "content_block_stop":
             self._stop_block(event.index, deltas)
-        elif event.type in ("message_start", "message_delta", "message_stop"):
-            self._decode_message(event)
-
-    def _raise_if_error(self, name: bytes, data: bytes) -> None:
-        with contextlib.suppress(ValueError):
-            document = json.loads(data)
-            if name == b"error" or (isinstance(document, dict) and document.get("error")):
-                raise in_band_error(self._provider, document)
-
-    def _decode_message(self, event: AnthropicEvent) -> None:
-        if event.message:
+        elif event.type == "message_start" and isinstance(event.message, dict):
             self._count(event.message.get("usage"))
-        if event.delta is not None and event.delta.stop_reason:
-            self.finish_reason = finish_reason_of(event.delta.stop_reason)
-        self._count(event.usage)
-        self._stopped = self._stopped or event.type == "message_stop"
+        elif event.type == "message_delta":
+            self._count(event.usage)
+            if event.delta is not None and isinstance(event.delta.stop_reason, str):
+                self.finish_reason = finish_reason_of(event.delta.stop_reason)
+        elif event.type == "message_stop":
+            self.done = True
 
-    def _decode_delta(self, index: int, delta: BlockDelta, deltas: list[Delta]) -> None:
-        if delta.text:
+    def _decode_delta(self, index: Any, delta: BlockDelta, deltas: list[Delta]) -> None:
+        if isinstance(delta.text, str) and delta.text:
             deltas.append(Delta("text", delta.text))
-        elif delta.thinking:
+        elif isinstance(delta.thinking, str) and delta.thinking:
             deltas.append(Delta("reasoning", delta.thinking))
-        elif delta.signature:
+        elif isinstance(delta.signature, str) and delta.signature:
             deltas.append(self._signature({"signature": delta.signature}))
-        elif delta.partial_json:
-            self._blocks.setdefault(index, {}).setdefault("fragments", []).append(delta.partial_json)
+        elif isinstance(delta.partial_json, str) and index in self._calls:
+            self._hold(self._calls[index], delta.partial_json)
 
-    def _start_block(self, index: int, block: dict[str, Any], deltas: list[Delta]) -> None:
-        """Remembers a block until it stops. A text block may begin with text; a redacted one is whole already."""
-        self._blocks[index] = {**block, "fragments": []}
-        if block.get("type") == "redacted_thinking":
-            deltas.append(self._signature({"redacted": block.get("data", "")}))
-        elif block.get("type") == "thinking" and block.get("thinking"):
+    def _start_block(self, index: Any, block: dict[str, Any], deltas: list[Delta]) -> None:
+        """A text block may begin with text; a redacted one is whole already; a tool call is one when it stops."""
+        kind, text = block.get("type"), block.get("text")
+        if kind == "tool_use":
+            self._calls[index] = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""))
+            if block.get("input"):  # whole at once, as in a document
+                self._hold(self._calls[index], json.dumps(block["input"], ensure_ascii=False))
+        elif kind == "redacted_thinking":
+            deltas.append(self._signature({"redacted": str(block.get("data") or "")}))
+        elif kind == "thinking" and isinstance(block.get("thinking"), str) and block["thinking"]:
             deltas.append(Delta("reasoning", block["thinking"]))
-        elif block.get("type") == "text" and block.get("text"):
-            deltas.append(Delta("text", block["text"]))
+        elif kind == "text" and isinstance(text, str) and text:
+            deltas.append(Delta("text", text))
 
-    def _stop_block(self, index: int, deltas: list[Delta]) -> None:
-        """A tool call is complete with its block; fragments win over an `input` that came at the start."""
-        block = self._blocks.pop(index, {})
-        if block.get("type") == "tool_use":
-            arguments = "".join(block["fragments"]) or encode_json(block.get("input") or {}).decode()
-            call = {"id": block.get("id") or "", "name": block.get("name") or "", "arguments": arguments}
-            deltas.append(Delta("tool_call", encode_json(call).decode()))
+    def _stop_block(self, index: Any, deltas: list[Delta]) -> None:
+        """A tool call is complete with its block."""
+        if (call := self._calls.pop(index, None)) is not None:
+            call.fragments = call.fragments if any(call.fragments) else ["{}"]
+            deltas.append(tool_call_delta(call))
 
     def _signature(self, what: dict[str, str]) -> Delta:
         """What must go back with the reasoning before it, and only to the provider that signed it."""
+        what = {key: without_halves(text) for key, text in what.items()}
         return Delta("signature", encode_json({"provider": self._provider.name, **what}).decode())
 
-    def _count(self, usage: dict[str, Any] | None) -> None:
-        if not usage:
+    def _count(self, usage: Any) -> None:
+        if not isinstance(usage, dict) or not usage:
             return
         self._usage.update({name: value for name, value in usage.items() if value is not None})
         cached = count(self._usage.get("cache_read_input_tokens"))
@@ -1286,25 +1465,26 @@ class AnthropicDecoder:
         )
 
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        self._raise_if_error(b"", body)
-        try:
-            event = decode_anthropic_event(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            words = shorten(body.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an answer that cannot be read: {words}") from exc
-        for index, block in enumerate(event.content or ()):
-            self._start_block(index, block, deltas)
-            if block.get("type") == "thinking" and block.get("signature"):
-                deltas.append(self._signature({"signature": block["signature"]}))
-            self._stop_block(index, deltas)
+        event = self._decode_leniently(body, AnthropicEvent)
+        if event.error or event.type == "error":
+            raise in_band_error(self._provider, body)
+        if not isinstance(event.content, list):
+            words, _ = body_words("", body)
+            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
+        for index, block in enumerate(event.content):
+            if isinstance(block, dict):
+                self._start_block(index, block, deltas)
+                if block.get("type") == "thinking" and block.get("signature"):
+                    deltas.append(self._signature({"signature": str(block["signature"])}))
+                self._stop_block(index, deltas)
+        self._mend(deltas, 0)
         self._count(event.usage)
-        if event.stop_reason:
+        if isinstance(event.stop_reason, str):
             self.finish_reason = finish_reason_of(event.stop_reason)
 
     def end(self, deltas: list[Delta]) -> None:
-        if self.finish_reason is None:
-            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
-        for index in sorted(self._blocks):  # some servers stop blocks only at the very end, or never
+        super().end(deltas)
+        for index in list(self._calls):  # some servers stop blocks only at the very end, or never
             self._stop_block(index, deltas)
 
 
@@ -1719,18 +1899,26 @@ def connection_errors() -> tuple[type[Exception], ...]:
 
 def reason_of(exc: BaseException) -> str:
     """An exception's own words, or its name when it has none."""
-    return " ".join(str(exc).split())[:PROVIDER_WORDS_CHARACTERS_MAX] or type(exc).__name__
+    return shorten(str(exc), None) or type(exc).__name__
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """How long a provider asks to wait, by `retry-after-ms`, or `retry-after` as seconds or an HTTP date."""
+    text = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
-        return max(float(headers.get("retry-after-ms", "")) / 1000, 0.0)
+        return check_seconds(float(headers.get("retry-after-ms", "")) / 1000)
     with contextlib.suppress(ValueError):
-        return max(float(headers.get("retry-after", "")), 0.0)
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        return max(email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
+        return check_seconds(float(text))
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return check_seconds(email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return None
+
+
+def check_seconds(seconds: float) -> float:
+    """A wait that is not in the past. Raises ValueError for what is no number (`float` takes "nan")."""
+    if seconds != seconds:
+        raise ValueError("not a number")
+    return max(seconds, 0.0)
 
 
 def retry_delay(error: ProviderError, attempt: int) -> float | None:
@@ -1744,9 +1932,9 @@ def retry_delay(error: ProviderError, attempt: int) -> float | None:
 
 # What a provider's refusal can teach: words in its 400 or 422, and the quirk that the next try then has.
 LEARNT_QUIRKS = {
-    "stream_options": "no_stream_options",
-    "max_completion_tokens": "max_completion_tokens",
-    "prefill": "no_prefill",
+    b"stream_options": "no_stream_options",
+    b"max_completion_tokens": "max_completion_tokens",
+    b"prefill": "no_prefill",
 }
 
 
@@ -1785,21 +1973,19 @@ class Providers:
         """Posts a question; the connection closes with the context, at once when it is cancelled.
 
         Raises ProviderError. A refusal that names a field which this provider does not take is learnt from, and the
-        question goes out once more without it.
+        question goes out once more without it; every round learns something, so there are few.
         """
         provider = target.provider
         response = await self._post(provider, question)
         try:
-            if response.status_code != 200:
-                error, words = await self._refusal(provider, response)
-                quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in words), None)
+            while response.status_code != 200:
+                error, body = await self._refusal(provider, response)
+                quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in body), None)
                 if response.status_code not in (400, 422) or quirk is None or quirk in self._quirks(provider):
                     raise error
                 await response.aclose()
                 self._learnt[provider.name] = self._quirks(provider) | {quirk}
                 response = await self._post(provider, question)
-                if response.status_code != 200:
-                    raise (await self._refusal(provider, response))[0]
             self.rejected.discard(provider.name)
             yield Answer(provider, response)
         finally:
@@ -1828,25 +2014,26 @@ class Providers:
             where = f"{provider.name} cannot be reached at {provider.base_url}"
             raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
 
-    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, str]:
-        """The error for a status other than 200, and the provider's whole words."""
+    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
+        """The error for a status other than 200, and the body that it was read from."""
         body = b""
-        with contextlib.suppress(*connection_errors()):
-            async for data in response.aiter_bytes():
-                body += data
-                if len(body) > REQUEST_BYTES_MAX:
-                    break
-        words, kind = body_words(response.headers.get("content-type", ""), body)
+        with contextlib.suppress(TimeoutError, *connection_errors()):
+            async with asyncio.timeout(REFUSAL_SECONDS):
+                async for data in response.aiter_bytes():
+                    body += data
+                    if len(body) > REQUEST_BYTES_MAX:
+                        break
+        words, kinds = body_words(response.headers.get("content-type", ""), body)
         if 300 <= response.status_code < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
-        error = provider_error(provider, response.status_code, words, kind)
+        error = provider_error(provider, response.status_code, words, kinds)
         error.retry_after_seconds = retry_after_seconds(response.headers)
         should_retry = response.headers.get("x-should-retry")
         if should_retry in ("true", "false"):
-            error.transient = should_retry == "true"
+            error.transient = should_retry == "true" and not is_spent(words, kinds)
         if isinstance(error, ProviderAuth):
             self.rejected.add(provider.name)
-        return error, words
+        return error, body
 
     # ── models ──
 
