@@ -6,7 +6,7 @@ import importlib
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's sta
 BRACKETS_MAX = 16  # open at once in one paragraph, item or cell
 OPENER_COST_MAX = 4_000_000  # characters × openers of one paragraph, item or cell: `<http://<http://…` costs that
 HIGHLIGHT_CHARACTERS_MAX = 100_000  # of a code block; a longer one is not highlighted
+HIGHLIGHT_SECONDS_MAX = 0.5  # of a code block; many lexers can be made to take the square of the length
 LATEX_CHARACTERS_MAX = 1_000  # of a formula: the converter recurses natively, up to 2 KB of stack per character
 LATEX_LINES_MAX = 50  # of a formula that stands by itself; bounds the search for its end
 OPEN_BLOCK_SECONDS_MAX = 0.2  # an open block that takes longer to render is shown as plain text
@@ -47,6 +48,7 @@ _RETURN = re.compile(r"\r\n?")
 _SAFE_URL = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
 _BRACKET = re.compile(r"[\[\]]")
 _OPENER = re.compile(r"[\[(<:]")
+_SLOW_CODE = re.compile(r"[^\n]{1000}|\s{300}")  # one match of a lexer's pattern could take seconds, uninterrupted
 
 _TO_DOLLAR = rf"(?:[^$`\\]|\\.){{1,{LATEX_CHARACTERS_MAX}}}+"
 _TO_BRACKET = rf".{{1,{LATEX_CHARACTERS_MAX}}}?"
@@ -76,25 +78,41 @@ def _line_count(text: str) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _lexer(language: str) -> Any:
-    """The Pygments lexer of a language, or None. It keeps every newline: code is copied from the page."""
+    """The Pygments lexer of a language, or None. It strips no newlines, for code is copied from the page."""
     from pygments.lexers import get_lexer_by_name  # type: ignore[import-untyped]
     from pygments.util import ClassNotFound  # type: ignore[import-untyped]
 
     try:
-        return get_lexer_by_name(language, stripnl=False, ensurenl=False)
+        return get_lexer_by_name(language, stripnl=False)
     except ClassNotFound:
         return None
 
 
-def _highlight(code: str, language: str) -> str:
-    """Code as spans with Pygments' classes; as text if the language is unknown or the code too long."""
-    lexer = _lexer(language) if language and len(code) <= HIGHLIGHT_CHARACTERS_MAX else None
+class _TooSlow(Exception):
+    """Highlighting takes too long."""
+
+
+def _until(deadline: float, clock: Callable[[], float], tokens: Iterable[Any]) -> Iterator[Any]:
+    for token in tokens:
+        if clock() > deadline:
+            raise _TooSlow
+        yield token
+
+
+def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
+    """Code as spans with Pygments' classes; as text if its language is unknown, or it is too long or too slow."""
+    is_lit = language and len(code) <= HIGHLIGHT_CHARACTERS_MAX and not _SLOW_CODE.search(code)
+    lexer = _lexer(language) if is_lit else None
     if lexer is None:
         return html.escape(code)
-    from pygments import highlight  # type: ignore[import-untyped]
+    from pygments import format as format_tokens  # type: ignore[import-untyped]
     from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 
-    return str(highlight(code, lexer, HtmlFormatter(nowrap=True)))
+    tokens = _until(clock() + HIGHLIGHT_SECONDS_MAX, clock, lexer.get_tokens(code))
+    try:
+        return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
+    except _TooSlow:
+        return html.escape(code)
 
 
 def _figure(code: str, language: str) -> str:
@@ -116,7 +134,7 @@ def _render_fence(_: object, tokens: Sequence[Token], index: int, options: objec
     highlighted: dict[tuple[str, str], str] = environment["highlighted"]
     key = (language, fence.content)
     if key not in highlighted:
-        highlighted[key] = _highlight(fence.content, language.lower())
+        highlighted[key] = _highlight(fence.content, language.lower(), environment["clock"])
     return _figure(highlighted[key], language)
 
 
@@ -316,9 +334,9 @@ def _parser() -> MarkdownIt:
 # Rendering
 
 
-def _environment(definitions: dict[str, Any]) -> dict[str, Any]:
+def _environment(definitions: dict[str, Any], clock: Callable[[], float]) -> dict[str, Any]:
     """What the rules above share during one parse."""
-    return {"references": _References(definitions), "highlighted": {}, "no_table_before_line": 0}
+    return {"references": _References(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
 
 
 def _html(tokens: Sequence[Token], environment: dict[str, Any]) -> str:
@@ -326,16 +344,16 @@ def _html(tokens: Sequence[Token], environment: dict[str, Any]) -> str:
     return str(parser.renderer.render(tokens, parser.options, environment))
 
 
-def render(text: str) -> str:
+def render(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
     """The HTML of a finished answer. Every text has one; what is too costly to parse is shown as text."""
-    environment = _environment({})
+    environment = _environment({}, clock)
     return _html(_parser().parse(text, environment), environment)
 
 
-def render_growing(text: str) -> str:
+def render_growing(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
     """The HTML of an answer that still grows: render(), but with a last fence that has no end yet not highlighted."""
     text = _RETURN.sub("\n", text)
-    environment = _environment({}) | {"growing_line": _line_count(text)}
+    environment = _environment({}, clock) | {"growing_line": _line_count(text)}
     return _html(_parser().parse(text, environment), environment)
 
 
@@ -441,7 +459,7 @@ class MarkdownStream:
         return Frame(tuple(enumerate(block.html for block in self._blocks)), self._open, 0.0)
 
     def _environment(self) -> dict[str, Any]:
-        return _environment(self._definitions) | {"highlighted": self._highlighted}
+        return _environment(self._definitions, self._clock) | {"highlighted": self._highlighted}
 
     def _settle(
         self, tokens: list[Token], cuts: list[tuple[int, int]], environment: dict[str, Any]
@@ -469,7 +487,7 @@ class MarkdownStream:
         changed = []
         for number, old in enumerate(self._blocks if labels else ()):
             if not labels.isdisjoint(old.labels):
-                environment = _environment(references)
+                environment = _environment(references, self._clock)
                 block = _block(old.source, _parser().parse(old.source, environment), environment)
                 self._blocks[number] = block
                 if block.html != old.html:

@@ -24,6 +24,7 @@ SECTIONS = ["## A heading", PARAGRAPH, ITEMS, CODE, PARAGRAPH, TABLE, "> " + PAR
 PATHOLOGICAL = {
     "20 KB of ![": "![" * 10_000,
     "20 KB of [": "[" * 20_000,
+    "20 KB of open brackets": ("[" * 16 + "*a" * 300 + "\n\n") * 32,
     "20 KB of *": "*" * 20_000,
     "20 KB of *a ": "*a " * 6_667,
     "20 KB of `": "`" * 20_000,
@@ -93,7 +94,7 @@ def main() -> None:
         share, mean, worst, rate = stream(answer(10_000), answer(kilobytes * 1000) + "\n\n")
         costs = f"{100 * share:.2f} % of a core; frames {1000 * mean:.1f} ms, at most {1000 * worst:.1f} ms"
         print(f"{kilobytes:6} KB: {costs}; {rate / 1000:.0f} KB/s of HTML")
-    print("\none block that never ends: full render, then streamed as above:")
+    print("\nanswers that mean harm, most of them one block that never ends: full render, then streamed as above:")
     for name, text in PATHOLOGICAL.items():
         full = full_seconds(text)
         share, _, worst, rate = stream(text)

@@ -155,16 +155,24 @@ def test_code_in_an_unknown_language_is_text(text: str) -> None:
 def test_a_code_block_above_the_limit_is_not_highlighted() -> None:
     line = "def f(): pass\n"
     count = markdown.HIGHLIGHT_CHARACTERS_MAX // len(line)
-    assert "<span" in render("```python\n" + line * count + "```\n")
-    assert "<span" not in render("```python\n" + line * (count + 1) + "```\n")
+    assert "<span" in render("```python\n" + line * count + "```\n", Clock())
+    assert "<span" not in render("```python\n" + line * (count + 1) + "```\n", Clock())
+
+
+def test_code_that_is_slow_to_highlight_is_text() -> None:
+    code = "```python\ndef f(): pass\n```"
+    assert "<span" in render(code, Clock(step_seconds=0.01))
+    assert "<span" not in render(code, Clock(step_seconds=markdown.HIGHLIGHT_SECONDS_MAX))
+    assert "<span" not in render("```python\nx = '" + "a" * 1_000 + "'\n```")
+    assert "<span" not in render("```python\nx = 1\n" + " \n" * 200 + "\n```")
 
 
 @pytest.mark.parametrize("language", ["python", "js", "html", "console", "c++", "json", "diff", "text", "yaml", "SQL"])
 @pytest.mark.parametrize("code", ["\n\n a = '<&>' # \t\n\n\n", "a\u2028b\x0cc\n", "x", "'unclosed\n$ ls\n>>> 1\n{\n"])
 def test_what_is_copied_from_a_code_block_is_the_code(language: str, code: str) -> None:
-    block = render(f"````{language}\n{code}\n````\n")
-    inner = block[block.index("<code>") + len("<code>") : block.index("</code>")]
-    assert html.unescape(re.sub(r"</?span[^>]*>", "", inner)) == code + "\n"
+    for block in (render(f"````{language}\n{code}\n````\n"), render(f"````{language}\n{code}")):
+        inner = block[block.index("<code>") + len("<code>") : block.index("</code>")]
+        assert html.unescape(re.sub(r"</?span[^>]*>", "", inner)).rstrip("\n") == code.rstrip("\n")
 
 
 # Formulas
@@ -326,6 +334,9 @@ def test_blocks_and_their_numbers_do_not_depend_on_when_frames_are_taken(pieces:
     at_once = stream_of("".join(pieces))
     at_once.frame()
     assert page.blocks == dict(at_once.snapshot().settled) == dict(growing.snapshot().settled)
+    growing.finish(), at_once.finish()
+    never_framed = stream_of("".join(pieces))
+    assert never_framed.finish().settled == at_once.snapshot().settled == growing.snapshot().settled
 
 
 # What is sent
@@ -832,6 +843,8 @@ COSTLY = {
     "nested lists": "".join("  " * depth + "- a\n" for depth in range(140)),
     "a table with missing cells": "|x" * 100 + "|\n" + "|-" * 100 + "|\n" + "a\n" * 5_000,
     "tables with missing cells": ("|x" * 100 + "|\n" + "|-" * 100 + "|\n" + "a\n" * 100) * 20,
+    "code that Java's lexer takes the square of": "```java\n" + "a\n" * 10_000 + "```\n",
+    "code of blank lines": "```python\n" + "\n \n" * 10_000 + "```\n",
     "nested formulas": "$" + "{" * 499 + "}" * 499 + "$ $" + r"\sqrt" * 190 + "x$",
 }
 
@@ -841,7 +854,8 @@ def test_a_costly_answer_is_rendered(text: str) -> None:
     finished = render(text)
     assert_harmless(finished)
     assert len(finished) < 20 * len(text)
-    stream, page = stream_of(text[:-1]), Page()
+    stream, page = MarkdownStream(), Page()
+    stream.feed(text[:-1])
     page.show(stream.frame())
     stream.feed(text[-1])
     page.show(stream.finish())
@@ -859,6 +873,16 @@ def test_a_table_may_leave_some_cells_out_but_not_most() -> None:
     table = "|a|b|c|d|\n|-|-|-|-|\n"
     assert "<table>" in render(table + "| some words |\n| more words |\n| |\n")
     assert "<table>" not in render(table + "e\n" * 20)
+
+
+def test_lines_that_are_no_table_are_looked_at_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from markdown_it.rules_block import StateBlock
+
+    looks: list[int] = []
+    is_empty = StateBlock.isEmpty
+    monkeypatch.setattr(StateBlock, "isEmpty", lambda state, line: looks.append(line) or is_empty(state, line))
+    assert "<table>" not in render("a|b|c|d\n-|-|-|-\n" * 100 + "a\n" * 1_000)
+    assert len(looks) < 10 * 1_200
 
 
 def test_deep_stacks_are_deep_enough() -> None:
