@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 
-from markdown_section import MarkdownStream, render
+from llmchat import MarkdownStream, render
 
 DELTAS_PER_SECOND = 50
 DELTA_CHARACTERS = 20

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import markdown_section as markdown
-from markdown_section import MarkdownStream, render, render_growing
+import llmchat as markdown
+from llmchat import MarkdownStream, render, render_growing
 
 
 class Page:
