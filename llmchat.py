@@ -2689,6 +2689,7 @@ class Message(Struct):
     timing: Timing
     attempts: list[dict[str, Any]]
     created_at_ms: int
+    html: str | UnsetType = UNSET  # of an ended answer, with ?render=html
 
 
 class SnippetPart(Struct, frozen=True):
@@ -3632,6 +3633,10 @@ def encode_end(ending: Ending, usage: Usage | None, timing: Timing) -> bytes:
     )
 
 
+def encode_end_of(message: Message) -> bytes:
+    return encode_end(Ending(message.status, message.finish_reason, message.error), message.usage, message.timing)
+
+
 class Seam:
     """Joins a continued answer to what was there: drops what the model says again.
 
@@ -3706,6 +3711,88 @@ class Subscriber:
         return b"".join(frames)
 
 
+RENDER_SECONDS_MIN = 0.1  # between two frames of HTML
+RENDERED_CHARACTERS_MAX = 4_000_000  # of HTML of ended messages that is remembered
+RENDER_COST_RATIO = 10  # rendering takes at most one part in this many of the time
+
+
+class Rendering:
+    """A generation's text as HTML, rendered once for all who asked for it, and only while somebody does.
+
+    Its subscribers get `html` events in place of text deltas: blocks by number that are new or have changed, and the
+    open one. There is no ring and no cursor in HTML: whoever comes, or comes back, gets everything once, and replaces
+    what differs. Markdown is parsed in a thread, so that an expensive answer holds up nobody else's.
+    """
+
+    def __init__(self) -> None:
+        self.subscribers: set[Subscriber] = set()
+        self._stream = MarkdownStream()
+        self.ended = asyncio.Event()  # the `end` event is out
+        self._fed = ""  # text that waits for the next frame
+        self._others: list[Delta] = []  # content that is no text
+        self._end_frame = b""
+        self._wake = asyncio.Event()
+        self.offset = 0  # of what has been fed
+        self._snapshot = Frame((), "", 0.0)
+
+    def feed(self, offset: int, delta: Delta) -> None:
+        """Takes committed content, once. Text goes into the next frame; everything else goes out as the delta it is."""
+        if offset <= self.offset:
+            return
+        self.offset = offset
+        if delta.kind == "text":
+            self._fed += delta.text
+            self._wake.set()
+            return
+        self._others.append(delta)
+        for subscriber in self.subscribers:
+            subscriber.put(offset, encode_delta(delta, offset))
+
+    def end(self, frame: bytes) -> None:
+        """Takes the `end` event: it goes out after the last frame of HTML."""
+        self._end_frame = frame
+        self._wake.set()
+
+    def attach(self) -> tuple[Subscriber, bytes]:
+        """A new subscriber, and everything up to now."""
+        subscriber = Subscriber(self.offset)
+        self.subscribers.add(subscriber)
+        self._wake.set()
+        others = b"".join(encode_delta(delta, self.offset) for delta in join_deltas(self._others))
+        return subscriber, others + encode_html(self._snapshot, self.offset)
+
+    async def render_forever(self) -> None:
+        """Renders what was fed, frame by frame, until the end is out."""
+        is_last = False
+        while not is_last:
+            await self._wake.wait()
+            self._wake.clear()
+            is_last = bool(self._end_frame)
+            if not self.subscribers:
+                continue
+            text, self._fed, offset = self._fed, "", self.offset
+            frame = await asyncio.to_thread(self._render, text, is_last)
+            self._publish(offset, encode_html(frame, offset))
+            if not is_last:
+                await asyncio.sleep(max(RENDER_SECONDS_MIN, RENDER_COST_RATIO * frame.seconds))
+        self.ended.set()
+        self._publish(self.offset, self._end_frame)
+
+    def _render(self, text: str, is_last: bool) -> Frame:
+        self._stream.feed(text)
+        frame = self._stream.finish() if is_last else self._stream.frame()
+        self._snapshot = self._stream.snapshot()
+        return frame
+
+    def _publish(self, offset: int, data: bytes) -> None:
+        for subscriber in self.subscribers:
+            subscriber.put(offset, data)
+
+
+def encode_html(frame: Frame, offset: int) -> bytes:
+    return encode_event("html", {"settled": frame.settled, "open": frame.open}, offset)
+
+
 class Flush(NamedTuple):
     """What one generation gives to a flush: pieces of content with the offset after each, and perhaps its end."""
 
@@ -3747,6 +3834,7 @@ class Generation:
         # who looks on
         self.subscribers: set[Subscriber] = set()
         self.ended = asyncio.Event()  # the `end` event is out
+        self.rendering: Rendering | None = None
         self._ring: deque[tuple[int, bytes]] = deque()
         self._ring_floor = self.published  # the offset before the ring's oldest event
         self._ring_bytes = 0
@@ -3881,6 +3969,8 @@ class Generations:
         self._providers = providers
         self._starting = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rendered: dict[tuple[int, int, str], str] = {}
+        self._rendered_characters = 0
         self._dirty: dict[int, Generation] = {}
         self._wake = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
@@ -4167,6 +4257,8 @@ class Generations:
         if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
             for offset, delta in flush.pieces:
                 generation.publish(offset, encode_delta(delta, offset))
+                if generation.rendering is not None:
+                    generation.rendering.feed(offset, delta)
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
@@ -4204,7 +4296,10 @@ class Generations:
     def _announce(self, generation: Generation, outcome: Outcome) -> None:
         timing = Timing(outcome.first_delta_ms, outcome.total_ms)
         generation.ended.set()
-        generation.publish(generation.published, encode_end(outcome.ending, outcome.usage, timing))
+        end = encode_end(outcome.ending, outcome.usage, timing)
+        generation.publish(generation.published, end)
+        if generation.rendering is not None:
+            generation.rendering.end(end)
         fields = {
             "message_id": outcome.message_id,
             "model": str(outcome.target),
@@ -4220,25 +4315,61 @@ class Generations:
 
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
         """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
-        generation = self.find(owner, message_id)
-        about: Generation | Message
-        if generation is None or cursor > generation.published:  # the store is a moment ahead of what was published
-            page = await self._store.read(load_page, owner, message_id, cursor)
-            about, status, length = page.message, page.message.status, page.length
-        else:
-            about, status, length = generation, "running", generation.published
+        about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
             raise InvalidRequest(f"after: {cursor} is beyond the end of message {message_id}, which is at {length}")
-        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
-            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
-            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
         cursor = 0 if reset else cursor
         first = encode_start(start_data(about, message_id, status, cursor))
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
+    async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
+        """An open stream of HTML; it has no cursor. Raises NotFound, Overloaded."""
+        about, status, _ = await self._look_at(owner, message_id, 0)
+        return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
+
+    async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
+        """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
+        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
+            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
+            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        generation = self.find(owner, message_id)
+        if generation is not None and cursor <= generation.published:
+            return generation, "running", generation.published
+        page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
+        return page.message, page.message.status, page.length
+
+    async def rendering(self, generation: Generation) -> Rendering | None:
+        """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
+        rendering = Rendering()
+        while generation.rendering is None and rendering.offset < generation.published:
+            page = await self.load(generation.owner, generation.message_id, rendering.offset)
+            for offset, delta in page.pieces:
+                rendering.feed(offset, delta)
+        if generation.ended.is_set():
+            return None
+        if generation.rendering is None:
+            generation.rendering = rendering
+            self._keep(asyncio.create_task(rendering.render_forever(), name=f"rendering {generation.message_id}"))
+        return generation.rendering
+
     async def load(self, owner: str, message_id: int, cursor: int) -> Page:
         return await self._store.read(load_page, owner, message_id, cursor)
+
+    async def load_whole(self, owner: str, message_id: int) -> Message:
+        return await self._store.read(load_message, owner, message_id)
+
+    async def render_message(self, message: Message) -> str:
+        """An ended message's text as HTML; the newest ones are remembered."""
+        key = (message.id, len(message.text), message.status)
+        found = self._rendered.pop(key, None)
+        if found is None:
+            found = await asyncio.to_thread(render, message.text)
+            self._rendered_characters += len(found) if key not in self._rendered else 0
+        self._rendered[key] = found  # newest last
+        while self._rendered_characters > RENDERED_CHARACTERS_MAX:
+            self._rendered_characters -= len(self._rendered.pop(next(iter(self._rendered))))
+        return found
 
     @property
     def heartbeat_seconds(self) -> float:
@@ -4271,31 +4402,34 @@ class Stream:
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """What is to be sent, one item per send."""
-        streams = self._generations.streams
-        streams[self._message_id] = streams.get(self._message_id, 0) + 1
-        try:
-            self._beat()
+        with self._counted():
             yield self._first
-            while not self._closed:
+            while not self._closed and not self._finished:
                 generation = self._generations.running.get(self._message_id)
                 attached = generation.attach(self._cursor) if generation is not None else None
                 if generation is not None and attached is not None:
                     async with contextlib.aclosing(self._follow(generation, *attached)) as live:
                         async for data in live:
                             yield data
-                    if self._finished:
-                        return
                     continue
                 page = await self._generations.load(self._owner, self._message_id, self._cursor)
                 if page.pieces:
                     self._cursor = page.pieces[-1][0]
                     yield b"".join(encode_delta(delta, offset) for offset, delta in page.pieces)
                 if page.message.status != "running" and self._cursor >= page.length:
-                    message = page.message
-                    yield encode_end(Ending(message.status, message.finish_reason, message.error), message.usage, message.timing)
-                    return
-                if not page.pieces:
+                    self._finished = True
+                    yield encode_end_of(page.message)
+                elif not page.pieces:
                     await asyncio.sleep(STARTED_WAIT_SECONDS)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """While this stream is open: it counts for its message's limit, and its heart beats."""
+        streams = self._generations.streams
+        streams[self._message_id] = streams.get(self._message_id, 0) + 1
+        self._beat()
+        try:
+            yield
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -4303,8 +4437,10 @@ class Stream:
             if not streams[self._message_id]:
                 del streams[self._message_id]
 
-    async def _follow(self, generation: Generation, subscriber: Subscriber, behind: bytes) -> AsyncGenerator[bytes, None]:
-        """The ring's newest events, then the queue, until the end, or until this stream lags or is closed."""
+    async def _follow(
+        self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes
+    ) -> AsyncGenerator[bytes, None]:
+        """What lies behind, then the queue, until the end, or until this stream lags or is closed."""
         self._subscriber = subscriber
         try:
             self._cursor = subscriber.cursor
@@ -4312,7 +4448,7 @@ class Stream:
                 self._sent_at = time.monotonic()
                 yield behind
             while not self._closed and not subscriber.lagging:
-                if generation.ended.is_set() and subscriber.queue.empty():
+                if source.ended.is_set() and subscriber.queue.empty():
                     self._finished = True
                     return
                 data = await subscriber.get()
@@ -4324,7 +4460,7 @@ class Stream:
                     yield data
         finally:
             self._subscriber = None
-            generation.subscribers.discard(subscriber)
+            source.subscribers.discard(subscriber)
 
     def _beat(self) -> None:
         """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
@@ -4334,6 +4470,35 @@ class Stream:
             self._wake(HEARTBEAT_FRAME)
             silent = 0.0
         self._timer = asyncio.get_running_loop().call_later(seconds - silent, self._beat)
+
+
+class HtmlStream(Stream):
+    """The same with the text as HTML: `html` events in place of text deltas."""
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        with self._counted():
+            yield self._first
+            while not self._closed and not self._finished:
+                generation = self._generations.running.get(self._message_id)
+                rendering = await self._generations.rendering(generation) if generation is not None else None
+                if rendering is not None:
+                    async with contextlib.aclosing(self._follow(rendering, *rendering.attach())) as live:
+                        async for data in live:
+                            yield data
+                    continue
+                message = await self._generations.load_whole(self._owner, self._message_id)
+                if message.status == "running":
+                    await asyncio.sleep(STARTED_WAIT_SECONDS)
+                    continue
+                self._finished = True
+                yield await self._whole(message)
+
+    async def _whole(self, message: Message) -> bytes:
+        """Everything of a message that has ended."""
+        length = sum(len(delta.text) for delta in message.content)
+        others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
+        html_text = await self._generations.render_message(message)
+        return b"".join([*others, encode_html(Frame(((0, html_text),), "", 0.0), length), encode_end_of(message)])
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4888,12 +5053,31 @@ async def finished_message(request: Request, message_id: int) -> Response:
 
 async def get_message(request: Request) -> Response:
     message = await service_of(request).store.read(load_message, owner_of(request), path_id(request, "message_id"))
+    if wants_html(request):
+        await add_html(request, [message])
     return json_response(message)
 
 
+def wants_html(request: Request) -> bool:
+    """Whether `?render=html` was asked for. Raises InvalidRequest for any other rendering."""
+    wanted = request.query_params.get("render")
+    if wanted not in (None, "html"):
+        raise InvalidRequest(f"render: {wanted[:40]!r} is not accepted; there is html")
+    return wanted is not None
+
+
+async def add_html(request: Request, messages: Iterable[Message]) -> None:
+    """Gives ended answers their HTML; a running one has a stream for it."""
+    for message in messages:
+        if message.role == "assistant" and message.status != "running":
+            message.html = await service_of(request).generations.render_message(message)
+
+
 async def stream_message(request: Request) -> Response:
-    message_id, cursor = path_id(request, "message_id"), cursor_of(request)
-    return EventStream(await service_of(request).generations.subscribe(owner_of(request), message_id, cursor))
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    if wants_html(request):
+        return EventStream(await service.generations.subscribe_to_html(owner, message_id))
+    return EventStream(await service.generations.subscribe(owner, message_id, cursor_of(request)))
 
 
 async def stop_message(request: Request) -> Response:
@@ -4940,7 +5124,10 @@ async def get_conversations(request: Request) -> Response:
 
 async def get_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
-    return json_response(await service_of(request).store.read(load_conversation, owner_of(request), conversation_id))
+    conversation = await service_of(request).store.read(load_conversation, owner_of(request), conversation_id)
+    if wants_html(request):
+        await add_html(request, conversation.messages)
+    return json_response(conversation)
 
 
 async def patch_conversation(request: Request) -> Response:
@@ -5130,6 +5317,7 @@ class Endpoint:
 
 WHOLE_NUMBER = {"type": "integer", "minimum": 0}
 AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
+RENDER = ("render", {"type": "string", "enum": ["html"]}, "html: answers as HTML too")
 LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
 BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
 QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
@@ -5146,10 +5334,10 @@ ENDPOINTS = (
         Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
         curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, errors=(404,)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(404,)),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
-        streams=True, query=(AFTER,), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+        streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
     ),
     Endpoint(
         "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
@@ -5169,7 +5357,7 @@ ENDPOINTS = (
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
         ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
     ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, errors=(404,)),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(404,)),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
