@@ -57,19 +57,23 @@ import contextlib
 import email.utils
 import functools
 import hashlib
+import hmac
 import html
 import importlib
+import ipaddress
 import itertools
 import json
 import logging
 import os
 import random
 import re
+import secrets
 import socket
 import sqlite3
 import sys
 import time
-from collections import deque
+import urllib.parse
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -88,6 +92,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
     import httpx
@@ -115,6 +120,10 @@ IMAGE_REQUEST_BYTES_MAX = 20_000_000  # the same, when there are images in it
 IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
 SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
 NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
+SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
+HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
+HEAD_SECONDS = 20  # for them to come
+BODY_STALL_SECONDS = 30  # between two pieces of a body
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -307,7 +316,7 @@ class StartError(Exception):
 def setting(default: Any, meaning: str, *, least: float | None = None, most: float | None = None, choices: str = "") -> Any:
     """A field of Config, read from LLMCHAT_<NAME>; its unit is the end of its name or part of its meaning."""
     bounds = {"meaning": meaning, "least": least, "most": most, "choices": tuple(choices.split())}
-    return field(default=default, metadata=bounds)
+    return field(default=default, metadata=bounds, repr=not meaning.startswith("secret"))
 
 
 @dataclass(frozen=True)
@@ -436,6 +445,15 @@ class Config:
     answer_characters_max: int = setting(1_000_000, "characters of one answer", least=1, most=100_000_000)
     repetition_count: int = setting(20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000)
     repetition_characters: int = setting(1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000)
+    streams_max: int = setting(4096, "open streams in all", least=1, most=1_000_000)
+    owner_generations_max: int = setting(64, "generations that run at once for one of several users", least=1, most=100_000)
+    owner_streams_max: int = setting(256, "open streams of one of several users", least=1, most=1_000_000)
+    token: str = setting("", "secret that clients show; needed, and else made, when listening beyond this machine")
+    users: str = setting("", "secret list `name:token,…`: several users, each with conversations of their own")
+    session_days: int = setting(30, "how long the page stays signed in, in days", least=1, most=3650)
+    hosts: str = setting("", "comma list of names under which the service is reached, beside addresses and localhost; * is any")
+    cors_origins: str = setting("", "comma list of origins whose pages may use the API with a token")
+    trusted_proxies: str = setting("", "comma list of addresses or networks whose X-Forwarded-For and -Proto are believed")
     providers: tuple[Provider, ...] = ()
     unusable_keys: tuple[str, ...] = ()  # one sentence each: the variable, and what to set
 
@@ -2774,6 +2792,15 @@ class Started:
     attempts: tuple[dict[str, Any], ...] = ()
 
 
+class Session(NamedTuple):
+    """A sign-in of the page, as it is stored."""
+
+    cookie_hash: str
+    owner: str
+    token_hash: str
+    expires_at_ms: int
+
+
 class Row(NamedTuple):
     """A delta as it is stored."""
 
@@ -3463,6 +3490,21 @@ def title_conversation(connection: sqlite3.Connection, owner: str, conversation_
         update_conversation(connection, owner, conversation_id, {"title": title})
 
 
+def load_sessions(connection: sqlite3.Connection) -> list[Session]:
+    """Every session that has not expired, the newest last."""
+    rows = connection.execute("SELECT * FROM session WHERE expires_at_ms > ? ORDER BY expires_at_ms", (now_ms(),))
+    return [Session(*row) for row in rows]
+
+
+def insert_session(connection: sqlite3.Connection, session: Session) -> None:
+    connection.execute("DELETE FROM session WHERE expires_at_ms <= ?", (now_ms(),))
+    connection.execute("INSERT INTO session VALUES (?, ?, ?, ?)", session)
+
+
+def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
+    connection.execute("DELETE FROM session WHERE cookie_hash = ?", (cookie_hash,))
+
+
 class UsageRow(Struct):
     """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
 
@@ -3962,7 +4004,8 @@ class Generations:
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
         self.running: dict[int, Generation] = {}
         self.draining = False
-        self.streams: dict[int, int] = {}  # open streams per message
+        self.streams: Counter[int] = Counter()  # open streams per message
+        self.owner_streams: Counter[str] = Counter()  # and per owner
         self.flush_ms = 0.0  # what the last flush took
         self._config = config
         self._store = store
@@ -4029,6 +4072,11 @@ class Generations:
     ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
+        theirs = sum(one.owner == owner for one in self.running.values()) if self._config.users else 0
+        if theirs >= self._config.owner_generations_max:
+            raise RateLimited(
+                f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
+            )
         if len(self.running) + self._starting >= self._config.generations_max:
             raise Overloaded(
                 f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
@@ -4330,9 +4378,14 @@ class Generations:
 
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
         """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
-        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
+        if self.streams[message_id] >= self._config.subscribers_max:
             limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
             raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        if sum(self.owner_streams.values()) >= self._config.streams_max:
+            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
+        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
+            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
+            raise RateLimited(limit, retry_after_seconds=5)
         generation = self.find(owner, message_id)
         if generation is not None and cursor <= generation.published:
             return generation, "running", generation.published
@@ -4425,17 +4478,22 @@ class Stream:
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
         """While this stream is open: it counts for its message's limit, and its heart beats."""
-        streams = self._generations.streams
-        streams[self._message_id] = streams.get(self._message_id, 0) + 1
+        counts: tuple[tuple[Counter[Any], Any], ...] = (
+            (self._generations.streams, self._message_id),
+            (self._generations.owner_streams, self._owner),
+        )
+        for counter, key in counts:
+            counter[key] += 1
         self._beat()
         try:
             yield
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            streams[self._message_id] -= 1
-            if not streams[self._message_id]:
-                del streams[self._message_id]
+            for counter, key in counts:
+                counter[key] -= 1
+                if not counter[key]:
+                    del counter[key]
 
     async def _follow(
         self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes
@@ -4504,15 +4562,264 @@ class HtmlStream(Stream):
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 11. Identity
 #
-# Who asks. Every row has an owner, every query of section 9 is given one, and another owner's ids do not exist.
+# Who asks, and whether they may. On the loopback address without a token everybody is the one owner `local`, since
+# whoever is on this machine could read the file as well; elsewhere a request shows a token (a program in its
+# Authorization header, the page by a session cookie that signing in made). Every row has an owner, every query of
+# section 9 is given one, and another owner's ids do not exist. Three attacks need no stolen token, and are refused
+# before anything else: a name that resolves to this machine (DNS rebinding: the Host must be known; an address always
+# is, for nobody can rebind it), a foreign page that posts with the user's cookie (the Origin of every write must be
+# ours), and guessing (failures slow down their address, and everybody). Tokens are compared as hashes, in constant
+# time, all of them each time. Deliberately absent: passwords, registration, roles. A proxy can add those.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 LOCAL_OWNER = "local"
+SESSION_COOKIE = "llmchat_session"
+PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
+FAILURES_FREE_IN_ALL = 100  # and of all addresses together
+FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
+FAILURES_ADDRESSES_MAX = 10_000  # addresses that are remembered; then the oldest is forgotten
+TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
+
+
+def hash_secret(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def host_and_port(netloc: str) -> tuple[str, str]:
+    """('example.org', '8000') of 'example.org:8000'; brackets of IPv6 are taken off."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::([0-9]+))?", netloc)
+    return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in text.split(",") if one.strip())
+
+
+def token_path(config: Config) -> str:
+    return f"{config.db}.token"
+
+
+def with_token(config: Config) -> tuple[Config, bool]:
+    """The configuration with the token that it needs, and whether that was made now. Raises StartError."""
+    if config.token or config.users or is_loopback(config.host):
+        return config, False
+    path = Path(token_path(config))
+    try:
+        if path.exists():
+            return replace(config, token=path.read_text().strip()), False
+        token = secrets.token_urlsafe(24)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token + "\n")
+    except OSError as exc:
+        raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
+    return replace(config, token=token), True
+
+
+def token_owners(config: Config) -> dict[str, str]:
+    """Owner by hash of token. Raises StartError."""
+    owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
+    for pair in comma_list(config.users):
+        name, colon, token = pair.partition(":")
+        if not colon or not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or len(token) < TOKEN_CHARACTERS_MIN:
+            raise StartError(
+                f"LLMCHAT_USERS: the entry of {name[:64]!r} is not accepted; it is name:token, the token of at least"
+                f" {TOKEN_CHARACTERS_MIN} characters"
+            )
+        if hash_secret(token) in owners or name in owners.values():
+            raise StartError(f"LLMCHAT_USERS: the name or the token of {name!r} is there twice")
+        owners[hash_secret(token)] = name
+    if config.token and len(config.token) < TOKEN_CHARACTERS_MIN:
+        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it has at least {TOKEN_CHARACTERS_MIN}")
+    return owners
+
+
+def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(one, strict=False) for one in comma_list(config.trusted_proxies))
+    except ValueError as exc:
+        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
+
+
+def header_of(scope: Scope, name: bytes) -> str:
+    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
+    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+class Throttle:
+    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+
+    def wait_seconds(self, address: str) -> float:
+        """How long this address has to wait before it may try again; 0: not at all."""
+        return max(self._excess(address, FAILURES_FREE, FAILURE_SECONDS), self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10))
+
+    def fail(self, address: str) -> None:
+        for key, seconds in ((address, FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
+            count, now = self._count(key, seconds), time.monotonic()
+            self._failures.pop(key, None)
+            self._failures[key] = (count + 1, now)
+        if len(self._failures) > FAILURES_ADDRESSES_MAX:
+            self._failures.pop(next(iter(self._failures)))
+
+    def _count(self, key: str, seconds: float) -> float:
+        count, at = self._failures.get(key, (0.0, 0.0))
+        return max(count - (time.monotonic() - at) / seconds, 0.0)
+
+    def _excess(self, key: str, free: int, seconds: float) -> float:
+        return max(self._count(key, seconds) - free + 1, 0.0) * seconds
+
+
+class Gate:
+    """Admits requests: sets scope["owner"], or raises what section 2 has for it."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self._config = config
+        self._store = store
+        self._owners = token_owners(config)
+        self._proxies = parse_networks(config)
+        self._hosts = {"localhost", config.host.lower(), *(one.lower() for one in comma_list(config.hosts))}
+        self._origins = frozenset(comma_list(config.cors_origins))
+        self._sessions: dict[str, Session] = {}
+        self._throttle = Throttle()
+
+    async def open(self) -> None:
+        self._sessions = {one.cookie_hash: one for one in await self._store.read(load_sessions)}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody needs a token."""
+        return not self._owners
+
+    def admit(self, scope: Scope) -> None:
+        """Raises Forbidden, Unauthorized, RateLimited."""
+        self._check_host(scope)
+        self._check_origin(scope)
+        scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
+        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS:
+            raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
+
+    def _check_host(self, scope: Scope) -> None:
+        netloc = header_of(scope, b"host")
+        host, _ = host_and_port(netloc)
+        if not (host in self._hosts or is_address(host) or host.endswith(".localhost") or "*" in self._hosts):
+            raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
+
+    def _check_origin(self, scope: Scope) -> None:
+        """A browser says which page a write comes from; a program says nothing, and cannot be made to write by one."""
+        if scope["method"] in SAFE_METHODS:
+            return
+        origin = header_of(scope, b"origin")
+        if origin in self._origins:
+            return
+        same = origin.partition("://")[2].lower() == header_of(scope, b"host").lower() if origin else True
+        if not same or header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site"):
+            raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+
+    def cross_origin_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """The headers that let a listed origin's page read the answer; none for all others."""
+        origin = header_of(scope, b"origin")
+        if origin not in self._origins:
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+            (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+            (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
+            (b"access-control-max-age", b"600"),
+            (b"cross-origin-resource-policy", b"cross-origin"),
+            (b"vary", b"origin"),
+        ]
+
+    def _find_owner(self, scope: Scope) -> str | None:
+        scheme, _, token = header_of(scope, b"authorization").partition(" ")
+        if scheme.lower() == "bearer":
+            return self.owner_of_token(scope, token.strip())
+        cookie = cookie_of(scope)
+        session = self._sessions.get(hash_secret(cookie)) if cookie else None
+        if session is None or session.expires_at_ms <= now_ms() or self._owners.get(session.token_hash) != session.owner:
+            return None
+        return session.owner
+
+    def owner_of_token(self, scope: Scope, token: str) -> str:
+        """Raises Unauthorized; RateLimited after too many of those."""
+        address = self.address_of(scope)
+        if wait := self._throttle.wait_seconds(address):
+            raise RateLimited(f"too many failed sign-ins; wait {wait:.0f} s", retry_after_seconds=wait)
+        shown, owner = hash_secret(token), None
+        for known, name in self._owners.items():
+            if hmac.compare_digest(known, shown):
+                owner = name
+        if owner is None:
+            self._throttle.fail(address)
+            log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
+            raise Unauthorized("the token is not right")
+        return owner
+
+    def address_of(self, scope: Scope) -> str:
+        """The client's address: the newest that no trusted proxy vouches for."""
+        address = scope["client"][0] if scope.get("client") else ""
+        for hop in reversed(comma_list(header_of(scope, b"x-forwarded-for"))):
+            if not self._is_proxy(address):
+                break
+            address = hop
+        return address
+
+    def _is_proxy(self, address: str) -> bool:
+        return is_address(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+
+    def is_encrypted(self, scope: Scope) -> bool:
+        client = scope["client"][0] if scope.get("client") else ""
+        return scope["scheme"] == "https" or (self._is_proxy(client) and header_of(scope, b"x-forwarded-proto") == "https")
+
+    async def sign_in(self, scope: Scope, token: str) -> str:
+        """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
+        owner = self.owner_of_token(scope, token)
+        cookie = secrets.token_urlsafe(32)
+        expires_at_ms = now_ms() + self._config.session_days * 86_400_000
+        session = Session(hash_secret(cookie), owner, hash_secret(token), expires_at_ms)
+        await self._store.write(insert_session, session, durable=True)
+        self._sessions[session.cookie_hash] = session
+        attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
+        return f"{SESSION_COOKIE}={cookie}; {attributes}" + ("; Secure" if self.is_encrypted(scope) else "")
+
+    async def sign_out(self, scope: Scope) -> str:
+        """Ends the session; returns the cookie that takes the old one away."""
+        cookie_hash = hash_secret(cookie_of(scope))
+        await self._store.write(delete_session, cookie_hash, durable=True)
+        self._sessions.pop(cookie_hash, None)
+        return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def cookie_of(scope: Scope) -> str:
+    """The session cookie's value; empty if there is none."""
+    for pair in header_of(scope, b"cookie").split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == SESSION_COOKIE:
+            return value
+    return ""
 
 
 def owner_of(request: Request) -> str:
     """The owner that a request speaks for."""
-    return LOCAL_OWNER
+    owner = request.scope["owner"]
+    assert owner is not None, "the gate admits no one else here"
+    return cast(str, owner)
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4698,6 +5005,7 @@ class Service:
     store: Store
     providers: Providers
     generations: Generations
+    gate: Gate
     started_at: float  # monotonic seconds
 
 
@@ -4728,13 +5036,18 @@ async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BY
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
     body = bytearray()
+    loop = asyncio.get_running_loop()
     try:
-        async for data in request.stream():
-            body += data
-            if len(body) > bytes_max:
-                raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
+        async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
+            async for data in request.stream():
+                guard.reschedule(loop.time() + BODY_STALL_SECONDS)
+                body += data
+                if len(body) > bytes_max:
+                    raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
     except ClientDisconnect as exc:
         raise InvalidRequest("body: the connection was closed before it was whole") from exc
+    except TimeoutError as exc:
+        raise InvalidRequest(f"body: nothing of it came for {BODY_STALL_SECONDS} s") from exc
     return bytes(body)
 
 
@@ -4895,6 +5208,8 @@ def error_response(error: LlmchatError, request_id: str, message_id: int | None 
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
     headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503 or error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
     return json_response(ErrorAnswer(detail, message_id), error.status, headers)
@@ -4934,38 +5249,70 @@ class EventStream(Response):
         self._stream.close()
 
 
-class Envelope:
-    """The outermost layer: a request's id, the headers of every response, and what becomes of an exception."""
+# Of every response that does not say otherwise. A JSON answer that a browser is made to show as a page can do nothing.
+SECURITY_HEADERS = {
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+}
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class Envelope:
+    """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app = app
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = find_request_id(scope)
-        started = False
-
-        async def send_in_envelope(message: AsgiMessage) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), (b"date", http_date())]
-            await send(message)
-
+        envelope = EnvelopedSend(scope, send)
         try:
-            await self._app(scope, receive, send_in_envelope)
-            return
+            envelope.headers += self._gate.cross_origin_headers(scope)
+            if scope["method"] == "OPTIONS" and envelope.headers:
+                response = Response(status_code=204)
+            else:
+                self._gate.admit(scope)
+                await self._app(scope, receive, envelope)
+                return
+        except Unauthorized as exc:
+            response = error_response(exc, scope["request_id"])
+            if wants_page(scope):
+                response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
         except LlmchatError as exc:
-            error = exc
+            response = error_response(exc, scope["request_id"])
         except HTTPException as exc:
-            error = routing_error(exc, scope)
+            response = error_response(routing_error(exc, scope), scope["request_id"])
         except Exception:
-            log.exception("request broke", extra={"fields": {"request_id": request_id, "path": scope["path"]}})
-            error = InternalError("an error of llmchat's own; its log says more under this request id")
-        if not started:
-            await error_response(error, request_id)(scope, receive, send_in_envelope)
+            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
+            internal = InternalError("an error of llmchat's own; its log says more under this request id")
+            response = error_response(internal, scope["request_id"])
+        if not envelope.started:
+            await response(scope, receive, envelope)
+
+
+class EnvelopedSend:
+    """The server's `send`, with the headers that every response gets."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.started = False
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._send = send
+        self._request_id = scope["request_id"] = find_request_id(scope)
+
+    async def __call__(self, message: AsgiMessage) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            given = [*message["headers"], *self.headers]
+            names = {name for name, _ in given}
+            security = [(name, value) for name, value in SECURITY_HEADERS.items() if name not in names]
+            own = [(b"x-request-id", self._request_id.encode()), (b"date", http_date())]
+            message["headers"] = given + security + own
+        await self._send(message)
 
 
 def find_request_id(scope: Scope) -> str:
@@ -5166,7 +5513,8 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    return json_response(answer, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    shown = answer if request.scope["owner"] is not None else {"status": status}
+    return json_response(shown, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
@@ -5197,7 +5545,83 @@ async def get_openapi(request: Request) -> Response:
 
 
 async def get_docs(request: Request) -> Response:
-    return HTMLResponse(docs_page(str(request.base_url).rstrip("/")))
+    return html_page(docs_page(str(request.base_url).rstrip("/")))
+
+
+# ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; --accent: light-dark(#0b6b53, #5fd3b0) }
+body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
+code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
+pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
+table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+.method { display: inline-block; min-width: 4rem; color: var(--accent) }
+.sign-in { max-width: 22rem; margin: 20vh auto 0 } .sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box }
+.sign-in input { padding: .7rem .8rem; border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: .5rem }
+.sign-in button { margin-top: .75rem; padding: .7rem; border: 0; border-radius: .5rem; background: var(--accent); color: Canvas }
+.error { color: light-dark(#a3211a, #ff9d94) }
+"""
+PAGE_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()}';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def html_page(body: str, status: int = 200) -> Response:
+    """A page without a script and without another file."""
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+    return HTMLResponse(document, status, {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"})
+
+
+async def get_sign_in(request: Request) -> Response:
+    """The form; or, with the token in the link that the first start printed, the sign-in itself."""
+    gate = service_of(request).gate
+    if gate.is_open:
+        return redirect("/")
+    if "token" in request.query_params:
+        return await sign_in_with(request, request.query_params["token"])
+    return sign_in_form(request.query_params.get("next", "/"))
+
+
+async def post_sign_in(request: Request) -> Response:
+    form = urllib.parse.parse_qs((await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace"))
+    return await sign_in_with(request, form.get("token", [""])[0].strip(), form.get("next", ["/"])[0])
+
+
+async def sign_in_with(request: Request, token: str, next_path: str = "/") -> Response:
+    try:
+        cookie = await service_of(request).gate.sign_in(request.scope, token)
+    except LlmchatError as exc:
+        return sign_in_form(next_path, exc)
+    return redirect(next_path, {"Set-Cookie": cookie})
+
+
+async def post_sign_out(request: Request) -> Response:
+    return redirect("/sign-in", {"Set-Cookie": await service_of(request).gate.sign_out(request.scope)})
+
+
+def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
+    said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
+    return html_page(
+        f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
+        f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
+        error.status if error is not None else 200,
+    )
+
+
+def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """303 to a path of ours; anything that a browser could take for another site becomes `/`."""
+    safe = path if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) else "/"
+    return Response(status_code=303, headers={"Location": safe, "Cache-Control": "no-store", **(headers or {})})
+
+
+def wants_page(scope: Scope) -> bool:
+    """Whether a browser asks, to show the answer."""
+    return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
 
 
 async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
@@ -5372,6 +5796,12 @@ ENDPOINTS = (
 )  # fmt: skip
 
 
+SIGN_IN_ROUTES = [
+    Route("/sign-in", lambda request: post_sign_in(request) if request.method == "POST" else get_sign_in(request), methods=["GET", "POST"]),
+    Route("/sign-out", post_sign_out, methods=["POST"]),
+]
+
+
 def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
     """One route per path, so that a wrong method is told all that are right."""
     by_path: dict[str, dict[str, Endpoint]] = {}
@@ -5429,29 +5859,17 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     return {**operation, "responses": responses}
 
 
-DOCS_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif }
-body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
-code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
-pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
-table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
-.method { display: inline-block; min-width: 4rem; color: light-dark(#0b6b53, #5fd3b0) }
-"""
-
-
 def docs_page(base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
     document = openapi_document()
     sections = "".join(docs_section(one, base_url, document) for one in ENDPOINTS)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>llmchat {__version__}: the API</title><style>{DOCS_STYLE}</style><body><h1>llmchat {__version__}</h1>"
+        f"<h1>llmchat {__version__}</h1>"
         f'<p>Every call with a line to try it. The same for machines: <a href="/openapi.json">/openapi.json</a>.'
         f"{sections}<h2>Errors</h2><pre>"
         f'{{"error": {{"code": "not_found", "message": "…", "retryable": false, "request_id": "…"}}}}</pre>'
-        f"<table><tr><th>code<th>status{codes}</table></html>"
+        f"<table><tr><th>code<th>status{codes}</table>"
     )
 
 
@@ -5530,10 +5948,10 @@ def open_log(config: Config) -> None:
 
 
 class App(Starlette):
-    """Starlette with our envelope in place of its layers: one error renderer, and nothing between a stream and its socket."""
+    """Starlette with our envelope in place of its layers: one error renderer, and little between a stream and its socket."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Envelope(self.router)
+        return Envelope(self.router, self.state.service.gate)
 
 
 def create_app(config: Config) -> Starlette:
@@ -5541,11 +5959,13 @@ def create_app(config: Config) -> Starlette:
     store = Store(config.db)
     providers = Providers(config)
     generations = Generations(config, store, providers)
+    gate = Gate(config, store)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.interrupted = await store.open()
         generations.open()
+        await gate.open()
         try:
             yield
         finally:
@@ -5553,8 +5973,8 @@ def create_app(config: Config) -> Starlette:
             await providers.close()
             await store.close()
 
-    app = App(routes=routes_of(ENDPOINTS), lifespan=lifespan)
-    app.state.service = Service(config, store, providers, generations, time.monotonic())
+    app = App(routes=[*routes_of(ENDPOINTS), *SIGN_IN_ROUTES], lifespan=lifespan)
+    app.state.service = Service(config, store, providers, generations, gate, time.monotonic())
     return app
 
 
@@ -5568,6 +5988,46 @@ def open_socket(config: Config) -> socket.socket:
     except OSError as exc:
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
     return listener
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_timer is not None and self._head_bytes > HEAD_BYTES_MAX:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._await_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
+
+    def _end_head(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class Server(uvicorn.Server):
@@ -5602,19 +6062,21 @@ class Server(uvicorn.Server):
 async def serve(config: Config) -> None:
     """Runs the service until a signal. Raises StartError."""
     with open_socket(config) as listener:
+        config, is_new_token = with_token(config)
         app = create_app(config)
         async with app.router.lifespan_context(app):
             settings = uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, date_header=False, timeout_graceful_shutdown=CLOSE_SECONDS,
+                app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSE_SECONDS,
             )  # fmt: skip
             host, port = listener.getsockname()[:2]
-            greeting = partial(greet, config, host, port, app.state.interrupted)
+            greeting = partial(greet, config, host, port, app.state.interrupted, is_new_token)
             await Server(settings, app.state.service.generations, greeting).serve([listener])
 
 
-def greet(config: Config, host: str, port: int, interrupted: int) -> None:
-    """Where it listens, which database it uses, which providers it found; and what to set for keys it cannot use."""
+def greet(config: Config, host: str, port: int, interrupted: int, is_new_token: bool) -> None:
+    """Where it listens, which database it uses, which providers it found; what to set for keys it cannot use; how to
+    sign in with a token that was made now. That link is shown this once; the token stays in its file."""
     shown = f"[{host}]" if ":" in host else host
     found = ", ".join(one.name for one in config.providers)
     hint = " (no key was found; set one such as OPENAI_API_KEY, or OLLAMA_BASE_URL)" if found == DEMO else ""
@@ -5622,6 +6084,9 @@ def greet(config: Config, host: str, port: int, interrupted: int) -> None:
     print(f"llmchat {__version__} listens on http://{shown}:{port}")
     print(f"database: {Path(config.db).absolute()}{ended}")
     print(f"providers: {found}{hint}", *config.unusable_keys, sep="\n", flush=True)
+    if is_new_token:
+        reached = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+        print(f"sign in at http://{reached}:{port}/sign-in?token={config.token} (kept in {token_path(config)})", flush=True)
 
 
 def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespace:
