@@ -68,10 +68,10 @@ def test_readers_get_everything_while_as_many_others_never_read(provider: Provid
     content = varied_text(ANSWER_CHARACTERS)
     pieces = [content[start : start + 400] for start in range(0, len(content), 400)]
     gate = f"fan {next(gate_numbers)}"
-    provider.script([*texts([pieces[0]]), WaitFor(gate), *texts(pieces[1:]), *openai_end()])
     settings = {"LLMCHAT_ANSWER_CHARACTERS_MAX": "10000000"}
     with running_server(tmp_path, provider, **settings) as server, ThreadPoolExecutor(READING) as threads:
         server.wait_ended(server.start_chat("Hello", model="n"))  # what is loaded once is loaded
+        provider.script([*texts([pieces[0]]), WaitFor(gate), *texts(pieces[1:]), *openai_end()])
         message_id = server.start_chat("Hello")
         path = f"/api/v1/messages/{message_id}/stream"
         stalled = [EventStream(server.url, "GET", path, receive_bytes=4096, timeout=60) for _ in range(STALLED)]
