@@ -6056,7 +6056,16 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._generations.drain()
-        await super().shutdown(sockets)
+        timer = self._loop.call_later(CLOSE_SECONDS, self._abort_connections)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _abort_connections(self) -> None:
+        """Ends what clients that do not read keep open, so that their streams end as when a client goes away."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 async def serve(config: Config) -> None:
@@ -6067,7 +6076,7 @@ async def serve(config: Config) -> None:
         async with app.router.lifespan_context(app):
             settings = uvicorn.Config(
                 app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSE_SECONDS,
+                server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSE_SECONDS + 1,
             )  # fmt: skip
             host, port = listener.getsockname()[:2]
             greeting = partial(greet, config, host, port, app.state.interrupted, is_new_token)
