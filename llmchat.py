@@ -2063,8 +2063,8 @@ def prepare_database(path: str) -> int:
         raise StartError(f"database {path}: is a folder")
     try:
         with contextlib.closing(connect(path, read_only=False)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
             migrate(connection, path)
+            connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
     except sqlite3.Error as exc:
         raise StartError(f"database {path}: {reason_of(exc)}") from exc
