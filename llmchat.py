@@ -4090,9 +4090,13 @@ def open_socket(config: Config) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as exc:
+        listener.close()
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
     return listener
 
