@@ -504,12 +504,19 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         name=name,
         dialect=dialect,
         base_url=check_base_url(f"{prefix}_BASE_URL", address),
-        key=environment[variable].strip() if variable else None,
+        key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
         models_url=known.models_url if known and base_url is None else None,
         quirks=known.quirks if known else frozenset(),
     )
+
+
+def check_key(variable: str, text: str) -> str:
+    """A key that an HTTP header can carry. Raises StartError, which does not show it."""
+    if found := re.search(r"[^!-~]", text.strip()):
+        raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
+    return text.strip()
 
 
 def check_base_url(variable: str, text: str) -> str:
