@@ -447,7 +447,7 @@ def parse_setting(one: Any, text: str) -> Any:
     if bounds["choices"] and text.lower() in bounds["choices"]:
         return text.lower()
     if bounds["choices"]:
-        raise StartError(f"{name}: {text!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
+        raise StartError(f"{name}: {text[:60]!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -455,7 +455,7 @@ def parse_setting(one: Any, text: str) -> Any:
         if bounds["least"] <= value <= bounds["most"]:
             return value
     what = "a whole number" if kind is int else "a number"
-    raise StartError(f"{name}: {text!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
+    raise StartError(f"{name}: {text[:60]!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
 
 
 def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
