@@ -4134,7 +4134,15 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._generations.drain()
+        cut = self._loop.call_later(CLOSE_SECONDS, self._cut_connections)
         await super().shutdown(sockets)
+        cut.cancel()
+
+    def _cut_connections(self) -> None:
+        """Who still does not read is cut off. Its request then ends by itself; a transport that has something left to
+        send would keep the loop from closing."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 async def serve(config: Config) -> None:
@@ -4144,7 +4152,7 @@ async def serve(config: Config) -> None:
         async with app.router.lifespan_context(app):
             settings = uvicorn.Config(
                 app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, date_header=False, timeout_graceful_shutdown=CLOSE_SECONDS,
+                server_header=False, date_header=False, timeout_graceful_shutdown=CLOSE_SECONDS + 2,
             )  # fmt: skip
             host, port = listener.getsockname()[:2]
             greeting = partial(greet, config, host, port, app.state.interrupted)
