@@ -481,7 +481,7 @@ def parse_setting(one: Any, text: str) -> Any:
     if bounds["choices"] and text.lower() in bounds["choices"]:
         return text.lower()
     if bounds["choices"]:
-        raise StartError(f"{name}: {text!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
+        raise StartError(f"{name}: {text[:60]!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -489,7 +489,7 @@ def parse_setting(one: Any, text: str) -> Any:
         if bounds["least"] <= value <= bounds["most"]:
             return value
     what = "a whole number" if kind is int else "a number"
-    raise StartError(f"{name}: {text!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
+    raise StartError(f"{name}: {text[:60]!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
 
 
 def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -538,12 +538,19 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         name=name,
         dialect=dialect,
         base_url=check_base_url(f"{prefix}_BASE_URL", address),
-        key=environment[variable].strip() if variable else None,
+        key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
         models_url=known.models_url if known and base_url is None else None,
         quirks=known.quirks if known else frozenset(),
     )
+
+
+def check_key(variable: str, text: str) -> str:
+    """A key that an HTTP header can carry. Raises StartError, which does not show it."""
+    if found := re.search(r"[^!-~]", text.strip()):
+        raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
+    return text.strip()
 
 
 def check_base_url(variable: str, text: str) -> str:
@@ -2873,8 +2880,8 @@ def prepare_database(path: str) -> int:
         raise StartError(f"database {path}: is a folder")
     try:
         with contextlib.closing(connect(path, read_only=False)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
             migrate(connection, path)
+            connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
     except sqlite3.Error as exc:
         raise StartError(f"database {path}: {reason_of(exc)}") from exc
@@ -5983,9 +5990,13 @@ def open_socket(config: Config) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as exc:
+        listener.close()
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
     return listener
 
