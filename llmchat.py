@@ -57,6 +57,7 @@ import contextlib
 import email.utils
 import hashlib
 import html
+import itertools
 import json
 import logging
 import os
@@ -325,7 +326,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options"),
+    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any"),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
     "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
     "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
@@ -822,7 +823,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     """
     kept: list[Turn] = []
     for turn in turns:
-        if not turn.content or (not kept and turn.role == "assistant"):
+        if not says_something(turn) or (not kept and turn.role == "assistant"):
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
@@ -830,6 +831,38 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
         else:
             kept.append(turn)
     return kept
+
+
+def says_something(turn: Turn) -> bool:
+    """Whether a turn holds what a provider takes: not blank text or reasoning alone, as a stopped answer may. A tool's
+    result may be empty, for it answers a call."""
+    return turn.role == "tool" or any(
+        delta.text.strip() if delta.kind == "text" else delta.kind in ("image", "tool_call", "tool_result") for delta in turn.content
+    )
+
+
+def answered(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without tool calls that nobody answered and without results of no call: every provider refuses both."""
+    kept: list[Turn] = []
+    open_calls: set[str | None] = set()
+    for position, turn in enumerate(turns):
+        if turn.role == "tool":
+            kept += [turn] if turn.tool_call_id in open_calls else []
+            continue
+        following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
+        results = {other.tool_call_id for other in following}
+        content = tuple(delta for delta in turn.content if delta.kind != "tool_call" or json.loads(delta.text)["id"] in results)
+        open_calls = {json.loads(delta.text)["id"] for delta in content if delta.kind == "tool_call"}
+        kept.append(replace(turn, content=content))
+    return kept
+
+
+def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The function in a tool of any shape: OpenAI's {"function": …}, the bare function, Anthropic's; None: something
+    of the provider's own, such as a web search, which goes out as it is."""
+    if isinstance(tool.get("function"), dict):
+        return cast("Mapping[str, Any]", tool["function"])
+    return tool if tool.get("type") in (None, "function", "custom") else None
 
 
 # What providers call the end, and ours. The last row: their word for an answer that broke.
@@ -1234,19 +1267,18 @@ class OpenAIDialect:
         if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
             asked["reasoning_split"] = True
         if asked.get("tools"):
-            asked["tools"] = [tool if tool.get("type") else {"type": "function", "function": tool} for tool in asked["tools"]]
+            asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
+        if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
+            asked["tool_choice"] = "any"
         system = [{"role": "system", "content": question.system}] if question.system else []
-        turns = [self._message(turn, quirks) for turn in alternate(question.turns)]
+        turns = [self._message(turn, quirks) for turn in alternate(answered(question.turns))]
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
-        images = [json.loads(delta.text) for delta in turn.content if delta.kind == "image"]
         calls = [json.loads(delta.text) for delta in turn.content if delta.kind == "tool_call"]
-        if images:
-            text = [{"type": "text", "text": message["content"]}] if message["content"] else []
-            urls = [f"data:{image['media_type']};base64,{image['data']}" for image in images]
-            message["content"] = [*text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        if turn.role == "user" and any(delta.kind == "image" for delta in turn.content):
+            message["content"] = [openai_part(delta) for delta in turn.content if delta.kind in ("text", "image")]
         if calls:
             message["content"] = message["content"] or None
             message["tool_calls"] = [openai_tool_call(call) for call in calls]
@@ -1258,6 +1290,24 @@ class OpenAIDialect:
 
     def decoder(self, provider: Provider) -> AnswerDecoder:
         return OpenAIDecoder(provider)
+
+
+def openai_part(delta: Delta) -> dict[str, Any]:
+    """A part of list content, which only a message with an image has: some servers take nothing but a string."""
+    if delta.kind == "text":
+        return {"type": "text", "text": delta.text}
+    image = json.loads(delta.text)
+    return {"type": "image_url", "image_url": {"url": f"data:{image['media_type']};base64,{image['data']}"}}
+
+
+def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in OpenAI's."""
+    function = function_of(tool)
+    if function is None or function is tool.get("function"):
+        return tool if function is None else {"type": "function", **tool}
+    named = {name: value for name, value in function.items() if name not in ("type", "input_schema", "cache_control")}
+    schema = {"parameters": function["input_schema"]} if "input_schema" in function else {}
+    return {"type": "function", "function": {**named, **schema}}
 
 
 def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
@@ -1441,15 +1491,16 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, question.turns))]
+        turns = [tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"]
+        systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
         body: dict[str, Any] = {
             "model": question.model,
             "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
-            "messages": [message for message in messages if message["content"]],
+            "messages": [self._message(turn) for turn in alternate(turns)],
             "stream": True,
         }
-        if question.system:
-            body["system"] = question.system
+        if any(systems):
+            body["system"] = "\n\n".join(filter(None, systems))
         if parameters.temperature is not None:
             body["temperature"] = min(parameters.temperature, 1.0)
         if parameters.top_p is not None:
@@ -1458,13 +1509,14 @@ class AnthropicDialect:
             body["stop_sequences"] = parameters.stop
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
+            body |= anthropic_tool_choice(parameters.tool_choice)
         if budget := THINKING_TOKENS.get(parameters.reasoning_effort or ""):
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
             body["max_tokens"] += budget  # the budget counts as output
             body.pop("temperature", None)  # may not be set beside thinking
         return body
 
-    def _message(self, turn: Turn, provider: Provider) -> dict[str, Any]:
+    def _message(self, turn: Turn) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
         reasoning = ""
         for delta in join_deltas(turn.content):
@@ -1473,7 +1525,8 @@ class AnthropicDialect:
             elif delta.kind == "reasoning":
                 reasoning = delta.text
             elif delta.kind == "signature":
-                blocks.extend(thinking_block(json.loads(delta.text), reasoning, provider))
+                blocks.append(thinking_block(json.loads(delta.text), reasoning))
+                reasoning = ""
             elif delta.kind == "image":
                 image = json.loads(delta.text)
                 source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
@@ -1499,22 +1552,45 @@ def tool_result_turn(turn: Turn) -> Turn:
     return Turn("user", (Delta("tool_result", result),))
 
 
-def thinking_block(signature: Mapping[str, str], reasoning: str, provider: Provider) -> Iterator[dict[str, Any]]:
-    """The reasoning before a signature as a block, for the provider that signed it; nothing for any other."""
-    if signature.get("provider") != provider.name:
-        return
+def signed_turn(turn: Turn, provider: Provider) -> Turn:
+    """The turn with only the reasoning that this provider signed: it refuses any other, and whoever signed it, its own
+    without the signature or with reasoning that is not exactly the same."""
+    kept: list[Delta] = []
+    reasoning: list[Delta] = []
+    for delta in join_deltas(turn.content):
+        if delta.kind == "signature":
+            kept += [*reasoning, delta] if json.loads(delta.text).get("provider") == provider.name else []
+        elif delta.kind != "reasoning":
+            kept.append(delta)
+        reasoning = [delta] if delta.kind == "reasoning" else []
+    return replace(turn, content=tuple(kept))
+
+
+def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, Any]:
+    """Signed reasoning as a block."""
     if "redacted" in signature:
-        yield {"type": "redacted_thinking", "data": signature["redacted"]}
-    else:
-        yield {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+        return {"type": "redacted_thinking", "data": signature["redacted"]}
+    return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
 
 
-def anthropic_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool in either shape, OpenAI's {"type": "function", "function": …} or the bare function, in Anthropic's."""
-    function = tool.get("function") or tool
+def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in Anthropic's."""
+    function = function_of(tool)
+    if function is None:
+        return tool
     schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
     described = {"description": function["description"]} if function.get("description") else {}
     return {"name": function.get("name", ""), **described, "input_schema": schema}
+
+
+def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
+    """OpenAI's tool_choice, a word or a function's name, as Anthropic's; what has another shape goes out as it is."""
+    if choice is None:
+        return {}
+    if isinstance(choice, str):
+        return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
+    name = within(choice, "function", "name") if isinstance(choice, dict) else None
+    return {"tool_choice": {"type": "tool", "name": name} if name else choice}
 
 
 def parse_arguments(text: str) -> Any:
