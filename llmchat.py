@@ -115,6 +115,8 @@ PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a who
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
+LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
 REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
@@ -1788,6 +1790,9 @@ async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
         yield b"data: [DONE]\n\n"
 
 
+Batch = tuple[list[Delta], GenerationError | None]  # of one read, and what went wrong in it
+
+
 class Target(NamedTuple):
     """Whom a question goes to."""
 
@@ -1808,75 +1813,114 @@ class ModelList:
 
 
 class Answer:
-    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included (monotonic seconds)."""
+    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool
+    call last grew, which is no delta before it is whole (monotonic seconds)."""
 
     def __init__(self, provider: Provider, response: httpx.Response) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
-        self.heard_at = time.monotonic()
+        self.heard_at = self.grown_at = time.monotonic()
         self._response = response
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What each read of the socket brings. Raises ProviderError, after the deltas that came before it."""
-        content_type = self._response.headers.get("content-type", "")
-        if "json" in content_type or "html" in content_type:
-            batches = self._read_document(content_type)
-        else:
-            batches = self._read_events()
-        async for deltas, failure in batches:
-            if deltas:
-                yield deltas
-            if failure is not None:
-                raise failure
+        """What each read of the socket brings. Raises GenerationError, after the deltas that came before it."""
+        async with contextlib.aclosing(self._read_bytes()) as stream:
+            head = b""
+            async for data in stream:
+                if head := data.lstrip(b" \t\r\n\xef\xbb\xbf"):  # DeepSeek sends blank lines while one waits
+                    break
+            # By its first character, not by its type: a stream is asked for, and what comes instead is mislabelled too.
+            whole = head.startswith((b"{", b"[", b"<"))
+            async with contextlib.aclosing(self._read_document(head, stream) if whole else self._read_events(head, stream)) as batches:
+                async for deltas, failure in batches:
+                    if deltas:
+                        yield deltas
+                    if failure is not None:
+                        raise failure
 
-    async def _read_events(self) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
+    async def _read_events(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
         sse = SseDecoder()
-        async for data in self._read_bytes():
+        whole_at: float | None = None  # loop time since which nothing more has to come
+        while data is not None and not self.decoder.done:
             deltas: list[Delta] = []
             failure = self._decode(sse, data, deltas)
             yield deltas, failure
+            if self.decoder.done or (self.decoder.finish_reason is not None and (deltas or whole_at is None)):
+                whole_at = asyncio.get_running_loop().time()
+            data = await self._read_more(stream, whole_at)
         deltas = []
         yield deltas, self._decode_end(sse, deltas)
 
-    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> ProviderError | None:
+    async def _read_more(self, stream: AsyncGenerator[bytes, None], whole_at: float | None) -> bytes | None:
+        """The next bytes; None at the end. An answer that is whole does not wait for its connection to end.
+
+        A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
+        its end can be used again.
+        """
+        if whole_at is None:
+            return await anext(stream, None)
+        patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
+        try:
+            async with asyncio.timeout_at(whole_at + patience):
+                data = await anext(stream, None)
+                while data is not None and self.decoder.done:
+                    data = await anext(stream, None)
+                return data
+        except (TimeoutError, ProviderTruncated):
+            return None
+
+    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> GenerationError | None:
         """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        held_characters = self.decoder.held_characters
         try:
             for name, payload in sse.feed(data):
                 self.decoder.decode(name, payload, deltas)
-        except ProviderError as exc:
+        except GenerationError as exc:
             return exc
+        if self.decoder.held_characters != held_characters:
+            self.grown_at = self.heard_at
         return None
 
-    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> ProviderError | None:
-        with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
-            for name, payload in sse.end():
-                self.decoder.decode(name, payload, deltas)
+    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> GenerationError | None:
         try:
+            with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
+                for name, payload in sse.end():
+                    self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
-        except ProviderError as exc:
+        except ProviderTruncated as exc:
+            return self._strange_error(bytes(sse.strange)) if sse.strange else exc
+        except GenerationError as exc:
             return exc
         return None
 
-    async def _read_document(self, content_type: str) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
-        """A whole answer in one JSON document, although a stream was asked for; an HTML page is an error."""
+    def _strange_error(self, body: bytes) -> ProviderError:
+        """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
+        if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
+            return in_band_error(self.provider, body)
+        words, _ = body_words(self._response.headers.get("content-type", ""), body)
+        return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
+
+    async def _read_document(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
+        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
         body = bytearray()
-        async for data in self._read_bytes():
+        while data is not None:
             body += data
             if len(body) > PROVIDER_EVENT_BYTES_MAX:
                 raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
-        if "html" in content_type:
-            words, _ = body_words(content_type, bytes(body))
+            data = await anext(stream, None)
+        if body.startswith(b"<"):
+            words, _ = body_words("text/html", bytes(body))
             raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
         deltas: list[Delta] = []
         try:
             self.decoder.decode_document(bytes(body), deltas)
             self.decoder.end(deltas)
-        except ProviderError as exc:
+        except GenerationError as exc:
             yield deltas, exc
         else:
             yield deltas, None
 
-    async def _read_bytes(self) -> AsyncIterator[bytes]:
+    async def _read_bytes(self) -> AsyncGenerator[bytes, None]:
         """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
         encoded = self._response.headers.get("content-encoding", "identity") != "identity"
         stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
