@@ -1819,7 +1819,7 @@ class Answer:
     def __init__(self, provider: Provider, response: httpx.Response) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
-        self.heard_at = self.grown_at = time.monotonic()
+        self.heard_at, self.grown_at = time.monotonic(), 0.0
         self._response = response
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
@@ -1940,6 +1940,19 @@ def connection_errors() -> tuple[type[Exception], ...]:
     return (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
 
 
+def connection_error(provider: Provider, exc: Exception) -> ProviderError:
+    """The error for a request that got no answer; the transport keeps aiohttp's exception as the cause."""
+    import aiohttp
+
+    cause = exc.__cause__ or exc
+    if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
+        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}")
+    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
+        where = f"{provider.name} cannot be reached at {provider.base_url}"
+        return ProviderUnavailable(f"{where}: {reason_of(cause)}", transient=True)
+    return ProviderUnavailable(f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True)
+
+
 def reason_of(exc: BaseException) -> str:
     """An exception's own words, or its name when it has none."""
     return shorten(str(exc), None) or type(exc).__name__
@@ -2039,15 +2052,16 @@ class Providers:
         return await self._send(provider, "POST", provider.base_url + dialect.path(provider), encode_json(body))
 
     async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
-        """One request; the response's body is still to be read. Raises ProviderUnavailable."""
+        """One request; the response's body is still to be read. Raises ProviderError."""
+        if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
+            raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         client = self._open_client()
         headers = {**DIALECTS[provider.dialect].headers(provider), "content-type": "application/json"}
         try:
             request = client.build_request(method, url, content=body, headers=headers)
             return await client.send(request, stream=True)
         except connection_errors() as exc:
-            where = f"{provider.name} cannot be reached at {provider.base_url}"
-            raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
+            raise connection_error(provider, exc) from exc
 
     async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
         """The error for a status other than 200, and the body that it was read from."""
@@ -3102,6 +3116,8 @@ class Generation:
         if self.guard is None or not self.room.is_set():  # the silence is ours
             return float("inf")
         since = self.last_delta_at or self.attempt_at
+        if self.answer is not None:
+            since = max(since, self.answer.grown_at)
         patience = config.first_delta_timeout_seconds if self.last_delta_at is None else config.stall_timeout_seconds
         heard = self.answer.heard_at if self.answer is not None else since
         return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
