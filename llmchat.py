@@ -3019,6 +3019,7 @@ class Generation:
         self.started_at = time.monotonic()
         self.first_delta_at: float | None = None
         self.attempt_at = self.started_at
+        self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
         self.answer: Answer | None = None
         self.guard: asyncio.Timeout | None = None
@@ -3073,11 +3074,24 @@ class Generation:
         assert self.ending is not None, "only what has ended has an outcome"
         first = None if self.first_delta_at is None else round((self.first_delta_at - self.started_at) * 1000)
         total = round((time.monotonic() - self.started_at) * 1000)
-        usage = self.answer.decoder.usage if self.answer is not None else None
-        if usage is None and self.answer is not None:
-            asked = sum(estimate_tokens(turn.content) for turn in self.turns)
-            usage = Usage(asked, (self.characters + 3) // 4, estimated=True)
-        return Outcome(self.message_id, self.ending, self.target, usage, tuple(self.attempts), first, total)
+        unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), (*self.attempts, *unfinished), first, total)
+
+    def usage(self) -> Usage | None:
+        """As the provider counted, if it came to that: before the end it has said at most what went in."""
+        if self.answer is None:
+            return None
+        counted, written = self.answer.decoder.usage, (self.characters + 3) // 4
+        if counted is None:
+            return Usage(sum(estimate_tokens(turn.content) for turn in self.turns), written, estimated=True)
+        if self.answer.decoder.finish_reason is None:
+            return msgspec.structs.replace(counted, output_tokens=max(counted.output_tokens, written), estimated=True)
+        return counted
+
+    def attempt_record(self, error: dict[str, Any] | None) -> dict[str, Any]:
+        """The running attempt as it is kept with the message."""
+        elapsed_ms = round((time.monotonic() - self.attempt_at) * 1000)
+        return {"provider": self.provider, "model": self.model, "error": error, "ms": elapsed_ms}
 
     # ── publishing ──
 
@@ -3271,7 +3285,7 @@ class Generations:
         """One question to one model. Returns what went wrong, or None."""
         question = Question(target.model, generation.system, generation.turns, generation.parameters)
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
-        generation.answer = None
+        generation.attempting, generation.answer = True, None
         failure: GenerationError | None = None
         try:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
@@ -3287,10 +3301,8 @@ class Generations:
             failure = exc
         finally:
             generation.guard = None
-        record: dict[str, Any] = {"provider": target.provider.name, "model": target.model}
-        record["error"] = None if failure is None else failure.detail()
-        record["ms"] = round((time.monotonic() - generation.attempt_at) * 1000)
-        generation.attempts.append(record)
+        generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
+        generation.attempting = False
         return failure
 
     def _stalled(self, generation: Generation) -> Stalled:
@@ -3312,7 +3324,7 @@ class Generations:
             return
         loop = asyncio.get_running_loop()
         due = generation.silent_until(self._config)
-        if now >= due and generation.guard is not None:
+        if now >= due and generation.guard is not None and not generation.guard.expired():
             generation.guard.reschedule(loop.time())
         patience = min(self._config.stall_timeout_seconds, self._config.first_delta_timeout_seconds)
         wait = min(deadline - now, patience, due - now if due > now else patience)
