@@ -1929,7 +1929,7 @@ class Answer:
                 self.heard_at = time.monotonic()
                 yield data
         except connection_errors() as exc:
-            raise ProviderTruncated(f"the connection to {self.provider.name} broke: {reason_of(exc)}") from exc
+            raise ProviderTruncated(f"the connection to {self.provider.name} broke: {reason_of(exc)}", transient=True) from exc
 
 
 def connection_errors() -> tuple[type[Exception], ...]:

@@ -1,4 +1,4 @@
-"""The SSE decoder, by the parsing rules of https://html.spec.whatwg.org/multipage/server-sent-events.html (section 9.2.6).
+"""The SSE decoder, by the parsing rules of https://html.spec.whatwg.org/multipage/server-sent-events.html (9.2.6).
 
 The numbers are those of the rules in their order there: 1 the byte order mark, 2 the lines' ends, 3 a blank line, 4 a
 comment, 5 a colon within, 6 no colon, 7 the fields, 8 dispatch, 9 the end of the stream.
@@ -62,10 +62,8 @@ def test_1_a_stream_that_ends_within_a_byte_order_mark_has_no_event() -> None:
 def test_2_every_mixture_of_line_ends_gives_the_same_events_however_it_is_cut(ends: tuple[bytes, ...]) -> None:
     first, second, third, fourth = ends
     stream = b"event: x" + first + b"data: 1" + second + third + b"data: 2" + fourth + fourth
-    if second + third == b"\r\n":  # which is one line's end, so the two events are one
-        expected = [(b"x", b"1\n2")]
-    else:
-        expected = [(b"x", b"1"), (b"", b"2")]
+    one_end = second + third == b"\r\n"  # so there is no blank line
+    expected = [(b"x", b"1\n2")] if one_end else [(b"x", b"1"), (b"", b"2")]
     for cut in range(len(stream) + 1):
         assert decode(stream[:cut], stream[cut:]) == expected
     assert decode(*(stream[i : i + 1] for i in range(len(stream)))) == expected

@@ -25,7 +25,7 @@ STREAMS = [path for path in RECORDINGS if b"text/event-stream" in path.read_byte
 HELLO = (
     "Hello from a tiny real model. It counts: one two three four five six seven eight nine ten, then it smiles😀日本語!"
 )
-MOCK = "Hello from litellm mock. Ümläut 😀 done."
+MOCK = "Hello from LiteLLM mock. Ünïcödé 😀 日本語 ok."
 
 
 @dataclass(frozen=True)
@@ -151,20 +151,20 @@ def test_a_recorded_stream_that_ends_early_is_never_complete_before_its_finish_r
         ("llamacpp-chat-stream", HELLO, None),
         ("llamacpp-chat-stream-usage", HELLO, 33),
         ("llamacpp-chat-nonstream", HELLO, 33),
-        ("llamacpp-anthropic-stream", HELLO, None),
-        ("llamacpp-anthropic-nonstream", HELLO, None),
-        ("litellm-chat-stream", None, None),
-        ("litellm-chat-stream-usage", None, None),
-        ("litellm-chat-nonstream", None, None),
-        ("litellm-anthropic-nonstream", None, None),
-        ("litellm-anthropic-openaibackend-stream", None, None),
+        ("llamacpp-anthropic-stream", HELLO, 33),
+        ("llamacpp-anthropic-nonstream", HELLO, 33),
+        ("litellm-chat-stream", MOCK, None),
+        ("litellm-chat-stream-usage", MOCK, 16),
+        ("litellm-chat-nonstream", MOCK, 20),
+        ("litellm-anthropic-nonstream", "Hello from LiteLLM mock claude 😀.", 503),
+        ("litellm-anthropic-openaibackend-stream", MOCK, 503),
     ],
 )
-def test_a_recorded_answer_is_whole(name: str, text: str | None, tokens: int | None) -> None:
+def test_a_recorded_answer_is_whole(name: str, text: str, tokens: int | None) -> None:
     result = read_whole(name)
     assert result.error is None and result.finish_reason == "stop"
     assert [delta.kind for delta in result.deltas if delta.kind != "reasoning"] == ["text"]
-    assert text is None or text_of(result.deltas) == text
+    assert text_of(result.deltas) == text
     assert tokens is None or counts(result)[1] == tokens
 
 
