@@ -1929,7 +1929,8 @@ class Answer:
                 self.heard_at = time.monotonic()
                 yield data
         except connection_errors() as exc:
-            raise ProviderTruncated(f"the connection to {self.provider.name} broke: {reason_of(exc)}", transient=True) from exc
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            raise ProviderTruncated(words, transient=True) from exc
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -1948,8 +1949,9 @@ def connection_error(provider: Provider, exc: Exception) -> ProviderError:
     if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
         return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}")
     if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
-        where = f"{provider.name} cannot be reached at {provider.base_url}"
-        return ProviderUnavailable(f"{where}: {reason_of(cause)}", transient=True)
+        inner = getattr(cause, "os_error", None)
+        reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
+        return ProviderUnavailable(f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True)
     return ProviderUnavailable(f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True)
 
 
