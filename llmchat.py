@@ -1996,7 +1996,7 @@ class Providers:
     """The configured providers: asks them questions, knows their models, remembers what they refused."""
 
     def __init__(self, config: Config) -> None:
-        self.rejected: set[str] = set()  # names of providers that refused their key when last asked
+        self.rejected: set[str] = set()  # names of providers that refused their key; a list of models may need none
         self._config = config
         self._client: httpx.AsyncClient | None = None
         self._learnt: dict[str, frozenset[str]] = {}
@@ -2124,7 +2124,6 @@ class Providers:
         try:
             if response.status_code != 200:
                 raise (await self._refusal(provider, response))[0]
-            self.rejected.discard(provider.name)
             return decode_json(await response.aread())
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
