@@ -135,6 +135,8 @@ PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a who
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
+LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
 REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
@@ -348,7 +350,9 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "prefill_prefix"),
+    "mistral": facts(
+        "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any", "prefill_prefix"
+    ),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
     "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
     "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
@@ -883,7 +887,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     """
     kept: list[Turn] = []
     for turn in turns:
-        if (not turn.content and turn.role != "tool") or (not kept and turn.role == "assistant"):
+        if not says_something(turn) or (not kept and turn.role == "assistant"):
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
@@ -893,23 +897,36 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     return kept
 
 
-def pair_tools(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """The turns without tool calls that nobody answered and results that nobody asked for: both are refused."""
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant":
-            results = {one.tool_call_id for one in itertools.takewhile(lambda one: one.role == "tool", turns[index + 1 :])}
-            content = tuple(one for one in turn.content if one.kind != "tool_call" or call_id(one) in results)
-            yield replace(turn, content=content)
-        elif turn.role == "tool":
-            before = next((one for one in reversed(turns[:index]) if one.role != "tool"), None)
-            if before is not None and turn.tool_call_id in {call_id(one) for one in before.content if one.kind == "tool_call"}:
-                yield turn
-        else:
-            yield turn
+def says_something(turn: Turn) -> bool:
+    """Whether a turn holds what a provider takes: not blank text or reasoning alone, as a stopped answer may. A tool's
+    result may be empty, for it answers a call."""
+    return turn.role == "tool" or any(
+        delta.text.strip() if delta.kind == "text" else delta.kind in ("image", "tool_call", "tool_result") for delta in turn.content
+    )
 
 
-def call_id(call: Delta) -> str:
-    return cast(str, json.loads(call.text)["id"])
+def answered(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without tool calls that nobody answered and without results of no call: every provider refuses both."""
+    kept: list[Turn] = []
+    open_calls: set[str | None] = set()
+    for position, turn in enumerate(turns):
+        if turn.role == "tool":
+            kept += [turn] if turn.tool_call_id in open_calls else []
+            continue
+        following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
+        results = {other.tool_call_id for other in following}
+        content = tuple(delta for delta in turn.content if delta.kind != "tool_call" or json.loads(delta.text)["id"] in results)
+        open_calls = {json.loads(delta.text)["id"] for delta in content if delta.kind == "tool_call"}
+        kept.append(replace(turn, content=content))
+    return kept
+
+
+def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The function in a tool of any shape: OpenAI's {"function": …}, the bare function, Anthropic's; None: something
+    of the provider's own, such as a web search, which goes out as it is."""
+    if isinstance(tool.get("function"), dict):
+        return cast("Mapping[str, Any]", tool["function"])
+    return tool if tool.get("type") in (None, "function", "custom") else None
 
 
 CONTINUE_PROMPT = (
@@ -918,11 +935,11 @@ CONTINUE_PROMPT = (
 )
 
 
-def upstream_turns(question: Question, prefills: bool) -> list[Turn]:
-    """The turns as they go out. A broken-off answer is continued as a prefill where that works, else by asking."""
-    turns = alternate(pair_tools(question.turns))
+def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> list[Turn]:
+    """The turns as they go out: a broken-off answer at their end is continued as a prefill where that works, else by
+    asking."""
     if question.continues and turns and turns[-1].role == "assistant" and not prefills:
-        turns.append(Turn("user", (Delta("text", CONTINUE_PROMPT),)))
+        return [*turns, Turn("user", (Delta("text", CONTINUE_PROMPT),))]
     return turns
 
 
@@ -1328,11 +1345,15 @@ class OpenAIDialect:
         if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
             asked["reasoning_split"] = True
         if asked.get("tools"):
-            asked["tools"] = [tool if tool.get("type") else {"type": "function", "function": tool} for tool in asked["tools"]]
+            asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
+        if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
+            asked["tool_choice"] = "any"
         system = [{"role": "system", "content": question.system}] if question.system else []
-        turns = [self._message(turn, quirks) for turn in upstream_turns(question, self.prefills(quirks))]
+        outgoing = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
+        turns = [self._message(turn, quirks) for turn in outgoing]
         if question.continues and turns and turns[-1]["role"] == "assistant":
-            turns[-1].update({"prefix": True} if "prefill_prefix" in quirks else {"partial": True} if "prefill_partial" in quirks else {})
+            turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
+            turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
 
     def prefills(self, quirks: frozenset[str]) -> bool:
@@ -1340,12 +1361,9 @@ class OpenAIDialect:
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
-        images = [json.loads(delta.text) for delta in turn.content if delta.kind == "image"]
         calls = [json.loads(delta.text) for delta in turn.content if delta.kind == "tool_call"]
-        if images:
-            text = [{"type": "text", "text": message["content"]}] if message["content"] else []
-            urls = [f"data:{image['media_type']};base64,{image['data']}" for image in images]
-            message["content"] = [*text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        if turn.role == "user" and any(delta.kind == "image" for delta in turn.content):
+            message["content"] = [openai_part(delta) for delta in turn.content if delta.kind in ("text", "image")]
         if calls:
             message["content"] = message["content"] or None
             message["tool_calls"] = [openai_tool_call(call) for call in calls]
@@ -1357,6 +1375,24 @@ class OpenAIDialect:
 
     def decoder(self, provider: Provider) -> AnswerDecoder:
         return OpenAIDecoder(provider)
+
+
+def openai_part(delta: Delta) -> dict[str, Any]:
+    """A part of list content, which only a message with an image has: some servers take nothing but a string."""
+    if delta.kind == "text":
+        return {"type": "text", "text": delta.text}
+    image = json.loads(delta.text)
+    return {"type": "image_url", "image_url": {"url": f"data:{image['media_type']};base64,{image['data']}"}}
+
+
+def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in OpenAI's."""
+    function = function_of(tool)
+    if function is None or function is tool.get("function"):
+        return tool if function is None else {"type": "function", **tool}
+    named = {name: value for name, value in function.items() if name not in ("type", "input_schema", "cache_control")}
+    schema = {"parameters": function["input_schema"]} if "input_schema" in function else {}
+    return {"type": "function", "function": {**named, **schema}}
 
 
 def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
@@ -1540,20 +1576,22 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = upstream_turns(question, self.prefills(quirks))
-        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, turns))]
+        turns = [tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"]
+        systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
+        outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
+        messages = [self._message(turn) for turn in outgoing]
         prefilled = bool(messages) and messages[-1]["role"] == "assistant"
-        if prefilled and messages[-1]["content"] and messages[-1]["content"][-1]["type"] == "text":
+        if prefilled and messages[-1]["content"][-1]["type"] == "text":
             last = messages[-1]["content"][-1]
             last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
         body: dict[str, Any] = {
             "model": question.model,
             "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
-            "messages": [message for message in messages if message["content"]],
+            "messages": messages,
             "stream": True,
         }
-        if question.system:
-            body["system"] = question.system
+        if any(systems):
+            body["system"] = "\n\n".join(filter(None, systems))
         if parameters.temperature is not None:
             body["temperature"] = min(parameters.temperature, 1.0)
         if parameters.top_p is not None:
@@ -1562,6 +1600,7 @@ class AnthropicDialect:
             body["stop_sequences"] = parameters.stop
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
+            body |= anthropic_tool_choice(parameters.tool_choice)
         budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
         if budget and not prefilled:  # a prefill and thinking exclude each other
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
@@ -1572,7 +1611,7 @@ class AnthropicDialect:
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
 
-    def _message(self, turn: Turn, provider: Provider) -> dict[str, Any]:
+    def _message(self, turn: Turn) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
         reasoning = ""
         for delta in join_deltas(turn.content):
@@ -1581,7 +1620,8 @@ class AnthropicDialect:
             elif delta.kind == "reasoning":
                 reasoning = delta.text
             elif delta.kind == "signature":
-                blocks.extend(thinking_block(json.loads(delta.text), reasoning, provider))
+                blocks.append(thinking_block(json.loads(delta.text), reasoning))
+                reasoning = ""
             elif delta.kind == "image":
                 image = json.loads(delta.text)
                 source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
@@ -1607,22 +1647,45 @@ def tool_result_turn(turn: Turn) -> Turn:
     return Turn("user", (Delta("tool_result", result),))
 
 
-def thinking_block(signature: Mapping[str, str], reasoning: str, provider: Provider) -> Iterator[dict[str, Any]]:
-    """The reasoning before a signature as a block, for the provider that signed it; nothing for any other."""
-    if signature.get("provider") != provider.name:
-        return
+def signed_turn(turn: Turn, provider: Provider) -> Turn:
+    """The turn with only the reasoning that this provider signed: it refuses any other, and whoever signed it, its own
+    without the signature or with reasoning that is not exactly the same."""
+    kept: list[Delta] = []
+    reasoning: list[Delta] = []
+    for delta in join_deltas(turn.content):
+        if delta.kind == "signature":
+            kept += [*reasoning, delta] if json.loads(delta.text).get("provider") == provider.name else []
+        elif delta.kind != "reasoning":
+            kept.append(delta)
+        reasoning = [delta] if delta.kind == "reasoning" else []
+    return replace(turn, content=tuple(kept))
+
+
+def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, Any]:
+    """Signed reasoning as a block."""
     if "redacted" in signature:
-        yield {"type": "redacted_thinking", "data": signature["redacted"]}
-    else:
-        yield {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+        return {"type": "redacted_thinking", "data": signature["redacted"]}
+    return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
 
 
-def anthropic_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool in either shape, OpenAI's {"type": "function", "function": …} or the bare function, in Anthropic's."""
-    function = tool.get("function") or tool
+def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in Anthropic's."""
+    function = function_of(tool)
+    if function is None:
+        return tool
     schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
     described = {"description": function["description"]} if function.get("description") else {}
     return {"name": function.get("name", ""), **described, "input_schema": schema}
+
+
+def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
+    """OpenAI's tool_choice, a word or a function's name, as Anthropic's; what has another shape goes out as it is."""
+    if choice is None:
+        return {}
+    if isinstance(choice, str):
+        return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
+    name = within(choice, "function", "name") if isinstance(choice, dict) else None
+    return {"tool_choice": {"type": "tool", "name": name} if name else choice}
 
 
 def parse_arguments(text: str) -> Any:
@@ -2298,6 +2361,9 @@ async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
         yield b"data: [DONE]\n\n"
 
 
+Batch = tuple[list[Delta], GenerationError | None]  # of one read, and what went wrong in it
+
+
 class Target(NamedTuple):
     """Whom a question goes to."""
 
@@ -2318,75 +2384,114 @@ class ModelList:
 
 
 class Answer:
-    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included (monotonic seconds)."""
+    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool
+    call last grew, which is no delta before it is whole (monotonic seconds)."""
 
     def __init__(self, provider: Provider, response: httpx.Response) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
-        self.heard_at = time.monotonic()
+        self.heard_at, self.grown_at = time.monotonic(), 0.0
         self._response = response
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What each read of the socket brings. Raises ProviderError, after the deltas that came before it."""
-        content_type = self._response.headers.get("content-type", "")
-        if "json" in content_type or "html" in content_type:
-            batches = self._read_document(content_type)
-        else:
-            batches = self._read_events()
-        async for deltas, failure in batches:
-            if deltas:
-                yield deltas
-            if failure is not None:
-                raise failure
+        """What each read of the socket brings. Raises GenerationError, after the deltas that came before it."""
+        async with contextlib.aclosing(self._read_bytes()) as stream:
+            head = b""
+            async for data in stream:
+                if head := data.lstrip(b" \t\r\n\xef\xbb\xbf"):  # DeepSeek sends blank lines while one waits
+                    break
+            # By its first character, not by its type: a stream is asked for, and what comes instead is mislabelled too.
+            whole = head.startswith((b"{", b"[", b"<"))
+            async with contextlib.aclosing(self._read_document(head, stream) if whole else self._read_events(head, stream)) as batches:
+                async for deltas, failure in batches:
+                    if deltas:
+                        yield deltas
+                    if failure is not None:
+                        raise failure
 
-    async def _read_events(self) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
+    async def _read_events(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
         sse = SseDecoder()
-        async for data in self._read_bytes():
+        whole_at: float | None = None  # loop time since which nothing more has to come
+        while data is not None and not self.decoder.done:
             deltas: list[Delta] = []
             failure = self._decode(sse, data, deltas)
             yield deltas, failure
+            if self.decoder.done or (self.decoder.finish_reason is not None and (deltas or whole_at is None)):
+                whole_at = asyncio.get_running_loop().time()
+            data = await self._read_more(stream, whole_at)
         deltas = []
         yield deltas, self._decode_end(sse, deltas)
 
-    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> ProviderError | None:
+    async def _read_more(self, stream: AsyncGenerator[bytes, None], whole_at: float | None) -> bytes | None:
+        """The next bytes; None at the end. An answer that is whole does not wait for its connection to end.
+
+        A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
+        its end can be used again.
+        """
+        if whole_at is None:
+            return await anext(stream, None)
+        patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
+        try:
+            async with asyncio.timeout_at(whole_at + patience):
+                data = await anext(stream, None)
+                while data is not None and self.decoder.done:
+                    data = await anext(stream, None)
+                return data
+        except (TimeoutError, ProviderTruncated):
+            return None
+
+    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> GenerationError | None:
         """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        held_characters = self.decoder.held_characters
         try:
             for name, payload in sse.feed(data):
                 self.decoder.decode(name, payload, deltas)
-        except ProviderError as exc:
+        except GenerationError as exc:
             return exc
+        if self.decoder.held_characters != held_characters:
+            self.grown_at = self.heard_at
         return None
 
-    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> ProviderError | None:
-        with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
-            for name, payload in sse.end():
-                self.decoder.decode(name, payload, deltas)
+    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> GenerationError | None:
         try:
+            with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
+                for name, payload in sse.end():
+                    self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
-        except ProviderError as exc:
+        except ProviderTruncated as exc:
+            return self._strange_error(bytes(sse.strange)) if sse.strange else exc
+        except GenerationError as exc:
             return exc
         return None
 
-    async def _read_document(self, content_type: str) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
-        """A whole answer in one JSON document, although a stream was asked for; an HTML page is an error."""
+    def _strange_error(self, body: bytes) -> ProviderError:
+        """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
+        if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
+            return in_band_error(self.provider, body)
+        words, _ = body_words(self._response.headers.get("content-type", ""), body)
+        return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
+
+    async def _read_document(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
+        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
         body = bytearray()
-        async for data in self._read_bytes():
+        while data is not None:
             body += data
             if len(body) > PROVIDER_EVENT_BYTES_MAX:
                 raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
-        if "html" in content_type:
-            words, _ = body_words(content_type, bytes(body))
+            data = await anext(stream, None)
+        if body.startswith(b"<"):
+            words, _ = body_words("text/html", bytes(body))
             raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
         deltas: list[Delta] = []
         try:
             self.decoder.decode_document(bytes(body), deltas)
             self.decoder.end(deltas)
-        except ProviderError as exc:
+        except GenerationError as exc:
             yield deltas, exc
         else:
             yield deltas, None
 
-    async def _read_bytes(self) -> AsyncIterator[bytes]:
+    async def _read_bytes(self) -> AsyncGenerator[bytes, None]:
         """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
         encoded = self._response.headers.get("content-encoding", "identity") != "identity"
         stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
@@ -2395,7 +2500,8 @@ class Answer:
                 self.heard_at = time.monotonic()
                 yield data
         except connection_errors() as exc:
-            raise ProviderTruncated(f"the connection to {self.provider.name} broke: {reason_of(exc)}") from exc
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            raise ProviderTruncated(words, transient=True) from exc
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2404,6 +2510,20 @@ def connection_errors() -> tuple[type[Exception], ...]:
     import httpx
 
     return (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
+
+
+def connection_error(provider: Provider, exc: Exception) -> ProviderError:
+    """The error for a request that got no answer; the transport keeps aiohttp's exception as the cause."""
+    import aiohttp
+
+    cause = exc.__cause__ or exc
+    if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
+        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}")
+    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
+        inner = getattr(cause, "os_error", None)
+        reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
+        return ProviderUnavailable(f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True)
+    return ProviderUnavailable(f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True)
 
 
 def reason_of(exc: BaseException) -> str:
@@ -2451,7 +2571,7 @@ class Providers:
     """The configured providers: asks them questions, knows their models, remembers what they refused."""
 
     def __init__(self, config: Config) -> None:
-        self.rejected: set[str] = set()  # names of providers that refused their key when last asked
+        self.rejected: set[str] = set()  # names of providers that refused their key; a list of models may need none
         self._config = config
         self._client: httpx.AsyncClient | None = None
         self._learnt: dict[str, frozenset[str]] = {}
@@ -2513,15 +2633,16 @@ class Providers:
         return await self._send(provider, "POST", provider.base_url + dialect.path(provider), encode_json(body))
 
     async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
-        """One request; the response's body is still to be read. Raises ProviderUnavailable."""
+        """One request; the response's body is still to be read. Raises ProviderError."""
+        if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
+            raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         client = self._open_client()
         headers = {**DIALECTS[provider.dialect].headers(provider), "content-type": "application/json"}
         try:
             request = client.build_request(method, url, content=body, headers=headers)
             return await client.send(request, stream=True)
         except connection_errors() as exc:
-            where = f"{provider.name} cannot be reached at {provider.base_url}"
-            raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
+            raise connection_error(provider, exc) from exc
 
     async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
         """The error for a status other than 200, and the body that it was read from."""
@@ -2582,7 +2703,6 @@ class Providers:
         try:
             if response.status_code != 200:
                 raise (await self._refusal(provider, response))[0]
-            self.rejected.discard(provider.name)
             return decode_json(await response.aread())
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
@@ -3892,6 +4012,7 @@ class Generation:
         self.started_at = time.monotonic()
         self.first_delta_at: float | None = None
         self.attempt_at = self.started_at
+        self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
         self.answer: Answer | None = None
         self.guard: asyncio.Timeout | None = None
@@ -3953,15 +4074,27 @@ class Generation:
         if first is None and self.first_delta_at is not None:
             first = round((self.first_delta_at - self.started_at) * 1000)
         total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
-        return Outcome(self.message_id, self.ending, self.target, self.usage(), tuple(self.attempts), first, total)
+        unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
+        attempts = (*self.attempts, *unfinished)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total)
 
     def usage(self) -> Usage | None:
-        """The tokens of all runs of this answer; None: nothing was asked that would cost anything."""
-        usage = self.answer.decoder.usage if self.answer is not None else None
-        if usage is None and self.answer is not None:
-            asked = sum(estimate_tokens(turn.content) for turn in self.started.turns)
-            usage = Usage(asked, (self.characters + 3) // 4, estimated=True)
-        return add_usage(self.started.usage, usage)
+        """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
+        at most what went in. None: nothing was asked that would cost anything."""
+        if self.answer is None:
+            return self.started.usage
+        counted, written = self.answer.decoder.usage, (self.characters + 3) // 4
+        if counted is None:
+            counted = Usage(sum(estimate_tokens(turn.content) for turn in self.started.turns), written, estimated=True)
+        elif self.answer.decoder.finish_reason is None:
+            output_tokens = max(counted.output_tokens, written)
+            counted = msgspec.structs.replace(counted, output_tokens=output_tokens, estimated=True)
+        return add_usage(self.started.usage, counted)
+
+    def attempt_record(self, error: dict[str, Any] | None) -> dict[str, Any]:
+        """The running attempt as it is kept with the message."""
+        elapsed_ms = round((time.monotonic() - self.attempt_at) * 1000)
+        return {"provider": self.provider, "model": self.model, "error": error, "ms": elapsed_ms}
 
     # ── publishing ──
 
@@ -4000,6 +4133,8 @@ class Generation:
         if self.guard is None or not self.room.is_set():  # the silence is ours
             return float("inf")
         since = self.last_delta_at or self.attempt_at
+        if self.answer is not None:
+            since = max(since, self.answer.grown_at)
         patience = config.first_delta_timeout_seconds if self.last_delta_at is None else config.stall_timeout_seconds
         heard = self.answer.heard_at if self.answer is not None else since
         return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
@@ -4178,7 +4313,7 @@ class Generations:
         started = generation.started
         question = Question(target.model, started.system, started.turns, started.parameters, continues=bool(started.content))
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
-        generation.answer = None
+        generation.attempting, generation.answer = True, None
         failure: GenerationError | None = None
         try:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
@@ -4198,10 +4333,8 @@ class Generations:
             generation.guard = None
             if generation.seam is not None and (rest := generation.seam.end()):
                 generation.receive([Delta("text", rest)])
-        record: dict[str, Any] = {"provider": target.provider.name, "model": target.model}
-        record["error"] = None if failure is None else failure.detail()
-        record["ms"] = round((time.monotonic() - generation.attempt_at) * 1000)
-        generation.attempts.append(record)
+        generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
+        generation.attempting = False
         return failure
 
     def _stalled(self, generation: Generation) -> Stalled:
@@ -4223,7 +4356,7 @@ class Generations:
             return
         loop = asyncio.get_running_loop()
         due = generation.silent_until(self._config)
-        if now >= due and generation.guard is not None:
+        if now >= due and generation.guard is not None and not generation.guard.expired():
             generation.guard.reschedule(loop.time())
         patience = min(self._config.stall_timeout_seconds, self._config.first_delta_timeout_seconds)
         wait = min(deadline - now, patience, due - now if due > now else patience)
