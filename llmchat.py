@@ -1804,7 +1804,7 @@ class RepetitionGuard:
 # imported at first use, so that a service that has nothing to render stays small.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
+MARKDOWN_NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
 BRACKETS_MAX = 16  # open at once in one paragraph, item or cell
 OPENER_COST_MAX = 4_000_000  # characters × openers of one paragraph, item or cell: `<http://<http://…` costs that
 HIGHLIGHT_CHARACTERS_MAX = 100_000  # of a code block; a longer one is not highlighted
@@ -1812,7 +1812,7 @@ HIGHLIGHT_SECONDS_MAX = 0.5  # of a code block; many lexers can be made to take 
 LATEX_CHARACTERS_MAX = 1_000  # of a formula: the converter recurses natively, up to 2 KB of stack per character
 LATEX_LINES_MAX = 50  # of a formula that stands by itself; bounds the search for its end
 OPEN_BLOCK_SECONDS_MAX = 0.2  # an open block that takes longer to render is shown as plain text
-assert NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
+assert MARKDOWN_NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
 
 _RETURN = re.compile(r"\r\n?")
 _SAFE_URL = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
@@ -2077,7 +2077,7 @@ def _parser() -> MarkdownIt:
         def validateLink(self, url: str) -> bool:
             return _SAFE_URL.match(url) is not None
 
-    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": NESTING_MAX, "xhtmlOut": False}
+    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": MARKDOWN_NESTING_MAX, "xhtmlOut": False}
     parser = Parser("commonmark", options).enable(["linkify", "strikethrough", "table"])
     assert parser.linkify is not None
     parser.linkify.set({"fuzzy_link": False, "fuzzy_email": False})  # `main.py` is no link
@@ -3072,6 +3072,7 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
+INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
 SEARCH_WORDS_MAX = 16  # of one query
 SEARCH_MATCHES_MAX = 400  # newest matches that are ranked; the word "the" is in every message
 SNIPPET_TOKENS = 24
@@ -3104,7 +3105,10 @@ def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
     owner = connection.execute(
         "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ?", (message_id,)
     ).fetchone()
-    rows = connection.execute("SELECT text FROM delta WHERE message_id = ? AND kind = 'text' ORDER BY offset", (message_id,))
+    rows = connection.execute(
+        "SELECT text FROM delta WHERE message_id = ? AND kind = 'text' AND offset < ? ORDER BY offset",
+        (message_id, INDEXED_CHARACTERS_MAX),
+    )
     if owner is not None:
         index_message(connection, owner[0], message_id, "".join(text for (text,) in rows))
 
@@ -5017,7 +5021,7 @@ class Asked(Struct, forbid_unknown_fields=True):
 class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
     """A question. Null is the same as absent, but for parent_id."""
 
-    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(min_length=1, max_length=64)]
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
     conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
     parent_id: (
         Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
