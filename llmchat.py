@@ -1737,6 +1737,7 @@ class RepetitionGuard:
     def __init__(self, count: int, characters: int) -> None:
         self._count = count
         self._characters = characters
+        self._is_on = bool(count and characters)
         self._delta = ""
         self._delta_count = 0
         self._pending = ""  # not looked at yet: less than a step
@@ -1746,22 +1747,23 @@ class RepetitionGuard:
 
     def feed(self, text: str) -> str | None:
         """Takes a delta; returns the period once the text goes round in circles, else None."""
-        if not text or not self._count or not self._characters:
+        if not text or not self._is_on:
             return None
-        return self._repeated_delta(text) or self._repeated_period(text)
+        self._pending += text
+        if text != self._delta:
+            self._delta, self._delta_count = text, 1
+        elif repeated := self._repeated_delta(text):
+            return repeated
+        return self._repeated_period() if len(self._pending) >= REPETITION_STEP_CHARACTERS else None
 
     def _repeated_delta(self, delta: str) -> str | None:
-        self._delta_count = self._delta_count + 1 if delta == self._delta else 1
-        self._delta = delta
+        self._delta_count += 1
         if self._delta_count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
             return None
         letters = sum(map(str.isalpha, set(delta)))
         return delta if letters >= REPETITION_DELTA_LETTERS_MIN else None
 
-    def _repeated_period(self, text: str) -> str | None:
-        self._pending += text
-        if len(self._pending) < REPETITION_STEP_CHARACTERS:
-            return None
+    def _repeated_period(self) -> str | None:
         pending, step = self._pending, REPETITION_STEP_CHARACTERS
         end = len(pending) - len(pending) % step
         self._pending = pending[end:]
@@ -2392,59 +2394,86 @@ class Answer:
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
         self.heard_at, self.grown_at = time.monotonic(), 0.0
         self._response = response
+        self._receive = body_reader(response)
+        self._sse = SseDecoder()
+        self._document: bytearray | None = None  # of an answer that is no stream
+        self._is_sniffed = False
+        self._whole_at: float | None = None  # loop time since which nothing more has to come
+        self._failure: GenerationError | None = None
+        self._is_ended = False
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What each read of the socket brings. Raises GenerationError, after the deltas that came before it."""
-        async with contextlib.aclosing(self._read_bytes()) as stream:
-            head = b""
-            async for data in stream:
-                if head := data.lstrip(b" \t\r\n\xef\xbb\xbf"):  # DeepSeek sends blank lines while one waits
-                    break
-            # By its first character, not by its type: a stream is asked for, and what comes instead is mislabelled too.
-            whole = head.startswith((b"{", b"[", b"<"))
-            async with contextlib.aclosing(self._read_document(head, stream) if whole else self._read_events(head, stream)) as batches:
-                async for deltas, failure in batches:
-                    if deltas:
-                        yield deltas
-                    if failure is not None:
-                        raise failure
+    async def read(self) -> list[Delta] | None:
+        """What the next read of the socket brings, which may be nothing; None once the answer is whole.
 
-    async def _read_events(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
-        sse = SseDecoder()
-        whole_at: float | None = None  # loop time since which nothing more has to come
-        while data is not None and not self.decoder.done:
-            deltas: list[Delta] = []
-            failure = self._decode(sse, data, deltas)
-            yield deltas, failure
-            if self.decoder.done or (self.decoder.finish_reason is not None and (deltas or whole_at is None)):
-                whole_at = asyncio.get_running_loop().time()
-            data = await self._read_more(stream, whole_at)
-        deltas = []
-        yield deltas, self._decode_end(sse, deltas)
+        Raises GenerationError, after the deltas that came before it. One call per read and no generator on the way:
+        this is where a stream spends its time.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._is_ended:
+            return None
+        data = await self._read_bytes()
+        deltas: list[Delta] = []
+        self._failure = self._decode(data, deltas) if data else self._decode_end(deltas)
+        if not data:
+            self._is_ended = True
+        elif self.decoder.done or (self.decoder.finish_reason is not None and (deltas or self._whole_at is None)):
+            self._whole_at = asyncio.get_running_loop().time()
+        if self._failure is not None and not deltas:
+            raise self._failure
+        return deltas
 
-    async def _read_more(self, stream: AsyncGenerator[bytes, None], whole_at: float | None) -> bytes | None:
-        """The next bytes; None at the end. An answer that is whole does not wait for its connection to end.
+    async def _read_bytes(self) -> bytes:
+        """The next bytes; none at the end. Raises ProviderTruncated if the connection breaks before that."""
+        try:
+            if self._whole_at is not None:
+                data = await self._read_after_end(self._whole_at)
+            else:
+                data = await self._receive()
+                if not self._is_sniffed:
+                    data = await self._sniff(data)
+        except connection_errors() as exc:
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            raise ProviderTruncated(words, transient=True) from exc
+        self.heard_at = time.monotonic()
+        return data
+
+    async def _sniff(self, data: bytes) -> bytes:
+        """The first bytes that say something. By them, not by a label, an answer is a stream or one document: a stream
+        is asked for, and what comes instead is mislabelled too."""
+        while data and not (head := data.lstrip(b" \t\r\n\xef\xbb\xbf")):  # DeepSeek sends blank lines while one waits
+            self.heard_at = time.monotonic()
+            data = await self._receive()
+        if data and head.startswith((b"{", b"[", b"<")):
+            self._document = bytearray()
+        self._is_sniffed = True
+        return head if data else b""
+
+    async def _read_after_end(self, whole_at: float) -> bytes:
+        """What comes after the answer is whole, which does not wait for its connection to end.
 
         A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
         its end can be used again.
         """
-        if whole_at is None:
-            return await anext(stream, None)
         patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
-        try:
+        with contextlib.suppress(TimeoutError, *connection_errors()):
             async with asyncio.timeout_at(whole_at + patience):
-                data = await anext(stream, None)
-                while data is not None and self.decoder.done:
-                    data = await anext(stream, None)
+                data = await self._receive()
+                while data and self.decoder.done:
+                    data = await self._receive()
                 return data
-        except (TimeoutError, ProviderTruncated):
-            return None
+        return b""
 
-    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> GenerationError | None:
+    def _decode(self, data: bytes, deltas: list[Delta]) -> GenerationError | None:
         """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        if self._document is not None:
+            self._document += data
+            too_large = len(self._document) > PROVIDER_EVENT_BYTES_MAX
+            words = f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit"
+            return ProviderProtocol(words) if too_large else None
         held_characters = self.decoder.held_characters
         try:
-            for name, payload in sse.feed(data):
+            for name, payload in self._sse.feed(data):
                 self.decoder.decode(name, payload, deltas)
         except GenerationError as exc:
             return exc
@@ -2452,17 +2481,26 @@ class Answer:
             self.grown_at = self.heard_at
         return None
 
-    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> GenerationError | None:
+    def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
         try:
+            if self._document is not None:
+                self._decode_document(bytes(self._document), deltas)
             with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
-                for name, payload in sse.end():
+                for name, payload in self._sse.end():
                     self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
         except ProviderTruncated as exc:
-            return self._strange_error(bytes(sse.strange)) if sse.strange else exc
+            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
         except GenerationError as exc:
             return exc
         return None
+
+    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
+        if body.startswith(b"<"):
+            words, _ = body_words("text/html", body)
+            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        self.decoder.decode_document(body, deltas)
 
     def _strange_error(self, body: bytes) -> ProviderError:
         """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
@@ -2471,37 +2509,18 @@ class Answer:
         words, _ = body_words(self._response.headers.get("content-type", ""), body)
         return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
 
-    async def _read_document(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
-        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
-        body = bytearray()
-        while data is not None:
-            body += data
-            if len(body) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
-            data = await anext(stream, None)
-        if body.startswith(b"<"):
-            words, _ = body_words("text/html", bytes(body))
-            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
-        deltas: list[Delta] = []
-        try:
-            self.decoder.decode_document(bytes(body), deltas)
-            self.decoder.end(deltas)
-        except GenerationError as exc:
-            yield deltas, exc
-        else:
-            yield deltas, None
 
-    async def _read_bytes(self) -> AsyncGenerator[bytes, None]:
-        """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
-        encoded = self._response.headers.get("content-encoding", "identity") != "identity"
-        stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
-        try:
-            async for data in stream:
-                self.heard_at = time.monotonic()
-                yield data
-        except connection_errors() as exc:
-            words = f"the connection to {self.provider.name} broke before the answer was finished"
-            raise ProviderTruncated(words, transient=True) from exc
+def body_reader(response: httpx.Response) -> Callable[[], Awaitable[bytes]]:
+    """What gives the next bytes of a body, and none at its end: aiohttp's own reader where there is nothing to decode."""
+    reader = response.extensions.get("reader")
+    if reader is not None and response.headers.get("content-encoding", "identity") == "identity":
+        return cast("Callable[[], Awaitable[bytes]]", reader.readany)
+    stream = response.aiter_bytes()
+
+    async def read() -> bytes:
+        return await anext(stream, b"")
+
+    return read
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2584,11 +2603,8 @@ class Providers:
     def _open_client(self) -> httpx.AsyncClient:
         if self._client is None:
             import httpx
-            from httpx_aiohttp import AiohttpTransport
-
             limits = httpx.Limits(max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15)
-            transport = AiohttpTransport(limits=limits)
-            transport.client = open_session(limits, transport.ssl_context)
+            transport = open_transport(limits)
             self._client = httpx.AsyncClient(
                 transport=transport,
                 mounts={f"all://{DEMO_HOST}": open_demo_transport()},
@@ -2767,6 +2783,24 @@ def models_of(document: Any) -> list[str]:
     return [name.removeprefix("models/") for name in names if isinstance(name, str)]
 
 
+def open_transport(limits: httpx.Limits) -> Any:
+    """httpx's transport over aiohttp, which also hands out the reader of each body."""
+    import httpx
+    from httpx_aiohttp import AiohttpTransport
+    from httpx_aiohttp.transport import AiohttpResponseStream
+
+    class Transport(AiohttpTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            response = await super().handle_async_request(request)
+            assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
+            response.extensions["reader"] = response.stream._aiohttp_response.content
+            return response
+
+    transport = Transport(limits=limits)
+    transport.client = open_session(limits, transport.ssl_context)
+    return transport
+
+
 def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
     """The aiohttp session under httpx: no cookies between users, proxies as the environment names them."""
     import aiohttp
@@ -2928,13 +2962,7 @@ class Session(NamedTuple):
     expires_at_ms: int
 
 
-class Row(NamedTuple):
-    """A delta as it is stored."""
-
-    message_id: int
-    offset: int
-    kind: str
-    text: str
+Row = tuple[int, int, str, str]  # a delta as it is stored: message_id, offset, kind, text
 
 
 @dataclass(frozen=True)
@@ -3413,14 +3441,29 @@ def insert_content(connection: sqlite3.Connection, message_id: int, content: Ite
     rows, offset = [], 0
     for delta in content:
         for piece in split_delta(delta):
-            rows.append(Row(message_id, offset, piece.kind, piece.text))
+            rows.append((message_id, offset, piece.kind, piece.text))
             offset += len(piece.text)
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    insert_rows(connection, rows)
+
+
+def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Stores deltas in one statement, however many: after each, this thread would have to wait for the interpreter,
+    which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
+    encoded = encode_json(rows)
+    if b"\\u0000" in encoded:
+        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    else:
+        connection.execute(
+            "INSERT INTO delta SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),"
+            " json_extract(value, '$[3]') FROM json_each(?)",
+            (encoded.decode(),),
+        )
 
 
 def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
     """A flush: new content of running messages, and the ends of some. The one place that sets a terminal status."""
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    if rows:
+        insert_rows(connection, rows)
     for outcome in outcomes:
         ending = outcome.ending
         connection.execute(
@@ -3975,7 +4018,7 @@ class Flush(NamedTuple):
 
     def rows(self) -> list[Row]:
         message_id = self.generation.message_id
-        return [Row(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+        return [(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
 
 
 class Generation:
@@ -4048,22 +4091,25 @@ class Generation:
             joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
             deltas = [one for one in joined if one.text]
         self.pending += deltas
-        length = sum([len(delta.text) for delta in deltas])
+        length, circle = 0, None
+        for delta in deltas:
+            length += len(delta.text)
+            guard = self._circles.get(delta.kind)
+            circle = circle or (guard.feed(delta.text) if guard is not None else None)
         self.characters += length
         self.pending_characters += length
         if self.pending_characters > PENDING_CHARACTERS_MAX:
             self.room.clear()
         if self.characters > self._characters_max:
             raise TooLong(f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)")
-        for delta in deltas:
-            if delta.kind in MERGED_KINDS and (period := self._circles[delta.kind].feed(delta.text)):
-                raise Repetition(f"the model goes round in circles, repeating {shorten(period, None)!r}")
+        if circle is not None:
+            raise Repetition(f"the model goes round in circles, repeating {shorten(circle, None)!r}")
 
     def take(self) -> Flush:
         """Everything pending, for a flush; with the outcome if this is the last."""
         pieces = []
-        for delta in join_deltas(self.pending):
-            for piece in split_delta(delta):
+        for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
+            for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
                 self.offset += len(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
@@ -4323,12 +4369,12 @@ class Generations:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
                 if started.content:
                     generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
-                async with contextlib.aclosing(generation.answer.deltas()) as batches:
-                    async for deltas in batches:
+                while (deltas := await generation.answer.read()) is not None:
+                    if deltas:
                         generation.receive(deltas)
                         self._mark(generation)
-                        if not generation.room.is_set():
-                            await generation.room.wait()
+                    if not generation.room.is_set():
+                        await generation.room.wait()
         except TimeoutError:
             failure = self._stalled(generation)
         except GenerationError as exc:
@@ -4476,7 +4522,7 @@ class Generations:
                 question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
                 deltas: list[Delta] = []
                 async with self._providers.ask(target, question) as answer:
-                    async for batch in answer.deltas():
+                    while (batch := await answer.read()) is not None:
                         deltas += batch
             title = make_title(text_of(deltas).strip().strip('"'))
             if title:
