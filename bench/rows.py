@@ -11,6 +11,7 @@ A row function gets a server that has just started, warms it up, does the work o
     wrong              characters lost or doubled
     failed             streams without a proper end
     load_share         CPU share of the core that provider and client share: near 1.0 the row shows their limit
+    other_share        CPU that other work on the machine took meanwhile, of one core: 0 where figures can be trusted
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from client import Connection, Failure, FlatReader, Reader, encode_request, fetch, read_answer
-from servers import Running, cpu_seconds
+from servers import Running, busy_seconds, cpu_seconds
 
 Figures = dict[str, float]
 SAMPLE_SECONDS = 0.1
@@ -72,6 +73,7 @@ class Watch:
         gc.collect()
         gc.disable()
         self.load_before = time.process_time() + cpu_seconds(self.provider_pid)
+        self.busy_before = busy_seconds()
         self.sample()
         self.task = asyncio.create_task(self.keep_sampling())
         return self
@@ -80,6 +82,7 @@ class Watch:
         self.task.cancel()
         self.sample()
         self.load_seconds = time.process_time() + cpu_seconds(self.provider_pid) - self.load_before
+        self.busy_seconds = busy_seconds() - self.busy_before
         gc.enable()
 
     async def keep_sampling(self) -> None:
@@ -104,13 +107,15 @@ class Watch:
         duration = max((reader.last_at for reader in readers), default=0.0) - first.at
         latencies = sorted(latency for reader in readers for latency in reader.latencies)
         firsts = [reader.first_at - reader.sent_at for reader in readers if reader.first_at]
+        used = last.cpu_seconds - first.cpu_seconds
         figures = {
             "deltas_per_second": received / max(duration, 1e-9),
-            "cpu_us": (last.cpu_seconds - first.cpu_seconds) / received * 1e6,
+            "cpu_us": used / received * 1e6,
             "first_ms": statistics.median(firsts) * 1e3 if firsts else 0.0,
             "wrong": float(sum(reader.lost + reader.doubled for reader in readers)),
             "failed": float(sum(bool(reader.failure) for reader in readers)),
             "load_share": self.load_seconds / (last.at - first.at),
+            "other_share": max(0.0, self.busy_seconds - self.load_seconds - used) / (last.at - first.at),
         }
         if latencies:
             figures["p50_ms"] = latencies[len(latencies) // 2] * 1e3

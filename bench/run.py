@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -28,11 +29,23 @@ from database import fill, run_database
 from growth import run_growth
 from report import Figures, Results, render
 from rows import Load, run_chats, run_fan, run_load, warm_up
-from servers import Running, ServerError, Setup, cpu_seconds, pick_cores, start_provider, start_server, stop_process
+from servers import (
+    Running,
+    ServerError,
+    Setup,
+    busy_seconds,
+    cpu_seconds,
+    pick_cores,
+    start_provider,
+    start_server,
+    stop_process,
+)
 
 HERE = Path(__file__).resolve().parent
 PROXIES = ("llmchat", "nginx", "passthrough")
 STARTS = 3  # per round and server
+CALM_SECONDS = 0.5  # the machine is calm when, for so long, other work has used
+CALM_SHARE = 0.1  # at most this part of one core
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Bench:
     setup: Setup
     provider: subprocess.Popen
     quick: bool
+    patience_seconds: float
 
 
 Work = Callable[[Bench, str, Path], Coroutine[None, None, Figures]]
@@ -132,10 +146,14 @@ def say(text: str, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def busy_seconds() -> float:
-    """CPU that the whole machine has used, all cores, everything but idle and I/O wait."""
-    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+async def wait_for_calm(patience_seconds: float) -> None:
+    """Waits until other work leaves the machine alone, or the patience is over."""
+    deadline = time.monotonic() + patience_seconds
+    while time.monotonic() < deadline:
+        before = busy_seconds()
+        await asyncio.sleep(CALM_SECONDS)
+        if busy_seconds() - before <= CALM_SHARE * CALM_SECONDS:
+            return
 
 
 def short(figures: Figures) -> str:
@@ -152,7 +170,7 @@ async def run_cell(bench: Bench, row: str, server: str) -> Figures | None:
     started = time.monotonic()
     try:
         figures = await asyncio.wait_for(ROWS[row].work(bench, server, directory), 180)
-    except (Failure, ServerError, TimeoutError, KeyError, ValueError, IndexError) as exc:
+    except (Failure, ServerError, TimeoutError, sqlite3.Error, LookupError, ValueError) as exc:
         say(f"failed: {type(exc).__name__}: {exc}")
         return None
     finally:
@@ -168,6 +186,7 @@ async def run_all(bench: Bench, rows: list[str], servers: list[str], rounds: int
     for turn in range(rounds):
         for position, (row, server) in enumerate(cells, 1):
             say(f"round {turn + 1}/{rounds}, {position}/{len(cells)}: {row} {server} … ", end="")
+            await wait_for_calm(bench.patience_seconds)
             if figures := await run_cell(bench, row, server):
                 results.setdefault((row, server), []).append(figures)
     return results
@@ -213,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, help="the interpreter that runs the servers")
     parser.add_argument("--llmchat", type=Path, default=HERE.parent / "llmchat.py", help="the program to measure")
     parser.add_argument("--directory", type=Path, default=HERE / "results", help="for the databases; on a real disk")
+    parser.add_argument("--patience", type=float, default=5, metavar="SECONDS", help="for a calm machine, each time")
     arguments = parser.parse_args()
     arguments.only = arguments.only.split(",")
     arguments.servers = arguments.servers.split(",")
@@ -233,7 +253,7 @@ def main() -> None:
     servers = [name for name in arguments.servers if name != "nginx" or nginx]
     provider, port = start_provider(arguments.python, load_core)
     setup = Setup(arguments.python, arguments.llmchat.resolve(), nginx, directory, port, server_core)
-    bench = Bench(setup, provider, arguments.quick)
+    bench = Bench(setup, provider, arguments.quick, arguments.patience)
     started, busy, children = time.monotonic(), busy_seconds(), os.times()
     try:
         results = uvloop.run(run_all(bench, arguments.only, servers, arguments.rounds))
