@@ -1,56 +1,73 @@
 """Row growth: what a delta costs, and a generation holds, early and late in a long answer, and in short answers.
 
-The same 20,000 deltas a second three ways: answers of 1,000 characters one after another, and the first and the last
-fifth of answers of 100,000 characters. A program that looks back over what it already has shows it here.
+20,000 deltas a second three ways: answers of 1,000 characters one after another, and the first and the last fifth of
+answers of 100,000 characters. A program that looks back over what it already has shows it here. Then a few answers of
+900,000 characters, flat out: what they hold in memory must not grow with them.
 """
 
 import asyncio
 import time
 
 from client import Connection
-from rows import Figures, Load, Watch, chat_on, note, open_streams, warm_up
+from rows import GRACE_SECONDS, Figures, Load, Watch, chat_on, note, open_streams, warm_up
 from servers import Running
 
-GENERATIONS = 20
-RATE = 1000  # deltas a second, each generation
-LONG = Load(GENERATIONS, 10_000, RATE, 0.2)  # 100,000 characters
-SHORT = Load(GENERATIONS, 100, RATE)  # 1,000 characters
+SHORT = Load(20, 100, 1000)  # 1,000 characters
+LONG = Load(20, 10_000, 1000, 0.2)  # 100,000 characters
+GIANT = Load(10, 90_000, 0)  # 900,000 characters
+
+
+async def run_growth(running: Running, provider_pid: int, short_seconds: float) -> Figures:
+    """`…_cpu_us` a delta, `late_ratio` (last fifth / first fifth), `…_kb` resident for each generation at most."""
+    await warm_up(running)
+    short = await run_short(running, provider_pid, short_seconds)
+    long = await run_long(running, provider_pid, LONG)
+    giant = await run_long(running, provider_pid, GIANT)
+    every = [watch.figures() for watch in (short, long, giant)]
+    return {
+        "short_cpu_us": every[0]["cpu_us"],
+        "long_cpu_us": every[1]["cpu_us"],
+        "late_ratio": fifth_cost(long, 4) / fifth_cost(long, 0),
+        "long_kb": gained_kb(long),
+        "giant_kb": gained_kb(giant),
+        "wrong": sum(figures["wrong"] for figures in every),
+        "failed": sum(figures["failed"] for figures in every),
+    }
+
+
+async def run_short(running: Running, provider_pid: int, seconds: float) -> Watch:
+    """Short answers, one after another on each connection."""
+    connections = [Connection(running.port) for _ in range(SHORT.streams)]
+    request = running.chat_request(SHORT.model)
+    async with Watch(running, provider_pid, []) as watch:
+        until = time.monotonic() + seconds
+        lists = await asyncio.gather(*(chat_on(connection, request, SHORT.deltas, until) for connection in connections))
+        watch.readers = [reader for part in lists for reader in part]
+    for connection in connections:
+        connection.close()
+    note(watch.readers)
+    return watch
+
+
+async def run_long(running: Running, provider_pid: int, load: Load) -> Watch:
+    """Long answers, all at once."""
+    readers = [load.reader() for _ in range(load.streams)]
+    request = running.chat_request(load.model)
+    async with Watch(running, provider_pid, readers) as watch:
+        await open_streams(running.port, request, readers, load.ramp_seconds, load.answer_seconds + GRACE_SECONDS)
+    note(readers)
+    return watch
 
 
 def fifth_cost(watch: Watch, number: int) -> float:
     """µs of CPU per delta in one fifth (from 0) of all that was delivered."""
-    total = watch.samples[-1].received
+    total = max(watch.samples[-1].received, 1)
     inside = [sample for sample in watch.samples if number / 5 <= sample.received / total <= (number + 1) / 5]
     first, last = inside[0], inside[-1]
     return (last.cpu_seconds - first.cpu_seconds) / max(last.received - first.received, 1) * 1e6
 
 
-async def run_growth(running: Running, provider_pid: int, short_seconds: float) -> Figures:
-    """`short_cpu_us`, `long_cpu_us`, `late_ratio` (last fifth / first fifth), `generation_kb` gained since 20 %."""
-    await warm_up(running)
-    connections = [Connection(running.port) for _ in range(SHORT.streams)]
-    request = running.chat_request(SHORT.model)
-    async with Watch(running, provider_pid, []) as watch:
-        until = time.monotonic() + short_seconds
-        lists = await asyncio.gather(*(chat_on(connection, request, SHORT.deltas, until) for connection in connections))
-        watch.readers = [reader for part in lists for reader in part]
-    for connection in connections:
-        connection.close()
-    short = watch.figures() | note(watch.readers)
-
-    readers = [LONG.reader() for _ in range(LONG.streams)]
-    request = running.chat_request(LONG.model)
-    async with Watch(running, provider_pid, readers) as watch:
-        await open_streams(running.port, request, readers, LONG.ramp_seconds, LONG.answer_seconds * 3)
-    long = watch.figures() | note(readers)
-    early = next(sample for sample in watch.samples if sample.received >= watch.samples[-1].received / 5)
-    return {
-        "short_cpu_us": short["cpu_us"],
-        "long_cpu_us": long["cpu_us"],
-        "late_ratio": fifth_cost(watch, 4) / fifth_cost(watch, 0),
-        "generation_kb": (watch.samples[-2].resident_bytes - early.resident_bytes) / LONG.streams / 1e3,
-        "deltas_per_second": long["deltas_per_second"],
-        "wrong": short["wrong"] + long["wrong"],
-        "failed": short["failed"] + long["failed"],
-        "load_share": long["load_share"],
-    }
+def gained_kb(watch: Watch) -> float:
+    """The most that the server held beyond what it had before, for each stream."""
+    most = max(sample.resident_bytes for sample in watch.samples)
+    return (most - watch.samples[0].resident_bytes) / len(watch.readers) / 1e3

@@ -24,7 +24,7 @@ from records import TRIPLES, encode_record, flat_record, stamp_now
 
 TICK_SECONDS = 0.001
 WHEEL_TICKS = 1024  # so the slowest rate is one delta a second
-FLAT_DELTAS_MAX = 10_000
+FLAT_DELTAS_MAX = 90_000
 
 MODEL = re.compile(rb'"model":\s*"(paced|flat)-(\d+)(?:-(\d+))?"')
 LENGTH = re.compile(rb"(?i)content-length: *(\d+)")
@@ -50,7 +50,7 @@ BEFORE, AFTER = frame(CHUNK % (b'{"content":"%b"}' % RECORD_PLACE, b"null", b"")
 FIRST = HEADERS + frame(CHUNK % (b'{"role":"assistant","content":""}', b"null", b""))
 USAGE = b',"usage":{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21}'
 LAST = frame(CHUNK % (b"{}", b'"stop"', USAGE)) + frame(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-FLAT: list[bytes] = []  # filled when the first flat answer is asked for
+FLAT: list[bytes] = []  # as long as the longest flat answer so far
 
 
 class Wheel:
@@ -158,8 +158,8 @@ class Stream(asyncio.Protocol):
         """Starts an answer of `deltas` deltas; `rate` in deltas a second counts when it is not flat out."""
         self.sequence, self.deltas, self.flat = 0, deltas, flat
         if flat:
-            if not FLAT:
-                FLAT.extend(BEFORE + flat_record(n) + AFTER for n in range(FLAT_DELTAS_MAX))
+            assert deltas <= FLAT_DELTAS_MAX
+            FLAT.extend(BEFORE + flat_record(number) + AFTER for number in range(len(FLAT), deltas))
             self.transport.write(FIRST)
             self.flat_out.add(self)
             return

@@ -46,7 +46,8 @@ GROWTH_COLUMNS = {
     "1,000 characters: CPU µs a delta": "short_cpu_us",
     "100,000 characters: CPU µs a delta": "long_cpu_us",
     "last fifth / first fifth": "late_ratio",
-    "a generation grows by KB": "generation_kb",
+    "a generation holds KB": "long_kb",
+    "at 900,000 characters, KB": "giant_kb",
     "lost or doubled": "wrong",
 }
 DATABASE_COLUMNS = {

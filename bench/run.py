@@ -130,14 +130,14 @@ ROWS = {
     "chats": Row(
         "new chats, one delta each, 32 clients",
         PROXIES,
-        on_fresh_server(lambda bench, running: run_chats(running, bench.provider.pid, 32, 1.5 if bench.quick else 4)),
+        on_fresh_server(lambda bench, running: run_chats(running, bench.provider.pid, 32, 1.5 if bench.quick else 4.0)),
     ),
     "start": Row("start and idle memory", ("llmchat", "nginx", "passthrough", "bare"), start_row),
     "database": Row("100,000 messages in the database", ("llmchat",), database_row),
     "growth": Row(
         "answers of 1,000 and of 100,000 characters",
         ("llmchat",),
-        on_fresh_server(lambda bench, running: run_growth(running, bench.provider.pid, 2 if bench.quick else 5)),
+        on_fresh_server(lambda bench, running: run_growth(running, bench.provider.pid, 2.0 if bench.quick else 5.0)),
     ),
 }
 
@@ -267,7 +267,7 @@ def main() -> None:
     report = render(results, servers, facts(bench, load_core, arguments.rounds, foreign, command))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(report)
-    foot = f"median of {arguments.rounds} rounds, line: minimum to maximum; server on one core; {command}"
+    foot = f"Rounds: {arguments.rounds}; bar: median, line: minimum to maximum; each server had one core to itself."
     arguments.output.with_suffix(".svg").write_text(draw(results, foot))
     print(report)
 
