@@ -165,7 +165,7 @@ def short(figures: Figures) -> str:
 
 
 async def run_cell(bench: Bench, row: str, server: str) -> Figures | None:
-    """One row on one server, once; None when it could not be done."""
+    """One row on one server, once; None, with the reason on standard error, when it could not be done."""
     directory = Path(tempfile.mkdtemp(prefix=f"{row}-{server}-", dir=bench.setup.directory))
     started = time.monotonic()
     try:
@@ -179,10 +179,15 @@ async def run_cell(bench: Bench, row: str, server: str) -> Figures | None:
     return figures
 
 
+def cells_of(rows: list[str], servers: list[str]) -> list[tuple[str, str]]:
+    """Every row with every server that it is for."""
+    return [(row, server) for row in rows for server in ROWS[row].servers if server in servers]
+
+
 async def run_all(bench: Bench, rows: list[str], servers: list[str], rounds: int) -> Results:
     """All rounds; within a round the servers of a row run one after another."""
     results: Results = {}
-    cells = [(row, server) for row in rows for server in ROWS[row].servers if server in servers]
+    cells = cells_of(rows, servers)
     for turn in range(rounds):
         for position, (row, server) in enumerate(cells, 1):
             say(f"round {turn + 1}/{rounds}, {position}/{len(cells)}: {row} {server} … ", end="")
@@ -200,7 +205,7 @@ def file_system(directory: Path) -> str:
     return f"{kind} on {device}"
 
 
-def facts(bench: Bench, load_core: int, rounds: int, foreign: float, command: str) -> list[str]:
+def facts(bench: Bench, load_core: int, rounds: int, foreign: float) -> list[str]:
     """How and on what it was measured."""
     model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")]
@@ -209,6 +214,7 @@ def facts(bench: Bench, load_core: int, rounds: int, foreign: float, command: st
     cores = f"server on core {core}, provider and client together on core {load_core}"
     if core == load_core:
         cores = "ONE core for server, provider and client together: rates are not comparable with those of two cores"
+    command = " ".join(["python bench/run.py", *sys.argv[1:]])
     found = [
         f"`{command}`, {rounds} rounds: median (minimum–maximum); ratios within a round",
         f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores; {cores}",
@@ -242,6 +248,16 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def write_report(arguments: argparse.Namespace, results: Results, servers: list[str], found: list[str]) -> None:
+    """Prints the report, and writes it and the picture."""
+    report = render(results, servers, found)
+    foot = f"Rounds: {arguments.rounds}; bar: median, line: minimum to maximum; each server had one core to itself."
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(report)
+    arguments.output.with_suffix(".svg").write_text(draw(results, foot))
+    print(report)
+
+
 def main() -> None:
     """Sets up, runs, reports, and stops what it started."""
     arguments = parse_arguments()
@@ -263,13 +279,10 @@ def main() -> None:
         stop_process(provider)
         shutil.rmtree(directory, ignore_errors=True)
     foreign = max(0.0, busy_seconds() - busy - own) / (time.monotonic() - started)
-    command = " ".join(["python bench/run.py", *sys.argv[1:]])
-    report = render(results, servers, facts(bench, load_core, arguments.rounds, foreign, command))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(report)
-    foot = f"Rounds: {arguments.rounds}; bar: median, line: minimum to maximum; each server had one core to itself."
-    arguments.output.with_suffix(".svg").write_text(draw(results, foot))
-    print(report)
+    write_report(arguments, results, servers, facts(bench, load_core, arguments.rounds, foreign))
+    if missing := [f"{row} {server}" for row, server in cells_of(arguments.only, servers)
+                   if len(results.get((row, server), [])) < arguments.rounds]:
+        sys.exit(f"could not be measured every time: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
