@@ -33,8 +33,8 @@ def sentences(count: int) -> Iterator[str]:
         yield " ".join(chance.choices(WORDS, cum_weights=WEIGHTS, k=MESSAGE_WORDS))
 
 
-def fill(path: Path) -> None:
-    """Adds the conversations to a database that llmchat has made and in which there is one chat."""
+def fill(path: Path, home: Path) -> None:
+    """Adds the conversations to a database that llmchat has made and in which there is one chat; moves it to `home`."""
     now = int(time.time() * 1000)
     with sqlite3.connect(path) as database:
         owner = database.execute("SELECT owner FROM conversation").fetchone()[0]
@@ -50,6 +50,7 @@ def fill(path: Path) -> None:
         add_to_search(database)
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     database.close()
+    path.parent.rename(home)
 
 
 def add_messages(database: sqlite3.Connection, conversation: int, count: int, at: int, texts: Iterator[str]) -> None:
@@ -95,8 +96,8 @@ def searches() -> list[str]:
     return found
 
 
-async def timed(connection: Connection, targets: list[str]) -> tuple[float, int]:
-    """p99 of the requests in ms, and the bytes of all the answers."""
+async def timed(connection: Connection, targets: list[str]) -> tuple[float, float, int]:
+    """p50 and p99 of the requests in ms, and the bytes of all the answers."""
     seconds, size = [], 0
     for target in targets:
         pieces: list[bytes] = []
@@ -106,11 +107,12 @@ async def timed(connection: Connection, targets: list[str]) -> tuple[float, int]
         size += sum(map(len, pieces))
         if status != 200:
             raise Failure(f"{target}: {status} {b''.join(pieces)[:200]!r}")
-    return sorted(seconds)[len(seconds) * 99 // 100] * 1e3, size
+    seconds.sort()
+    return seconds[len(seconds) // 2] * 1e3, seconds[len(seconds) * 99 // 100] * 1e3, size
 
 
 async def run_database(running: Running, path: Path) -> Figures:
-    """`list_ms`, `search_ms`, `open_ms` (p99) and the start on the filled database (`start_ms`)."""
+    """`list_ms`, `search_ms`, `open_ms` (p99), `search_p50_ms` and the start on the filled database (`start_ms`)."""
     with sqlite3.connect(path) as database:
         longest = database.execute(
             "SELECT conversation_id FROM message GROUP BY conversation_id ORDER BY count(*) DESC LIMIT 1"
@@ -118,11 +120,12 @@ async def run_database(running: Running, path: Path) -> Figures:
     database.close()
     connection = Connection(running.port)
     try:
-        lists, _ = await timed(connection, ["/api/v1/conversations"] * LISTS)
-        found, size = await timed(connection, searches())
-        opened, opened_size = await timed(connection, [f"/api/v1/conversations/{longest}"] * OPENINGS)
+        _, lists, _ = await timed(connection, ["/api/v1/conversations"] * LISTS)
+        found_p50, found, size = await timed(connection, searches())
+        _, opened, opened_size = await timed(connection, [f"/api/v1/conversations/{longest}"] * OPENINGS)
     finally:
         connection.close()
     if size < SEARCHES * 100 or opened_size < OPENINGS * 500 * MESSAGE_WORDS:
         raise Failure(f"searches brought {size} bytes, openings {opened_size}: not what was stored")
-    return {"list_ms": lists, "search_ms": found, "open_ms": opened, "start_ms": running.start_seconds * 1e3}
+    figures = {"list_ms": lists, "search_p50_ms": found_p50, "search_ms": found, "open_ms": opened}
+    return figures | {"start_ms": running.start_seconds * 1e3}

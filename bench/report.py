@@ -52,6 +52,7 @@ GROWTH_COLUMNS = {
 }
 DATABASE_COLUMNS = {
     "list p99 ms": "list_ms",
+    "search p50 ms": "search_p50_ms",
     "search p99 ms": "search_ms",
     "open 500 messages p99 ms": "open_ms",
     "start ms": "start_ms",

@@ -13,7 +13,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -24,14 +23,12 @@ from pathlib import Path
 
 import uvloop
 from chart import draw
-from client import Failure
 from database import fill, run_database
 from growth import run_growth
 from report import Figures, Results, render
 from rows import Load, run_chats, run_fan, run_load, warm_up
 from servers import (
     Running,
-    ServerError,
     Setup,
     busy_seconds,
     cpu_seconds,
@@ -45,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 PROXIES = ("llmchat", "nginx", "passthrough")
 STARTS = 3  # per round and server
 CALM_SECONDS = 0.5  # the machine is calm when, for so long, other work has used
+LOG_CHARACTERS = 1500  # of a server's log that are shown when a row fails
 CALM_SHARE = 0.1  # at most this part of one core
 
 
@@ -92,20 +90,18 @@ async def start_row(bench: Bench, server: str, directory: Path) -> Figures:
 
 async def database_row(bench: Bench, server: str, directory: Path) -> Figures:
     """The filled database is made in the first round and used again in the others."""
-    home = bench.setup.directory / "filled"
-    path = home / "llmchat.db"
-    if not home.exists():
-        home.mkdir()
-        running = start_server(bench.setup, server, home)
+    filled = bench.setup.directory / "filled"
+    if not filled.exists():
+        running = start_server(bench.setup, server, directory)
         try:
             await warm_up(running)
         finally:
             running.stop()
-        fill(path)
-        start_server(bench.setup, server, home).stop()
-    running = start_server(bench.setup, server, home)
+        fill(directory / "llmchat.db", filled)
+        start_server(bench.setup, server, filled).stop()
+    running = start_server(bench.setup, server, filled)
     try:
-        return await run_database(running, path)
+        return await run_database(running, filled / "llmchat.db")
     finally:
         running.stop()
 
@@ -170,8 +166,10 @@ async def run_cell(bench: Bench, row: str, server: str) -> Figures | None:
     started = time.monotonic()
     try:
         figures = await asyncio.wait_for(ROWS[row].work(bench, server, directory), 180)
-    except (Failure, ServerError, TimeoutError, sqlite3.Error, LookupError, ValueError) as exc:
+    except Exception as exc:  # one figure less, not the end of the run
+        log = directory / f"{server}.log"
         say(f"failed: {type(exc).__name__}: {exc}")
+        say(log.read_text(errors="replace")[-LOG_CHARACTERS:] if log.exists() else "")
         return None
     finally:
         shutil.rmtree(directory, ignore_errors=True)
