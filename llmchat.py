@@ -1276,7 +1276,7 @@ class OpenAIDecoder(Decoder):
             self._calls.append(call)
             if indexed:
                 self._positions[index] = len(self._calls) - 1
-        call.identity, call.name = identity or call.identity, name or call.name
+        call.identity, call.name = call.identity or identity, call.name or name
         return call
 
     def _decode_extras(self, chunk: ChatChunk) -> None:
@@ -1544,7 +1544,8 @@ class AnthropicDecoder(Decoder):
                 if block.get("type") == "thinking" and block.get("signature"):
                     deltas.append(self._signature({"signature": str(block["signature"])}))
                 self._stop_block(index, deltas)
-        self._mend(deltas, 0)
+        deltas[:] = [Delta(delta.kind, without_halves(delta.text)) for delta in deltas]
+        self._mending = False
         self._count(event.usage)
         if isinstance(event.stop_reason, str):
             self.finish_reason = finish_reason_of(event.stop_reason)
