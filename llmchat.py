@@ -74,7 +74,7 @@ import sys
 import time
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -2786,7 +2786,6 @@ def models_of(document: Any) -> list[str]:
 
 def open_transport(limits: httpx.Limits) -> Any:
     """httpx's transport over aiohttp, which also hands out the reader of each body."""
-    import httpx
     from httpx_aiohttp import AiohttpTransport
     from httpx_aiohttp.transport import AiohttpResponseStream
 
@@ -3228,31 +3227,53 @@ def commit_together(connection: sqlite3.Connection, operations: Sequence[Callabl
     """Runs the operations in one transaction. Returns the value, or the exception, of each.
 
     `durable`: the commit is fsynced. Raises sqlite3.Error if the transaction as a whole could not be committed; then
-    nothing of it is stored.
+    nothing of it is stored. As few statements as can be: after each, this thread waits for the interpreter.
     """
-    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-    connection.execute("BEGIN IMMEDIATE")
+    if durable:
+        connection.execute("PRAGMA synchronous=FULL")
     try:
-        outcomes = [run_in_savepoint(connection, operation) for operation in operations]
-        connection.execute("COMMIT")
+        connection.execute("BEGIN IMMEDIATE")
+        run = run_alone if len(operations) == 1 else run_in_savepoint
+        outcomes = [run(connection, operation) for operation in operations]
+        if connection.in_transaction:
+            connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:  # a full disk has rolled it back already
             connection.execute("ROLLBACK")
         raise
+    finally:
+        if durable:
+            connection.execute("PRAGMA synchronous=NORMAL")
     return outcomes
+
+
+def run_alone(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
+    """An operation that has the transaction to itself: if it is refused, there is nothing else to keep."""
+    try:
+        return operation(connection)
+    except Exception as exc:
+        if is_disk_error(exc):
+            raise
+        connection.execute("ROLLBACK")
+        return exc
 
 
 def run_in_savepoint(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
     connection.execute("SAVEPOINT operation")
     try:
         value = operation(connection)
-    except sqlite3.OperationalError:  # the disk, not the operation
-        raise
     except Exception as exc:
+        if is_disk_error(exc):
+            raise
         connection.execute("ROLLBACK TO operation")
         value = exc
     connection.execute("RELEASE operation")
     return value
+
+
+def is_disk_error(exc: Exception) -> bool:
+    """Whether the disk or the file is to blame (full, locked, unreadable, corrupt), not the operation."""
+    return isinstance(exc, sqlite3.OperationalError) or type(exc) is sqlite3.DatabaseError
 
 
 def touch(connection: sqlite3.Connection) -> None:
@@ -4621,7 +4642,8 @@ class Generations:
 
 
 class Stream:
-    """One subscriber's whole life, from its cursor to `end`. `close` may be called at any time, from a callback."""
+    """One subscriber's whole life, from its cursor to `end`; a context, in which it counts for its message's limit and
+    its heart beats. `close` may be called at any time, from a callback."""
 
     def __init__(self, generations: Generations, owner: str, message_id: int, cursor: int, first: bytes) -> None:
         self._generations = generations
@@ -4629,11 +4651,27 @@ class Stream:
         self._message_id = message_id
         self._cursor = cursor
         self._first = first
+        self._source: Generation | Rendering | None = None  # what the subscriber is attached to
         self._subscriber: Subscriber | None = None
         self._closed = False
         self._finished = False
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Stream:
+        self._generations.streams[self._message_id] += 1
+        self._generations.owner_streams[self._owner] += 1
+        self._beat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._detach()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._generations.owner_streams[self._owner] -= 1
+        self._generations.streams[self._message_id] -= 1
+        if not self._generations.streams[self._message_id]:  # there will be many messages
+            del self._generations.streams[self._message_id]
 
     def close(self) -> None:
         """The client is gone: whatever the stream waits for, it ends now."""
@@ -4644,72 +4682,48 @@ class Stream:
         if self._subscriber is not None and self._subscriber.queue.empty():
             self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """What is to be sent, one item per send."""
-        with self._counted():
-            yield self._first
-            while not self._closed and not self._finished:
-                generation = self._generations.running.get(self._message_id)
-                attached = generation.attach(self._cursor) if generation is not None else None
-                if generation is not None and attached is not None:
-                    async with contextlib.aclosing(self._follow(generation, *attached)) as live:
-                        async for data in live:
-                            yield data
-                    continue
-                page = await self._generations.load(self._owner, self._message_id, self._cursor)
-                if page.pieces:
-                    self._cursor = page.pieces[-1][0]
-                    yield b"".join(encode_delta(delta, offset) for offset, delta in page.pieces)
-                if page.message.status != "running" and self._cursor >= page.length:
-                    self._finished = True
-                    yield encode_end_of(page.message)
-                elif not page.pieces:
-                    await asyncio.sleep(STARTED_WAIT_SECONDS)
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """While this stream is open: it counts for its message's limit, and its heart beats."""
-        counts: tuple[tuple[Counter[Any], Any], ...] = (
-            (self._generations.streams, self._message_id),
-            (self._generations.owner_streams, self._owner),
-        )
-        for counter, key in counts:
-            counter[key] += 1
-        self._beat()
-        try:
-            yield
-        finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            for counter, key in counts:
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
-
-    async def _follow(
-        self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes
-    ) -> AsyncGenerator[bytes, None]:
-        """What lies behind, then the queue, until the end, or until this stream lags or is closed."""
-        self._subscriber = subscriber
-        try:
-            self._cursor = subscriber.cursor
-            if behind:
-                self._sent_at = time.monotonic()
-                yield behind
-            while not self._closed and not subscriber.lagging:
-                if source.ended.is_set() and subscriber.queue.empty():
-                    self._finished = True
-                    return
+    async def read(self) -> bytes | None:
+        """What is to be sent next, everything that is there in one piece; None: the stream is over."""
+        data, self._first = self._first, b""
+        while not data:
+            if self._closed or self._finished:
+                return None
+            subscriber, source = self._subscriber, self._source
+            if subscriber is None or source is None or subscriber.lagging:
+                self._detach()
+                data = await self._catch_up()
+            elif source.ended.is_set() and subscriber.queue.empty():
+                self._finished = True
+            else:
                 data = await subscriber.get()
-                if subscriber.lagging:
-                    return
                 self._cursor = subscriber.cursor
-                if data:
-                    self._sent_at = time.monotonic()
-                    yield data
-        finally:
-            self._subscriber = None
-            source.subscribers.discard(subscriber)
+        self._sent_at = time.monotonic()
+        return data
+
+    async def _catch_up(self) -> bytes:
+        """What the ring has beyond the cursor, from where the queue goes on; else some of what the store has."""
+        generation = self._generations.running.get(self._message_id)
+        attached = generation.attach(self._cursor) if generation is not None else None
+        if generation is not None and attached is not None:
+            return self._attach(generation, *attached)
+        page = await self._generations.load(self._owner, self._message_id, self._cursor)
+        frames = [encode_delta(delta, offset) for offset, delta in page.pieces]
+        self._cursor = page.pieces[-1][0] if page.pieces else self._cursor
+        if page.message.status != "running" and self._cursor >= page.length:
+            self._finished = True
+            frames.append(encode_end_of(page.message))
+        if not frames:
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+        return b"".join(frames)
+
+    def _attach(self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes) -> bytes:
+        self._source, self._subscriber, self._cursor = source, subscriber, subscriber.cursor
+        return behind
+
+    def _detach(self) -> None:
+        if self._source is not None and self._subscriber is not None:
+            self._source.subscribers.discard(self._subscriber)
+        self._source = self._subscriber = None
 
     def _beat(self) -> None:
         """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
@@ -4724,26 +4738,16 @@ class Stream:
 class HtmlStream(Stream):
     """The same with the text as HTML: `html` events in place of text deltas."""
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        with self._counted():
-            yield self._first
-            while not self._closed and not self._finished:
-                generation = self._generations.running.get(self._message_id)
-                rendering = await self._generations.rendering(generation) if generation is not None else None
-                if rendering is not None:
-                    async with contextlib.aclosing(self._follow(rendering, *rendering.attach())) as live:
-                        async for data in live:
-                            yield data
-                    continue
-                message = await self._generations.load_whole(self._owner, self._message_id)
-                if message.status == "running":
-                    await asyncio.sleep(STARTED_WAIT_SECONDS)
-                    continue
-                self._finished = True
-                yield await self._whole(message)
-
-    async def _whole(self, message: Message) -> bytes:
-        """Everything of a message that has ended."""
+    async def _catch_up(self) -> bytes:
+        generation = self._generations.running.get(self._message_id)
+        rendering = await self._generations.rendering(generation) if generation is not None else None
+        if rendering is not None:
+            return self._attach(rendering, *rendering.attach())
+        message = await self._generations.load_whole(self._owner, self._message_id)
+        if message.status == "running":
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+            return b""
+        self._finished = True
         length = sum(len(delta.text) for delta in message.content)
         others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
         html_text = await self._generations.render_message(message)
@@ -5425,9 +5429,10 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
             return
         gone = asyncio.ensure_future(self._watch_client(receive))
+        send = scope["server_send"]  # the layers between have nothing to say about a body
         try:
-            async with contextlib.aclosing(self._stream.frames()) as frames:
-                async for data in frames:
+            with self._stream as stream:
+                while (data := await stream.read()) is not None:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
@@ -5494,6 +5499,7 @@ class EnvelopedSend:
         self.headers: list[tuple[bytes, bytes]] = []
         self._send = send
         self._request_id = scope["request_id"] = find_request_id(scope)
+        scope["server_send"] = send
 
     async def __call__(self, message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
@@ -6105,6 +6111,7 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 # service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
+SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
 CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
 
 
@@ -6312,6 +6319,7 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     flags = vars(parse_arguments_of_main(arguments))
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
