@@ -72,6 +72,7 @@ import socket
 import sqlite3
 import sys
 import time
+import unicodedata
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -3102,8 +3103,10 @@ UNSPACED = re.compile(
 )
 INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
 SEARCH_WORDS_MAX = 16  # of one query
-SEARCH_MATCHES_MAX = 400  # newest matches that are ranked; the word "the" is in every message
-SNIPPET_TOKENS = 24
+SEARCH_PREFIX_CHARACTERS_MIN = 2  # of a word that matches as a prefix; a single letter begins half of all words
+SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
+SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
+WORD = re.compile(r"[^\W_]+")
 MARK_START, MARK_END = "\x02", "\x03"
 
 
@@ -3113,8 +3116,17 @@ def segment(text: str | None) -> str:
 
 
 def unsegment(text: str) -> str:
-    """A snippet as it was before."""
-    return re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    """A piece of indexed text as it was before; marks around its words stay."""
+    joined = re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    return joined.replace(MARK_END + MARK_START, "")
+
+
+def fold(word: str) -> str:
+    """A word as the tokenizer compares it: without case, without marks on its letters."""
+    if word.isascii():
+        return word.lower()
+    parts = unicodedata.normalize("NFD", word.lower())
+    return unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
 
 
 def owner_token(owner: str) -> str:
@@ -3147,47 +3159,99 @@ def index_title(connection: sqlite3.Connection, owner: str, conversation_id: int
     connection.execute("INSERT INTO message_fts (rowid, owner, title) VALUES (?, ?, ?)", values)
 
 
-def match_expression(owner: str, query: str) -> str | None:
-    """What FTS5 is asked: all words of the query, each as a prefix; None if there is no word in it."""
-    phrases = []
-    for word in query.split()[:SEARCH_WORDS_MAX]:
-        tokens = re.findall(r"[^\W_]+", segment(word))
-        if tokens:
-            phrases.append('"' + " ".join(tokens) + '"*')
-    return f"owner:{owner_token(owner)} AND {{title text}}: ({' AND '.join(phrases)})" if phrases else None
+class Phrase(NamedTuple):
+    """A word of a query: the tokens that have to follow one another, the last perhaps as a prefix."""
+
+    tokens: tuple[str, ...]
+    is_prefix: bool
+
+    def expression(self) -> str:
+        return f'"{" ".join(self.tokens)}"' + ("*" if self.is_prefix else "")
+
+    def matches(self, words: Sequence[str]) -> bool:
+        """Whether the words begin with this phrase."""
+        *whole, last = self.tokens
+        if len(words) < len(self.tokens) or list(words[: len(whole)]) != whole:
+            return False
+        word = words[len(whole)]
+        return word.startswith(last) if self.is_prefix else word == last
+
+
+def parse_query(query: str) -> list[Phrase]:
+    """The words of a query; whatever is no letter or digit only parts them."""
+    found = [tuple(map(fold, WORD.findall(segment(word)))) for word in query.split()[:SEARCH_WORDS_MAX]]
+    return [Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN) for tokens in found if tokens]
 
 
 def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
-    """The conversations with the best matches, titles first; each with a snippet of its best one."""
-    expression = match_expression(owner, query)
-    if expression is None:
+    """The conversations that match, by their titles first, then by their newest matching message; each with a snippet.
+
+    Only the newest matches are looked at, in the index's own order, so that a word that is everywhere costs no more
+    than a rare one: relevance (bm25) would have to count all of them.
+    """
+    phrases = parse_query(query)
+    if not phrases:
         return ConversationList([], None)
-    rows = connection.execute(
-        "SELECT message_fts.rowid AS row, coalesce(message.conversation_id, -message_fts.rowid) AS conversation_id,"
-        f" snippet(message_fts, CASE WHEN matched < 0 THEN 1 ELSE 2 END, '{MARK_START}', '{MARK_END}', '…', {SNIPPET_TOKENS}) AS snippet, score FROM ("
-        "SELECT rowid AS matched, CASE WHEN rowid < 0 THEN -1e6 ELSE 0 END + rank AS score FROM ("
-        f"SELECT rowid, bm25(message_fts) AS rank FROM message_fts WHERE message_fts MATCH ?1 ORDER BY rowid DESC LIMIT {SEARCH_MATCHES_MAX})"
-        ") JOIN message_fts ON message_fts.rowid = matched LEFT JOIN message ON message.id = matched"
-        " WHERE message_fts MATCH ?1 ORDER BY score",
-        (expression,),
-    )
-    best: dict[int, sqlite3.Row] = {}
-    for row in rows:
+    words = " AND ".join(phrase.expression() for phrase in phrases)
+    newest = "SELECT rowid FROM message_fts WHERE message_fts MATCH ? AND rowid {} LIMIT ?"
+    mine = f"owner:{owner_token(owner)} AND"
+    titles = connection.execute(newest.format("< 0 ORDER BY rowid"), (f"{mine} title:({words})", limit))
+    found = [(-row, row) for (row,) in titles]
+    texts = connection.execute(newest.format("> 0 ORDER BY rowid DESC"), (f"{mine} text:({words})", SEARCH_MATCHES_MAX))
+    found += [(conversation_of(connection, row), row) for (row,) in texts]
+    best: dict[int, int] = {}
+    for conversation_id, row in found:
         if len(best) < limit:
-            best.setdefault(row["conversation_id"], row)
-    found = []
+            best.setdefault(conversation_id, row)
+    summaries = []
     for conversation_id, row in best.items():
         summary = summary_of(require_conversation(connection, owner, conversation_id))
-        match = Match(row["row"] if row["row"] > 0 else None, snippet_of(row["snippet"]))
-        found.append(ConversationSummary(**summary, match=match))
-    return ConversationList(found, None)
+        text = connection.execute("SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", (row,)).fetchone()[0]
+        match = Match(row if row > 0 else None, snippet_of(text, phrases))
+        summaries.append(ConversationSummary(**summary, match=match))
+    return ConversationList(summaries, None)
 
 
-def snippet_of(text: str) -> list[SnippetPart]:
-    """A snippet as parts, the marked ones being what was found."""
-    pieces = re.split(f"([{MARK_START}{MARK_END}])", unsegment(text))
+def conversation_of(connection: sqlite3.Connection, message_id: int) -> int:
+    return cast(int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0])
+
+
+def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
+    """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
+    spans = [match.span() for match in WORD.finditer(text)]
+    folded = (fold(text[start:end]) for start, end in spans)
+    words: list[str] = []
+    first = 0
+    for words_seen, word in enumerate(folded):
+        words.append(word)
+        if phrases[0].matches(words[-len(phrases[0].tokens) :]):
+            first = words_seen
+            break
+    words += itertools.islice(folded, SNIPPET_WORDS)
+    marked = {
+        index + more
+        for index in range(max(first - SNIPPET_WORDS_BEFORE, 0), len(words))
+        for phrase in phrases
+        if phrase.matches(words[index:])
+        for more in range(len(phrase.tokens))
+    }
+    start = max(first - SNIPPET_WORDS_BEFORE, 0)
+    return snippet_parts(text, spans, start, min(start + SNIPPET_WORDS, len(spans)), marked)
+
+
+def snippet_parts(
+    text: str, spans: Sequence[tuple[int, int]], start: int, end: int, marked: Iterable[int]
+) -> list[SnippetPart]:
+    """The text from word `start` up to word `end`, with the marked words apart."""
+    at = spans[start][0] if start > 0 else 0
+    pieces = ["…" if start > 0 else ""]
+    for index in sorted(one for one in marked if start <= one < end):
+        word_start, word_end = spans[index]
+        pieces += [text[at:word_start], MARK_START, text[word_start:word_end], MARK_END]
+        at = word_end
+    pieces += [text[at : spans[end - 1][1]], "…"] if end < len(spans) else [text[at:]]
     parts, mark = [], False
-    for piece in pieces:
+    for piece in re.split(f"([{MARK_START}{MARK_END}])", unsegment("".join(pieces))):
         if piece in (MARK_START, MARK_END):
             mark = piece == MARK_START
         elif piece:
