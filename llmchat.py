@@ -10,8 +10,7 @@
 #   "aiosqlite>=0.22,<0.23",
 #   "anyio>=4.6,<5",
 #   "msgspec>=0.20,<0.23",
-#   "markdown-it-py>=4.0,<5",
-#   "mdit-py-plugins>=0.5,<0.8",
+#   "markdown-it-py>=4.3,<5",
 #   "linkify-it-py>=2.0.3,<3",
 #   "Pygments>=2.19,<3",
 # ]
@@ -53,20 +52,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import email.utils
+import functools
 import hashlib
+import hmac
 import html
+import importlib
+import ipaddress
+import itertools
 import json
 import logging
 import os
 import random
 import re
+import secrets
 import socket
 import sqlite3
 import sys
 import time
-from collections import deque
+import urllib.parse
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -85,9 +92,15 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
     import httpx
+    from markdown_it import MarkdownIt
+    from markdown_it.rules_block import StateBlock
+    from markdown_it.rules_core import StateCore
+    from markdown_it.rules_inline import StateInline
+    from markdown_it.token import Token
 
 __version__ = "0.1.0"
 __all__ = ["Config", "create_app", "load_config", "main"]
@@ -103,6 +116,14 @@ T = TypeVar("T")
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 REQUEST_BYTES_MAX = 1_000_000  # a request's body: some 200,000 words, more than any model's context takes
+IMAGE_REQUEST_BYTES_MAX = 20_000_000  # the same, when there are images in it
+IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
+SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
+NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
+SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
+HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
+HEAD_SECONDS = 20  # for them to come
+BODY_STALL_SECONDS = 30  # between two pieces of a body
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -112,7 +133,9 @@ PENDING_CHARACTERS_MAX = 256 * 1024  # of one generation, received but not commi
 
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
+STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
 
@@ -127,6 +150,8 @@ FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
+QUERY_CHARACTERS_MAX = 500  # of a search
+TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
 LIST_LIMIT_MAX = 200  # conversations in one answer
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
@@ -291,7 +316,7 @@ class StartError(Exception):
 def setting(default: Any, meaning: str, *, least: float | None = None, most: float | None = None, choices: str = "") -> Any:
     """A field of Config, read from LLMCHAT_<NAME>; its unit is the end of its name or part of its meaning."""
     bounds = {"meaning": meaning, "least": least, "most": most, "choices": tuple(choices.split())}
-    return field(default=default, metadata=bounds)
+    return field(default=default, metadata=bounds, repr=not meaning.startswith("secret"))
 
 
 @dataclass(frozen=True)
@@ -323,9 +348,9 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options"),
+    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "prefill_prefix"),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
-    "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
     "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
     "xai": facts("https://api.x.ai/v1", "XAI_API_KEY", "repeated_reasoning"),
     "fireworks": facts("https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY FIREWORKS_AI_API_KEY"),
@@ -334,7 +359,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     "cohere": facts("https://api.cohere.ai/compatibility/v1", "COHERE_API_KEY CO_API_KEY", "no_stream_options"),
     "nvidia": facts("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY NVIDIA_NIM_API_KEY"),
     "sambanova": facts("https://api.sambanova.ai/v1", "SAMBANOVA_API_KEY"),
-    "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY"),
+    "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", "prefill_partial"),
     "zai": facts("https://api.z.ai/api/paas/v4", "ZAI_API_KEY ZHIPU_API_KEY ZHIPUAI_API_KEY"),
     "dashscope": facts(
         "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY QWENCLOUD_API_KEY"
@@ -368,7 +393,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     "azure": facts(None, "AZURE_OPENAI_API_KEY AZURE_API_KEY", "api_key_header", "max_completion_tokens"),
     "ollama": facts("https://ollama.com/v1", "OLLAMA_API_KEY"),
     "lmstudio": facts("http://127.0.0.1:1234/v1", "LMSTUDIO_API_KEY LM_STUDIO_API_KEY", local=True),
-    "llamacpp": facts("http://127.0.0.1:8080/v1", "LLAMACPP_API_KEY", local=True),
+    "llamacpp": facts("http://127.0.0.1:8080/v1", "LLAMACPP_API_KEY", "prefill", local=True),
     "vllm": facts("http://127.0.0.1:8000/v1", "VLLM_API_KEY HOSTED_VLLM_API_KEY", local=True),
     "litellm": facts("http://127.0.0.1:4000/v1", "LITELLM_API_KEY", local=True),
     "transformers": facts("http://127.0.0.1:8000/v1", "TRANSFORMERS_API_KEY", local=True),
@@ -402,6 +427,8 @@ class Config:
     db: str = setting("llmchat.db", "path of the SQLite database")
     default_model: str = setting("", "`provider/model` when a request names none; empty: the first one that is found")
     fallbacks: str = setting("", "comma list of `provider/model`, tried in order when a model fails before its first delta")
+    system: str = setting("", "system prompt of new conversations")
+    title_model: str = setting("", "`provider/model` that names a conversation after its first answer; empty: its first line does")
     log_level: str = setting("info", "what is logged", choices="debug info warning error")
     log_format: str = setting("text", "how it is logged", choices="text json")
     flush_interval_ms: int = setting(20, "shortest time between two flushes, in ms", least=0, most=250)
@@ -418,6 +445,15 @@ class Config:
     answer_characters_max: int = setting(1_000_000, "characters of one answer", least=1, most=100_000_000)
     repetition_count: int = setting(20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000)
     repetition_characters: int = setting(1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000)
+    streams_max: int = setting(4096, "open streams in all", least=1, most=1_000_000)
+    owner_generations_max: int = setting(64, "generations that run at once for one of several users", least=1, most=100_000)
+    owner_streams_max: int = setting(256, "open streams of one of several users", least=1, most=1_000_000)
+    token: str = setting("", "secret that clients show; needed, and else made, when listening beyond this machine")
+    users: str = setting("", "secret list `name:token,…`: several users, each with conversations of their own")
+    session_days: int = setting(30, "how long the page stays signed in, in days", least=1, most=3650)
+    hosts: str = setting("", "comma list of names under which the service is reached, beside addresses and localhost; * is any")
+    cors_origins: str = setting("", "comma list of origins whose pages may use the API with a token")
+    trusted_proxies: str = setting("", "comma list of addresses or networks whose X-Forwarded-For and -Proto are believed")
     providers: tuple[Provider, ...] = ()
     unusable_keys: tuple[str, ...] = ()  # one sentence each: the variable, and what to set
 
@@ -445,7 +481,7 @@ def parse_setting(one: Any, text: str) -> Any:
     if bounds["choices"] and text.lower() in bounds["choices"]:
         return text.lower()
     if bounds["choices"]:
-        raise StartError(f"{name}: {text!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
+        raise StartError(f"{name}: {text[:60]!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -453,7 +489,7 @@ def parse_setting(one: Any, text: str) -> Any:
         if bounds["least"] <= value <= bounds["most"]:
             return value
     what = "a whole number" if kind is int else "a number"
-    raise StartError(f"{name}: {text!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
+    raise StartError(f"{name}: {text[:60]!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
 
 
 def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -502,12 +538,19 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         name=name,
         dialect=dialect,
         base_url=check_base_url(f"{prefix}_BASE_URL", address),
-        key=environment[variable].strip() if variable else None,
+        key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
         models_url=known.models_url if known and base_url is None else None,
         quirks=known.quirks if known else frozenset(),
     )
+
+
+def check_key(variable: str, text: str) -> str:
+    """A key that an HTTP header can carry. Raises StartError, which does not show it."""
+    if found := re.search(r"[^!-~]", text.strip()):
+        raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
+    return text.strip()
 
 
 def check_base_url(variable: str, text: str) -> str:
@@ -583,6 +626,21 @@ class Timing(Struct, frozen=True):
     total_ms: int | None
 
 
+NO_TIMING = Timing(None, None)
+
+
+def add_usage(one: Usage | None, other: Usage | None) -> Usage | None:
+    if one is None or other is None:
+        return one or other
+    return Usage(
+        one.input_tokens + other.input_tokens,
+        one.output_tokens + other.output_tokens,
+        one.estimated or other.estimated,
+        one.cached_tokens + other.cached_tokens,
+        one.reasoning_tokens + other.reasoning_tokens,
+    )
+
+
 class Ending(NamedTuple):
     """How a generation ended: everything that the terminal transaction writes."""
 
@@ -641,15 +699,20 @@ def encode_delta(delta: Delta, offset: int) -> bytes:
 
 HEARTBEAT_FRAME = encode_event("heartbeat", {})
 RESET_FRAME = encode_event("reset", {}, 0)
+SSE_FIELDS = frozenset({b"data", b"event", b"id", b"retry", b""})
 RETRY_LINE = b"retry: 1000\n"  # ms a browser's EventSource waits before it comes back
 
 
 class SseDecoder:
-    """Turns bytes, cut anywhere, into events. Raises ProviderProtocol for an event over PROVIDER_EVENT_BYTES_MAX."""
+    """Turns bytes, cut anywhere, into events. Raises ProviderProtocol for an event over PROVIDER_EVENT_BYTES_MAX.
 
-    __slots__ = ("_buffer", "_last_was_cr", "_started")
+    `strange` keeps the beginning of what is no SSE at all: a page or a bare error, the provider's words for a failure.
+    """
+
+    __slots__ = ("_buffer", "_last_was_cr", "_started", "strange")
 
     def __init__(self) -> None:
+        self.strange = bytearray()
         self._buffer = bytearray()
         self._last_was_cr = False
         self._started = False
@@ -665,18 +728,28 @@ class SseDecoder:
         buffer += data
         end = buffer.rfind(b"\n\n", searched)
         if end < 0:
-            if len(buffer) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+            self._check_size(len(buffer))
             return []
         blocks = bytes(memoryview(buffer)[:end]).split(b"\n\n")
         del buffer[: end + 2]
-        return [event for block in blocks if (event := parse_sse_block(block))]
+        self._check_size(max(len(buffer), *map(len, blocks)))
+        return [event for block in blocks if (event := self._parse(block))]
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """What the end of the stream leaves: an undelimited last event, if there is one (departure 2)."""
-        event = parse_sse_block(bytes(self._buffer))
+        event = self._parse(bytes(self._buffer))
         self._buffer.clear()
         return [event] if event else []
+
+    def _check_size(self, size: int) -> None:
+        if size > PROVIDER_EVENT_BYTES_MAX:
+            raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
+
+    def _parse(self, block: bytes) -> tuple[bytes, bytes] | None:
+        event = parse_sse_block(block)
+        if event is None and len(self.strange) < STRANGE_BYTES_MAX and not only_sse_fields(block):
+            self.strange += block[:STRANGE_BYTES_MAX] + b"\n\n"
+        return event
 
     def _fold_newlines(self, data: bytes) -> bytes:
         """CR and CRLF become LF, also where a cut parted them (1)."""
@@ -710,6 +783,11 @@ def parse_sse_block(block: bytes) -> tuple[bytes, bytes] | None:
         elif field_name == b"event":
             name = value
     return (name, b"\n".join(data)) if data else None
+
+
+def only_sse_fields(block: bytes) -> bool:
+    """Whether every line is a field of the specification, a comment, or empty."""
+    return all(line.partition(b":")[0] in SSE_FIELDS for line in block.split(b"\n"))
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -749,6 +827,9 @@ class Parameters(Struct, frozen=True, omit_defaults=True):
     response_format: dict[str, Any] | None = None
 
 
+NO_PARAMETERS = Parameters()
+
+
 @dataclass(frozen=True)
 class Question:
     """Everything that one request to a provider is built from; `system` empty: none."""
@@ -757,13 +838,20 @@ class Question:
     system: str
     turns: tuple[Turn, ...]
     parameters: Parameters
+    continues: bool = False  # the last turn is an answer that broke off; the new one goes on with it
 
 
 class AnswerDecoder(Protocol):
-    """The decoder of one answer; it is used once."""
+    """The decoder of one answer; it is used once.
+
+    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
+    delta before they are complete; that they grow is a sign of life.
+    """
 
     finish_reason: str | None
     usage: Usage | None
+    done: bool
+    held_characters: int
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
         """Appends what one SSE event brings. Raises ProviderError."""
@@ -782,6 +870,7 @@ class Dialect(Protocol):
 
     def path(self, provider: Provider) -> str: ...
     def headers(self, provider: Provider) -> dict[str, str]: ...
+    def prefills(self, quirks: frozenset[str]) -> bool: ...
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]: ...
     def decoder(self, provider: Provider) -> AnswerDecoder: ...
 
@@ -794,7 +883,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     """
     kept: list[Turn] = []
     for turn in turns:
-        if not turn.content or (not kept and turn.role == "assistant"):
+        if (not turn.content and turn.role != "tool") or (not kept and turn.role == "assistant"):
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
@@ -802,6 +891,39 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
         else:
             kept.append(turn)
     return kept
+
+
+def pair_tools(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """The turns without tool calls that nobody answered and results that nobody asked for: both are refused."""
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant":
+            results = {one.tool_call_id for one in itertools.takewhile(lambda one: one.role == "tool", turns[index + 1 :])}
+            content = tuple(one for one in turn.content if one.kind != "tool_call" or call_id(one) in results)
+            yield replace(turn, content=content)
+        elif turn.role == "tool":
+            before = next((one for one in reversed(turns[:index]) if one.role != "tool"), None)
+            if before is not None and turn.tool_call_id in {call_id(one) for one in before.content if one.kind == "tool_call"}:
+                yield turn
+        else:
+            yield turn
+
+
+def call_id(call: Delta) -> str:
+    return cast(str, json.loads(call.text)["id"])
+
+
+CONTINUE_PROMPT = (
+    "Your last answer was cut off. Continue it exactly where it stopped, beginning with the very next character. "
+    "Do not repeat any of it, do not start again, and do not comment on this."
+)
+
+
+def upstream_turns(question: Question, prefills: bool) -> list[Turn]:
+    """The turns as they go out. A broken-off answer is continued as a prefill where that works, else by asking."""
+    turns = alternate(pair_tools(question.turns))
+    if question.continues and turns and turns[-1].role == "assistant" and not prefills:
+        turns.append(Turn("user", (Delta("text", CONTINUE_PROMPT),)))
+    return turns
 
 
 # What providers call the end, and ours. The last row: their word for an answer that broke.
@@ -812,13 +934,17 @@ FINISH_REASONS = {
     **dict.fromkeys(["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"),
     **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
 }
-BROKEN_REASONS = frozenset({"error", "network_error", "ERROR", "OTHER", "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE"})
+BROKEN_REASONS = frozenset({"error", "network_error", "OTHER", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS"})
 
 
 def finish_reason_of(word: str) -> str:
-    """Our finish_reason for a provider's; one that nobody knows is a `stop`. Raises ProviderError for a broken end."""
-    if word in BROKEN_REASONS or word.startswith("ERROR"):
-        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {word!r}", transient=True)
+    """Our finish_reason for a provider's; one that nobody knows is a `stop`. Raises ProviderError for a broken end.
+
+    Gemini's OpenAI endpoint puts its own word behind ours, as in "function_call_filter: MALFORMED_FUNCTION_CALL".
+    """
+    word = word.rpartition(": ")[2]
+    if word in BROKEN_REASONS or word.startswith(("ERROR", "MALFORMED")):
+        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {shorten(word, None)!r}", transient=True)
     return FINISH_REASONS.get(word, "stop")
 
 
@@ -837,18 +963,18 @@ ERROR_TYPE_STATUSES = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
-SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")
+SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")  # waiting does not help
+NESTED_WORDS_MAX = 8  # how deep an error's sentence may be
 
 
-def provider_error(provider: Provider, status: int, words: str, kind: str = "") -> ProviderError:
-    """The error for an HTTP status, or what an in-band error's type says; `words` are the provider's own."""
-    message = f"{provider.name} answered {status}: {shorten(words, provider.key)}"
-    if status in (401, 403):
+def provider_error(provider: Provider, status: int, words: str, kinds: Sequence[str] = (), said: str = "") -> ProviderError:
+    """The error for an HTTP status, or for the one that an in-band error means; `words` are the provider's own."""
+    message = f"{provider.name} {said or f'answered {status}'}: {shorten(words, provider.key)}"
+    if status in (401, 403) or (status == 400 and re.search(r"\bapi[ _-]?key\b", words, re.I)):  # 400: Gemini, xAI
         hint = f"; check {provider.variable}" if provider.variable else ""
         return ProviderAuth(message + hint)
     if status == 429:
-        spent = any(code in kind or code in words for code in SPENT_CODES)
-        return ProviderRateLimited(message, transient=not spent)
+        return ProviderRateLimited(message, transient=not is_spent(words, kinds))
     if status in (408, 409) or status >= 500:
         return ProviderUnavailable(message, transient=True)
     if status < 400:
@@ -856,49 +982,161 @@ def provider_error(provider: Provider, status: int, words: str, kind: str = "") 
     return ProviderRejected(message)
 
 
-def in_band_error(provider: Provider, document: Any) -> ProviderError:
+def is_spent(words: str, kinds: Sequence[str]) -> bool:
+    """Whether an error says that there is no money left: then no retry makes sense, whatever else it says."""
+    return any(code in kinds or code in words for code in SPENT_CODES)
+
+
+def in_band_error(provider: Provider, data: bytes) -> ProviderError:
     """The error for an error object inside an answer, in whatever shape it comes."""
-    inner = document.get("error") if isinstance(document, dict) and document.get("error") else document
-    kinds = [str(inner.get(key, "")) for key in ("code", "type", "status")] if isinstance(inner, dict) else []
+    words, kinds = body_words("", data)
     status = next((int(kind) for kind in kinds if re.fullmatch("[45][0-9][0-9]", kind)), None)
     status = status or next((ERROR_TYPE_STATUSES[kind] for kind in kinds if kind in ERROR_TYPE_STATUSES), 500)
-    return provider_error(provider, status, error_words(document), " ".join(kinds))
+    return provider_error(provider, status, words, kinds, "reported an error")
+
+
+def body_words(content_type: str, body: bytes) -> tuple[str, list[str]]:
+    """The sentence in an error's body, and its code, type and status; a page is reduced to its text.
+
+    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them.
+    """
+    text = body.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+    try:
+        document = json.loads(text)
+        while isinstance(document, list) and document:
+            document = document[0]
+        inner = document.get("error") if isinstance(document, dict) else None
+        inner = inner if isinstance(inner, dict) else document
+        kinds = [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
+        return error_words(document) or "(no words)", kinds
+    except (ValueError, RecursionError):
+        text = text_of_page(text) if "html" in content_type or text.startswith("<") else text
+        return text or "(an empty body)", []
 
 
 def error_words(document: Any) -> str:
-    """The sentence in an error's body: {"error": {"message"}}, {"error": "…"}, {"detail"}, {"message"}, a list of one."""
-    if isinstance(document, list) and document:
-        return error_words(document[0])
-    if isinstance(document, dict):
-        for key in ("error", "message", "detail", "msg"):
-            if document.get(key):
-                return error_words(document[key])
-    return document if isinstance(document, str) else encode_json(document).decode()
+    """The sentence in an error's document; what has none is shown as it is."""
+    for _ in range(NESTED_WORDS_MAX):
+        if isinstance(document, list) and document:
+            document = document[0]
+        elif isinstance(document, dict) and document.get("msg") and isinstance(document.get("loc"), list):  # FastAPI
+            return f"{'.'.join(map(str, document['loc']))}: {document['msg']}"
+        elif isinstance(document, dict):
+            key = next((key for key in ("error", "message", "detail", "msg") if document.get(key)), None)
+            if key is None:
+                break
+            document = document[key]
+        else:
+            break
+    return document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
 
 
-def body_words(content_type: str, body: bytes) -> tuple[str, str]:
-    """(sentence, type and code) of an error's body; HTML is reduced to its text."""
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        document = json.loads(text)
-    except ValueError:
-        if "html" in content_type or text.startswith("<"):
-            text = html.unescape(re.sub(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", " ", text, flags=re.S | re.I))
-        return text or "(an empty body)", ""
-    inner = document.get("error") if isinstance(document, dict) else None
-    kind = f"{inner.get('code')} {inner.get('type')}" if isinstance(inner, dict) else ""
-    return error_words(document), kind
+def text_of_page(page: str) -> str:
+    """The words of an HTML page, without scripts and styles; in linear time, whatever the page is."""
+    words, hidden = [], ""
+    for tag, text in re.findall(r"<(/?[a-zA-Z!][^<>]*)>|([^<]+|<)", page):
+        name = re.split(r"[\s/]", tag.lower().removeprefix("/"), maxsplit=1)[0]
+        if hidden:
+            hidden = "" if tag.startswith("/") and name == hidden else hidden
+        elif name in ("script", "style"):
+            hidden = name
+        else:
+            words.append(text or " ")
+    return html.unescape("".join(words)).strip()
 
 
 def shorten(words: str, key: str | None) -> str:
-    """A provider's words in one line of bounded length, without the key that some of them repeat."""
-    line = " ".join((words.replace(key, "…") if key else words).replace("\0", " ").split())
+    """Words in one storable line of bounded length, without the key that some providers repeat."""
+    line = " ".join(without_halves(words.replace(key, "…") if key else words).replace("\0", " ").split())
     return line if len(line) <= PROVIDER_WORDS_CHARACTERS_MAX else line[: PROVIDER_WORDS_CHARACTERS_MAX - 1] + "…"
+
+
+def without_halves(text: str) -> str:
+    """The text with surrogate pairs joined and halves of them as U+FFFD: JSON's escapes allow what UTF-8 cannot hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def count(value: Any) -> int:
     """A token count as providers send them: missing, null and nonsense are 0."""
     return int(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0
+
+
+def within(document: Mapping[str, Any], outer: str, inner: str) -> Any:
+    """A value one level down, where there is such a level."""
+    found = document.get(outer)
+    return found.get(inner) if isinstance(found, dict) else None
+
+
+class ToolCall:
+    """A tool call whose arguments are still coming. Their text is joined once, at the end."""
+
+    __slots__ = ("fragments", "identity", "name")
+
+    def __init__(self, identity: str = "", name: str = "") -> None:
+        self.identity = identity
+        self.name = name
+        self.fragments: list[str] = []
+
+
+def tool_call_delta(call: ToolCall) -> Delta:
+    """A complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
+    identity = call.identity or f"call_{random.getrandbits(64):016x}"
+    texts = {"id": identity, "name": call.name, "arguments": "".join(call.fragments)}
+    return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
+
+
+Chunk = TypeVar("Chunk")
+
+
+class Decoder:
+    """What the decoders share: the end, and text whose surrogate pairs a provider has cut between two events."""
+
+    __slots__ = ("_halves", "_mending", "_provider", "done", "finish_reason", "held_characters", "usage")
+
+    def __init__(self, provider: Provider) -> None:
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self.done = False
+        self.held_characters = 0
+        self._provider = provider
+        self._halves: dict[str, str] = {}  # by kind: the first half of a pair
+        self._mending = False
+
+    def end(self, deltas: list[Delta]) -> None:
+        if self.finish_reason is None:
+            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
+        deltas.extend(Delta(kind, "\ufffd") for kind in self._halves)
+
+    def _decode_leniently(self, data: bytes, kind: type[Chunk]) -> Chunk:
+        """For what the strict decoder refuses although it is JSON: half a surrogate pair, broken UTF-8, a list of one."""
+        try:
+            document = json.loads(data.decode("utf-8", "replace"))
+            chunk = msgspec.convert(document[0] if isinstance(document, list) and document else document, kind)
+        except (ValueError, RecursionError, msgspec.ValidationError) as exc:
+            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
+            raise ProviderProtocol(f"{self._provider.name} sent something that cannot be read: {words}") from exc
+        self._mending = True
+        return chunk
+
+    def _mend(self, deltas: list[Delta], first: int) -> None:
+        """Joins halves over the cut; a half that stays alone becomes U+FFFD, for nothing could store it."""
+        mended = []
+        for delta in deltas[first:]:
+            text = self._halves.pop(delta.kind, "") + delta.text
+            if delta.kind in MERGED_KINDS and "\ud800" <= text[-1] <= "\udbff":
+                self._halves[delta.kind], text = text[-1], text[:-1]
+            mended += [Delta(delta.kind, without_halves(text))] if text else []
+        deltas[first:] = mended
+        self._mending = bool(self._halves)
+
+    def _hold(self, call: ToolCall, text: str) -> None:
+        """Keeps a fragment of a call's arguments. Raises TooLong."""
+        call.fragments.append(text)
+        self.held_characters += len(text)
+        if self.held_characters > PROVIDER_EVENT_BYTES_MAX:
+            raise TooLong(f"the tool calls are longer than {PROVIDER_EVENT_BYTES_MAX:,} characters, the limit")
 
 
 # ── OpenAI's chat completions: openai-python, types/chat/chat_completion_chunk.py ───────────────────────────────────
@@ -916,6 +1154,7 @@ class ChatChoice(Struct, gc=False):
     delta: ChatDelta | None = None
     message: ChatDelta | None = None
     finish_reason: str | None = None
+    usage: Any = None
 
 
 class ChatChunk(Struct, gc=False):
@@ -930,73 +1169,110 @@ class ChatChunk(Struct, gc=False):
 decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
 
 
-class OpenAIDecoder:
-    __slots__ = ("_calls", "_last_reasoning", "_provider", "finish_reason", "usage")
+class OpenAIDecoder(Decoder):
+    __slots__ = ("_calls", "_last_reasoning", "_positions")
 
     def __init__(self, provider: Provider) -> None:
-        self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self._provider = provider
-        self._calls: dict[int, dict[str, str]] = {}  # by index; complete only at the end
+        super().__init__(provider)
+        self._calls: list[ToolCall] = []  # complete only at the end
+        self._positions: dict[int, int] = {}  # in that list, by the provider's index
         self._last_reasoning: str | None = None
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
-        if data.startswith(b"[DONE]"):
+        if self.done or not data:
             return
+        if data.startswith(b"[DONE]"):
+            self.done = True
+            return
+        if name == b"error":
+            raise in_band_error(self._provider, data)
+        first = len(deltas)
         try:
             chunk = decode_chat_chunk(data)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            chunk = self._decode_leniently(data)
-        if chunk.error or name == b"error":
-            raise in_band_error(self._provider, json.loads(data))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            chunk = self._decode_leniently(data, ChatChunk)
+        if chunk.error:
+            raise in_band_error(self._provider, data)
         if chunk.choices:
-            choice = chunk.choices[0]
-            delta = choice.delta or choice.message
-            if delta is not None:
-                if isinstance(delta.content, str) and delta.content:
-                    deltas.append(Delta("text", delta.content))
-                else:
-                    self._decode_rest(delta, deltas)
-            if choice.finish_reason:
-                self.finish_reason = finish_reason_of(choice.finish_reason)
+            self._decode_choice(chunk.choices[0], deltas)
         if chunk.usage or chunk.x_groq:
-            self._decode_usage(chunk)
+            self._decode_extras(chunk)
+        if self._mending:
+            self._mend(deltas, first)
+
+    def _decode_choice(self, choice: ChatChoice, deltas: list[Delta]) -> None:
+        delta = choice.delta or choice.message
+        if delta is not None:
+            content = delta.content
+            if isinstance(content, str) and not (delta.reasoning_content or delta.reasoning or delta.tool_calls or delta.refusal):
+                if content:
+                    deltas.append(Delta("text", content))
+            else:
+                self._decode_rest(delta, deltas)
+        if choice.finish_reason:
+            self.finish_reason = finish_reason_of(choice.finish_reason)
+        if choice.usage:  # Moonshot
+            self._decode_usage(choice.usage)
 
     def _decode_rest(self, delta: ChatDelta, deltas: list[Delta]) -> None:
-        """Everything but plain text: reasoning under either name, parts (Mistral), refusals, tool calls."""
+        """Everything but text alone: reasoning under either name, parts (Mistral), refusals, tool calls."""
         reasoning = delta.reasoning_content or delta.reasoning
         if isinstance(reasoning, str) and reasoning:
             # Quirk of xAI: a reasoning delta may come twice in a row (AI SDK, packages/xai).
             if not (reasoning == self._last_reasoning and "repeated_reasoning" in self._provider.quirks):
                 deltas.append(Delta("reasoning", reasoning))
             self._last_reasoning = reasoning
-        if isinstance(delta.content, list):
-            deltas.extend(part for item in delta.content for part in parts_of(item))
+        parts = delta.content if isinstance(delta.content, list) else [delta.content]
+        deltas.extend(part for item in parts for part in parts_of(item))
         if isinstance(delta.refusal, str) and delta.refusal:
             deltas.append(Delta("text", delta.refusal))
-        for fragment in delta.tool_calls or ():
+        fragments = delta.tool_calls if isinstance(delta.tool_calls, list) else [delta.tool_calls] if delta.tool_calls else []
+        for fragment in fragments:
             self._collect(fragment)
 
     def _collect(self, fragment: Any) -> None:
-        """Joins a tool call's fragments. Without an index (Gemini) an id or a name begins the next call."""
+        """Takes a fragment of a tool call."""
         if not isinstance(fragment, dict):
             raise ProviderProtocol(f"{self._provider.name}: a tool call is {type(fragment).__name__}, not an object")
-        function = fragment.get("function") or {}
-        index = fragment.get("index")
-        if not isinstance(index, int):
-            begins = fragment.get("id") or function.get("name") or not self._calls
-            index = max(self._calls, default=-1) + (1 if begins else 0)
-        call = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
-        call["id"] = fragment.get("id") or call["id"]
-        call["name"] = function.get("name") or call["name"]
-        arguments = function.get("arguments")
-        call["arguments"] += arguments if isinstance(arguments, str) else encode_json(arguments).decode() if arguments else ""
+        function = fragment.get("function")
+        function = function if isinstance(function, dict) else {}
+        call = self._call_of(fragment.get("index"), fragment.get("id") or "", function.get("name") or "")
+        arguments = function.get("arguments") or ""
+        self._hold(call, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
 
-    def _decode_usage(self, chunk: ChatChunk) -> None:
-        usage = chunk.usage or (chunk.x_groq.get("usage") if isinstance(chunk.x_groq, dict) else None)
+    def _call_of(self, index: Any, identity: Any, name: Any) -> ToolCall:
+        """The call that a fragment belongs to, by its index, or begun by it.
+
+        Without an index (Gemini) a new id, or a name without an id, begins the next call. With one, so does another id
+        together with a name: some gateways give every call the index 0.
+        """
+        identity, name = str(identity), str(name)
+        indexed = isinstance(index, int)
+        position = self._positions.get(index, -1) if indexed else len(self._calls) - 1
+        call = self._calls[position] if position >= 0 else None
+        if call is not None and indexed:
+            begins = bool(identity and name and call.identity not in ("", identity))
+        else:
+            begins = call is None or (identity != call.identity if identity else bool(name))
+        if call is None or begins:
+            call = ToolCall()
+            self._calls.append(call)
+            if indexed:
+                self._positions[index] = len(self._calls) - 1
+        call.identity, call.name = identity or call.identity, name or call.name
+        return call
+
+    def _decode_extras(self, chunk: ChatChunk) -> None:
+        """Usage, and what Groq puts beside it."""
+        groq = chunk.x_groq if isinstance(chunk.x_groq, dict) else {}
+        if groq.get("error"):
+            raise provider_error(self._provider, 500, str(groq["error"]), (), "reported an error")
+        self._decode_usage(chunk.usage or groq.get("usage"))
+
+    def _decode_usage(self, usage: Any) -> None:
         if isinstance(usage, dict):
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+            cached = within(usage, "prompt_tokens_details", "cached_tokens") or usage.get("prompt_cache_hit_tokens")
+            reasoning = within(usage, "completion_tokens_details", "reasoning_tokens") or usage.get("reasoning_tokens")
             self.usage = Usage(
                 input_tokens=count(usage.get("prompt_tokens")),
                 output_tokens=count(usage.get("completion_tokens")),
@@ -1005,29 +1281,23 @@ class OpenAIDecoder:
                 reasoning_tokens=count(reasoning),
             )
 
-    def _decode_leniently(self, data: bytes) -> ChatChunk:
-        """For what the strict decoder refuses although it is JSON: half a surrogate pair becomes U+FFFD."""
-        try:
-            document = json.loads(data.decode("utf-8", "replace"))
-            whole = json.dumps(document, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return decode_chat_chunk(whole.encode())
-        except (ValueError, msgspec.DecodeError) as exc:
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
-
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        self.decode(b"", body.strip(), deltas)
+        self.decode(b"", body, deltas)
+        if self.finish_reason is None and not deltas:
+            words, _ = body_words("", body)
+            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
 
     def end(self, deltas: list[Delta]) -> None:
-        if self.finish_reason is None:
-            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
-        deltas.extend(Delta("tool_call", encode_json(call).decode()) for _, call in sorted(self._calls.items()))
+        super().end(deltas)
+        deltas.extend(map(tool_call_delta, self._calls))
         if self._calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
 
 
 def parts_of(item: Any) -> Iterator[Delta]:
-    """A part of list content: {"type": "text", "text"} or {"type": "thinking", "thinking": [{"text"}]}."""
+    """A part of content: a string, {"type": "text", "text"} or {"type": "thinking", "thinking": [{"text"}]}."""
+    if isinstance(item, str):
+        item = {"text": item}
     if isinstance(item, dict) and item.get("type") == "thinking":
         thinking = item.get("thinking")
         texts = [part.get("text") for part in thinking if isinstance(part, dict)] if isinstance(thinking, list) else [thinking]
@@ -1060,8 +1330,13 @@ class OpenAIDialect:
         if asked.get("tools"):
             asked["tools"] = [tool if tool.get("type") else {"type": "function", "function": tool} for tool in asked["tools"]]
         system = [{"role": "system", "content": question.system}] if question.system else []
-        turns = [self._message(turn, quirks) for turn in alternate(question.turns)]
+        turns = [self._message(turn, quirks) for turn in upstream_turns(question, self.prefills(quirks))]
+        if question.continues and turns and turns[-1]["role"] == "assistant":
+            turns[-1].update({"prefix": True} if "prefill_prefix" in quirks else {"partial": True} if "prefill_partial" in quirks else {})
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
+
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return bool(quirks & {"prefill", "prefill_prefix", "prefill_partial"}) and "no_prefill" not in quirks
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
@@ -1101,111 +1376,114 @@ THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}
 
 
 class BlockDelta(Struct, gc=False):
-    type: str = ""
-    text: str = ""
-    thinking: str = ""
-    partial_json: str = ""
-    signature: str = ""
-    stop_reason: str | None = None
+    """Any delta of any block; types that are not known have fields of other types, so nothing is typed."""
+
+    text: Any = None
+    thinking: Any = None
+    partial_json: Any = None
+    signature: Any = None
+    stop_reason: Any = None
 
 
 class AnthropicEvent(Struct, gc=False):
     """Any event of the stream, or a whole message (type `message`, whose blocks are in `content`)."""
 
     type: str = ""
-    index: int = 0
+    index: Any = 0
     delta: BlockDelta | None = None
-    content_block: dict[str, Any] | None = None
-    message: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None
+    content_block: Any = None
+    message: Any = None
+    usage: Any = None
     error: Any = None
-    content: list[dict[str, Any]] | None = None
-    stop_reason: str | None = None
+    content: Any = None
+    stop_reason: Any = None
 
 
 decode_anthropic_event = msgspec.json.Decoder(AnthropicEvent).decode
 
 
-class AnthropicDecoder:
-    __slots__ = ("_blocks", "_provider", "_stopped", "_usage", "finish_reason", "usage")
+class AnthropicDecoder(Decoder):
+    __slots__ = ("_calls", "_usage")
 
     def __init__(self, provider: Provider) -> None:
-        self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self._provider = provider
-        self._blocks: dict[int, dict[str, Any]] = {}  # by index, because servers let blocks overlap
+        super().__init__(provider)
+        self._calls: dict[Any, ToolCall] = {}  # by their block's index, because servers let blocks overlap
         self._usage: dict[str, Any] = {}  # cumulative: a later number replaces an earlier one
-        self._stopped = False
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        if self.done or not data:
+            return
+        if data.startswith(b"[DONE]"):  # gateways that know one end for all
+            self.done = True
+            return
+        if name == b"error":  # the event's name decides: some send an error of another shape
+            raise in_band_error(self._provider, data)
+        first = len(deltas)
         try:
             event = decode_anthropic_event(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            if name in (b"error", b""):
-                self._raise_if_error(name, data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             if name and name not in ANTHROPIC_EVENTS:
                 return
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an event that cannot be read: {words}") from exc
-        if name == b"error" or event.error:  # the event's name decides: some send an error of another shape
-            raise in_band_error(self._provider, json.loads(data))
+            event = self._decode_leniently(data, AnthropicEvent)
+        if event.error or event.type == "error":
+            raise in_band_error(self._provider, data)
+        self._decode_event(event, deltas)
+        if self._mending:
+            self._mend(deltas, first)
+
+    def _decode_event(self, event: AnthropicEvent, deltas: list[Delta]) -> None:
         if event.type == "content_block_delta" and event.delta is not None:
             self._decode_delta(event.index, event.delta, deltas)
-        elif event.type == "content_block_start" and event.content_block is not None:
+        elif event.type == "content_block_start" and isinstance(event.content_block, dict):
             self._start_block(event.index, event.content_block, deltas)
         elif event.type == "content_block_stop":
             self._stop_block(event.index, deltas)
-        elif event.type in ("message_start", "message_delta", "message_stop"):
-            self._decode_message(event)
-
-    def _raise_if_error(self, name: bytes, data: bytes) -> None:
-        with contextlib.suppress(ValueError):
-            document = json.loads(data)
-            if name == b"error" or (isinstance(document, dict) and document.get("error")):
-                raise in_band_error(self._provider, document)
-
-    def _decode_message(self, event: AnthropicEvent) -> None:
-        if event.message:
+        elif event.type == "message_start" and isinstance(event.message, dict):
             self._count(event.message.get("usage"))
-        if event.delta is not None and event.delta.stop_reason:
-            self.finish_reason = finish_reason_of(event.delta.stop_reason)
-        self._count(event.usage)
-        self._stopped = self._stopped or event.type == "message_stop"
+        elif event.type == "message_delta":
+            self._count(event.usage)
+            if event.delta is not None and isinstance(event.delta.stop_reason, str):
+                self.finish_reason = finish_reason_of(event.delta.stop_reason)
+        elif event.type == "message_stop":
+            self.done = True
 
-    def _decode_delta(self, index: int, delta: BlockDelta, deltas: list[Delta]) -> None:
-        if delta.text:
+    def _decode_delta(self, index: Any, delta: BlockDelta, deltas: list[Delta]) -> None:
+        if isinstance(delta.text, str) and delta.text:
             deltas.append(Delta("text", delta.text))
-        elif delta.thinking:
+        elif isinstance(delta.thinking, str) and delta.thinking:
             deltas.append(Delta("reasoning", delta.thinking))
-        elif delta.signature:
+        elif isinstance(delta.signature, str) and delta.signature:
             deltas.append(self._signature({"signature": delta.signature}))
-        elif delta.partial_json:
-            self._blocks.setdefault(index, {}).setdefault("fragments", []).append(delta.partial_json)
+        elif isinstance(delta.partial_json, str) and index in self._calls:
+            self._hold(self._calls[index], delta.partial_json)
 
-    def _start_block(self, index: int, block: dict[str, Any], deltas: list[Delta]) -> None:
-        """Remembers a block until it stops. A text block may begin with text; a redacted one is whole already."""
-        self._blocks[index] = {**block, "fragments": []}
-        if block.get("type") == "redacted_thinking":
-            deltas.append(self._signature({"redacted": block.get("data", "")}))
-        elif block.get("type") == "thinking" and block.get("thinking"):
+    def _start_block(self, index: Any, block: dict[str, Any], deltas: list[Delta]) -> None:
+        """A text block may begin with text; a redacted one is whole already; a tool call is one when it stops."""
+        kind, text = block.get("type"), block.get("text")
+        if kind == "tool_use":
+            self._calls[index] = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""))
+            if block.get("input"):  # whole at once, as in a document
+                self._hold(self._calls[index], json.dumps(block["input"], ensure_ascii=False))
+        elif kind == "redacted_thinking":
+            deltas.append(self._signature({"redacted": str(block.get("data") or "")}))
+        elif kind == "thinking" and isinstance(block.get("thinking"), str) and block["thinking"]:
             deltas.append(Delta("reasoning", block["thinking"]))
-        elif block.get("type") == "text" and block.get("text"):
-            deltas.append(Delta("text", block["text"]))
+        elif kind == "text" and isinstance(text, str) and text:
+            deltas.append(Delta("text", text))
 
-    def _stop_block(self, index: int, deltas: list[Delta]) -> None:
-        """A tool call is complete with its block; fragments win over an `input` that came at the start."""
-        block = self._blocks.pop(index, {})
-        if block.get("type") == "tool_use":
-            arguments = "".join(block["fragments"]) or encode_json(block.get("input") or {}).decode()
-            call = {"id": block.get("id") or "", "name": block.get("name") or "", "arguments": arguments}
-            deltas.append(Delta("tool_call", encode_json(call).decode()))
+    def _stop_block(self, index: Any, deltas: list[Delta]) -> None:
+        """A tool call is complete with its block."""
+        if (call := self._calls.pop(index, None)) is not None:
+            call.fragments = call.fragments if any(call.fragments) else ["{}"]
+            deltas.append(tool_call_delta(call))
 
     def _signature(self, what: dict[str, str]) -> Delta:
         """What must go back with the reasoning before it, and only to the provider that signed it."""
+        what = {key: without_halves(text) for key, text in what.items()}
         return Delta("signature", encode_json({"provider": self._provider.name, **what}).decode())
 
-    def _count(self, usage: dict[str, Any] | None) -> None:
-        if not usage:
+    def _count(self, usage: Any) -> None:
+        if not isinstance(usage, dict) or not usage:
             return
         self._usage.update({name: value for name, value in usage.items() if value is not None})
         cached = count(self._usage.get("cache_read_input_tokens"))
@@ -1218,25 +1496,26 @@ class AnthropicDecoder:
         )
 
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        self._raise_if_error(b"", body)
-        try:
-            event = decode_anthropic_event(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            words = shorten(body.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent an answer that cannot be read: {words}") from exc
-        for index, block in enumerate(event.content or ()):
-            self._start_block(index, block, deltas)
-            if block.get("type") == "thinking" and block.get("signature"):
-                deltas.append(self._signature({"signature": block["signature"]}))
-            self._stop_block(index, deltas)
+        event = self._decode_leniently(body, AnthropicEvent)
+        if event.error or event.type == "error":
+            raise in_band_error(self._provider, body)
+        if not isinstance(event.content, list):
+            words, _ = body_words("", body)
+            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
+        for index, block in enumerate(event.content):
+            if isinstance(block, dict):
+                self._start_block(index, block, deltas)
+                if block.get("type") == "thinking" and block.get("signature"):
+                    deltas.append(self._signature({"signature": str(block["signature"])}))
+                self._stop_block(index, deltas)
+        self._mend(deltas, 0)
         self._count(event.usage)
-        if event.stop_reason:
+        if isinstance(event.stop_reason, str):
             self.finish_reason = finish_reason_of(event.stop_reason)
 
     def end(self, deltas: list[Delta]) -> None:
-        if self.finish_reason is None:
-            raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
-        for index in sorted(self._blocks):  # some servers stop blocks only at the very end, or never
+        super().end(deltas)
+        for index in list(self._calls):  # some servers stop blocks only at the very end, or never
             self._stop_block(index, deltas)
 
 
@@ -1261,7 +1540,12 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, question.turns))]
+        turns = upstream_turns(question, self.prefills(quirks))
+        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, turns))]
+        prefilled = bool(messages) and messages[-1]["role"] == "assistant"
+        if prefilled and messages[-1]["content"] and messages[-1]["content"][-1]["type"] == "text":
+            last = messages[-1]["content"][-1]
+            last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
         body: dict[str, Any] = {
             "model": question.model,
             "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
@@ -1278,11 +1562,15 @@ class AnthropicDialect:
             body["stop_sequences"] = parameters.stop
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
-        if budget := THINKING_TOKENS.get(parameters.reasoning_effort or ""):
+        budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
+        if budget and not prefilled:  # a prefill and thinking exclude each other
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
             body["max_tokens"] += budget  # the budget counts as output
             body.pop("temperature", None)  # may not be set beside thinking
         return body
+
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return "no_prefill" not in quirks
 
     def _message(self, turn: Turn, provider: Provider) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
@@ -1434,6 +1722,484 @@ class RepetitionGuard:
         if "\n" in period:
             enough_characters = 2 * (enough_characters - REPETITION_STEP_CHARACTERS)  # twice, with the lag
         return period if self._run_characters >= enough_characters else None
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 7. Markdown
+#
+# An answer becomes HTML here, not in the page: one implementation, no script from elsewhere, and safe by construction:
+# no HTML passes through, links go to three schemes, nothing is loaded, no element carries a style.
+#
+# While an answer grows, a MarkdownStream parses only its tail. A block that begins after a blank line, and whose first
+# line is complete, neither continues what stands before it nor changes it. So everything before the last such block is
+# settled: sent once, then left alone (a reader may be selecting in it). Two things need care. A reference definition,
+# `[label]: url`, reaches back: each block remembers the labels it asked for and is rendered again when one of them
+# changes. And a code block is highlighted once, when it closes: on every frame would cost the square of its length.
+#
+# Deliberately absent: raw HTML and footnotes, which reach across blank lines. A new rule must not do so either, nor put
+# content into HTML unescaped; the tests hold every prefix of every document against render_growing(). The libraries are
+# imported at first use, so that a service that has nothing to render stays small.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
+BRACKETS_MAX = 16  # open at once in one paragraph, item or cell
+OPENER_COST_MAX = 4_000_000  # characters × openers of one paragraph, item or cell: `<http://<http://…` costs that
+HIGHLIGHT_CHARACTERS_MAX = 100_000  # of a code block; a longer one is not highlighted
+HIGHLIGHT_SECONDS_MAX = 0.5  # of a code block; many lexers can be made to take the square of the length
+LATEX_CHARACTERS_MAX = 1_000  # of a formula: the converter recurses natively, up to 2 KB of stack per character
+LATEX_LINES_MAX = 50  # of a formula that stands by itself; bounds the search for its end
+OPEN_BLOCK_SECONDS_MAX = 0.2  # an open block that takes longer to render is shown as plain text
+assert NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
+
+_RETURN = re.compile(r"\r\n?")
+_SAFE_URL = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
+_BRACKET = re.compile(r"[\[\]]")
+_OPENER = re.compile(r"[\[(<:]")
+_SLOW_CODE = re.compile(r"[^\n]{1000}|\s{300}")  # one match of a lexer's pattern could take seconds, uninterrupted
+
+_TO_DOLLAR = rf"(?:[^$`\\]|\\.){{1,{LATEX_CHARACTERS_MAX}}}+"
+_TO_BRACKET = rf".{{1,{LATEX_CHARACTERS_MAX}}}?"
+_BLOCK_MATH = re.compile(
+    rf"(?:\$\$(?P<dollars>{_TO_DOLLAR})\$\$|\\\[(?P<brackets>{_TO_BRACKET})\\\])[ \t]*(?:\n|\Z)", re.DOTALL
+)
+_INLINE_MATH = re.compile(  # "from $5 to $10" is none: a closing $ has no space before it and no digit after it
+    rf"\$\$(?P<dollars>{_TO_DOLLAR})\$\$|\$(?!\s)(?P<dollar>{_TO_DOLLAR})(?<!\s)\$(?!\d)"
+    rf"|\\\((?P<parentheses>{_TO_BRACKET})\\\)",
+    re.DOTALL,
+)
+_MATHML_ALIGNMENT = re.compile(r' style="text-align: (left|right)[^"]*"')
+_MATHML_DROPPED = re.compile(r' (?:style|id)="[^"]*"')
+_MATHML = re.compile(
+    r"<math[ >](?:[^<]|</?m[a-z]+(?: (?:accent|accentunder|class|columnspan|depth|display|displaystyle|fence|form"
+    r"|height|largeop|linethickness|lspace|mathvariant|maxsize|minsize|movablelimits|notation|rspace|scriptlevel"
+    r'|separator|stretchy|symmetric|voffset|width)="[^"<>]*")*/?>)*+'
+)
+
+
+def _line_count(text: str) -> int:
+    return text.count("\n") + (not text.endswith("\n"))
+
+
+# Code
+
+
+@functools.lru_cache(maxsize=64)
+def _lexer(language: str) -> Any:
+    """The Pygments lexer of a language, or None. It strips no newlines, for code is copied from the page."""
+    from pygments.lexers import get_lexer_by_name  # type: ignore[import-untyped]
+    from pygments.util import ClassNotFound  # type: ignore[import-untyped]
+
+    try:
+        return get_lexer_by_name(language, stripnl=False)
+    except ClassNotFound:
+        return None
+
+
+class _TooSlow(Exception):
+    """Highlighting takes too long."""
+
+
+def _until(deadline: float, clock: Callable[[], float], tokens: Iterable[Any]) -> Iterator[Any]:
+    for token in tokens:
+        if clock() > deadline:
+            raise _TooSlow
+        yield token
+
+
+def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
+    """Code as spans with Pygments' classes; as text if its language is unknown, or it is too long or too slow."""
+    is_lit = language and len(code) <= HIGHLIGHT_CHARACTERS_MAX and not _SLOW_CODE.search(code)
+    lexer = _lexer(language) if is_lit else None
+    if lexer is None:
+        return html.escape(code)
+    from pygments import format as format_tokens  # type: ignore[import-untyped]
+    from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
+
+    tokens = _until(clock() + HIGHLIGHT_SECONDS_MAX, clock, lexer.get_tokens(code))
+    try:
+        return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
+    except _TooSlow:
+        return html.escape(code)
+
+
+def _figure(code: str, language: str) -> str:
+    name = html.escape(language or "text")
+    return (
+        f'<figure class="code" data-language="{name}"><figcaption>{name}</figcaption>'
+        f'<button type="button" class="copy">Copy</button><pre><code>{code}</code></pre></figure>\n'
+    )
+
+
+def _render_fence(_: object, tokens: Sequence[Token], index: int, options: object, environment: dict[str, Any]) -> str:
+    """A code block, highlighted unless it has not ended yet: unclosed, up to the last line of a growing answer."""
+    fence = tokens[index]
+    language = (fence.info.split() or [""])[0]
+    first_line, end_line = fence.map or (0, 0)
+    is_closed = end_line - first_line == 2 + (_line_count(fence.content) if fence.content else 0)
+    if not is_closed and end_line == environment.get("growing_line"):
+        return _figure(html.escape(fence.content), language)
+    highlighted: dict[tuple[str, str], str] = environment["highlighted"]
+    key = (language, fence.content)
+    if key not in highlighted:
+        highlighted[key] = _highlight(fence.content, language.lower(), environment["clock"])
+    return _figure(highlighted[key], language)
+
+
+def _render_indented_code(_: object, tokens: Sequence[Token], index: int, *rest: object) -> str:
+    return _figure(html.escape(tokens[index].content), "")
+
+
+# Formulas. `$…$`, `$$…$$` and the `\(…\)`, `\[…\]` that many models prefer, if the package math-core is installed.
+
+
+@functools.cache
+def _mathml_converter() -> Any:
+    """math-core's converter, or None without the package. It answers an error with HTML, which is not MathML."""
+    try:
+        return importlib.import_module("math_core").LatexToMathML(continue_on_error=True)
+    except ImportError:
+        return None
+
+
+def _parse_inline_math(state: StateInline, silent: bool) -> bool:
+    match = _INLINE_MATH.match(state.src, state.pos, state.posMax)
+    if match is None:
+        return False
+    if not silent:
+        _push_math(state, "math_inline", match)
+    state.pos = match.end()
+    return True
+
+
+def _parse_block_math(state: StateBlock, first_line: int, end_line: int, silent: bool) -> bool:
+    start = state.bMarks[first_line] + state.tShift[first_line]
+    if state.is_code_block(first_line) or not state.src.startswith(("$$", "\\["), start):
+        return False
+    line, end_line = first_line, min(end_line, first_line + LATEX_LINES_MAX)
+    while line < end_line and not state.isEmpty(line) and state.sCount[line] >= state.blkIndent:
+        line += 1
+    match = _BLOCK_MATH.match(state.getLines(first_line, line, state.blkIndent, False).lstrip(" "))
+    if match is None:
+        return False
+    if not silent:
+        state.line = first_line + _line_count(match.group())
+        _push_math(state, "math_block", match).map = [first_line, state.line]
+    return True
+
+
+def _push_math(state: StateBlock | StateInline, kind: str, match: re.Match[str]) -> Token:
+    token = state.push(kind, "math", 0)
+    token.content = match.group(str(match.lastgroup))
+    token.markup = match.group().strip()
+    return token
+
+
+def _render_math(_: object, tokens: Sequence[Token], index: int, *rest: object) -> str:
+    """A formula as MathML; as its source if it has an error, or if the result holds anything that is not MathML."""
+    token = tokens[index]
+    is_display = token.markup.startswith(("$$", "\\["))
+    mathml = _mathml_converter().convert_with_local_state(token.content, displaystyle=is_display)
+    mathml = _MATHML_DROPPED.sub("", _MATHML_ALIGNMENT.sub(r' class="align-\1"', mathml))
+    if not _MATHML.fullmatch(mathml):
+        mathml = f'<code class="math">{html.escape(token.markup)}</code>'
+    return mathml if token.type == "math_inline" else f'<p class="math">{mathml}</p>\n'
+
+
+# Tables, links and images
+
+
+def _parse_table(state: StateBlock, first_line: int, end_line: int, silent: bool) -> bool:
+    """A table, unless it has more cells than characters: missing cells are filled in, hundreds for two bytes."""
+    from markdown_it.rules_block import table
+
+    if first_line < state.env["no_table_before_line"] or not table(state, first_line, end_line, True):
+        return False
+    columns = state.src.count("|", state.bMarks[first_line], state.eMarks[first_line]) + 1
+    last_line = first_line
+    while last_line + 1 < end_line and not state.isEmpty(last_line + 1):
+        last_line += 1
+    if columns * (last_line - first_line + 1) > state.eMarks[last_line] - state.bMarks[first_line]:
+        state.env["no_table_before_line"] = last_line + 1  # or each of its lines would be looked at again
+        return False
+    return silent or table(state, first_line, end_line, False)
+
+
+def _render_table_edge(renderer: Any, tokens: Sequence[Token], index: int, options: Any, environment: Any) -> str:
+    tag: str = renderer.renderToken(tokens, index, options, environment)
+    return f'<div class="table">{tag}' if tokens[index].nesting == 1 else f"{tag}</div>\n"
+
+
+def _alternative(image: Token) -> Iterator[Token]:
+    """The content of an image's alternative text, without the links and images in it."""
+    for token in image.children or ():
+        if token.type == "image":
+            yield from _alternative(token)
+        elif token.type not in ("link_open", "link_close"):
+            yield token
+
+
+def _image_as_link(image: Token) -> list[Token]:
+    from markdown_it.token import Token
+
+    url = str(image.attrs["src"])
+    content = list(_alternative(image)) or [Token("text", "", 0, content=url)]
+    return [Token("link_open", "a", 1, attrs={"class": "image", "href": url}), *content, Token("link_close", "a", -1)]
+
+
+def _finish_inline(tokens: list[Token]) -> Iterator[Token]:
+    """Inline tokens whose links open elsewhere, none inside another, and no images: to load one tells who reads."""
+    is_shown: list[bool] = []  # of each link that is open
+    for token in itertools.chain.from_iterable(_image_as_link(t) if t.type == "image" else [t] for t in tokens):
+        if token.type == "link_open":
+            is_shown.append(bool(token.attrs["href"]) and not any(is_shown))
+            token.attrs |= {"rel": "noopener noreferrer nofollow", "target": "_blank"}
+        if token.type not in ("link_open", "link_close") or is_shown[-1]:
+            yield token
+        if token.type == "link_close":
+            is_shown.pop()
+
+
+def _finish_tokens(state: StateCore) -> None:
+    for token in state.tokens:
+        if token.children:
+            token.children = list(_finish_inline(token.children))
+        elif style := token.attrs.pop("style", ""):  # only cells have one: "text-align:right"
+            token.attrs["class"] = str(style).replace("text-align:", "align-")
+
+
+# The parser
+
+
+class _References(dict[str, Any]):
+    """Reference definitions by label, which remember the labels that were asked for."""
+
+    asked: set[str]
+
+    def get(self, label: Any, default: Any = None, /) -> Any:
+        self.asked.add(label)
+        return super().get(label, default)
+
+
+def _is_too_costly(text: str) -> bool:
+    """Whether inline parsing could take the square of the length: what opens something is sought an end for."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket == "[" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest > BRACKETS_MAX or len(_OPENER.findall(text)) * len(text) > OPENER_COST_MAX
+
+
+def _parse_inlines(state: StateCore) -> None:
+    """Parse the text of each block, unless that is too costly, and note the labels that it asks for."""
+    from markdown_it.token import Token
+
+    references: _References = state.env["references"]
+    for token in state.tokens:
+        if token.type != "inline":
+            continue
+        references.asked = token.meta["labels"] = set()
+        token.children = []
+        if _is_too_costly(token.content):
+            token.children.append(Token("text", "", 0, content=token.content))
+        else:
+            state.md.inline.parse(token.content, state.md, state.env, token.children)
+
+
+@functools.cache
+def _parser() -> MarkdownIt:
+    """CommonMark with tables, strikethrough, task lists, links from full URLs, and formulas if they can be shown."""
+    from markdown_it import MarkdownIt
+
+    class Parser(MarkdownIt):
+        def validateLink(self, url: str) -> bool:
+            return _SAFE_URL.match(url) is not None
+
+    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": NESTING_MAX, "xhtmlOut": False}
+    parser = Parser("commonmark", options).enable(["linkify", "strikethrough", "table"])
+    assert parser.linkify is not None
+    parser.linkify.set({"fuzzy_link": False, "fuzzy_email": False})  # `main.py` is no link
+    parser.core.ruler.at("inline", _parse_inlines)
+    parser.core.ruler.push("finish_tokens", _finish_tokens)
+    parser.block.ruler.at("table", _parse_table, {"alt": ["paragraph", "reference"]})
+    if _mathml_converter() is not None:
+        parser.inline.ruler.before("escape", "math_inline", _parse_inline_math)
+        interrupted = ["paragraph", "reference", "blockquote", "list"]
+        parser.block.ruler.before("fence", "math_block", _parse_block_math, {"alt": interrupted})
+    rules: dict[str, Callable[..., str]] = {
+        "fence": _render_fence,
+        "code_block": _render_indented_code,
+        "table_open": _render_table_edge,
+        "table_close": _render_table_edge,
+        "math_inline": _render_math,
+        "math_block": _render_math,
+    }
+    for name, rule in rules.items():
+        parser.add_render_rule(name, rule)
+    return parser
+
+
+# Rendering
+
+
+def _environment(definitions: dict[str, Any], clock: Callable[[], float]) -> dict[str, Any]:
+    """What the rules above share during one parse."""
+    return {"references": _References(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
+
+
+def _html(tokens: Sequence[Token], environment: dict[str, Any]) -> str:
+    parser = _parser()
+    return str(parser.renderer.render(tokens, parser.options, environment))
+
+
+def render(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
+    """The HTML of a finished answer. Every text has one; what is too costly to parse is shown as text."""
+    environment = _environment({}, clock)
+    return _html(_parser().parse(text, environment), environment)
+
+
+def render_growing(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
+    """The HTML of an answer that still grows: render(), but with a last fence that has no end yet not highlighted."""
+    text = _RETURN.sub("\n", text)
+    environment = _environment({}, clock) | {"growing_line": _line_count(text)}
+    return _html(_parser().parse(text, environment), environment)
+
+
+def _render_plain(text: str) -> str:
+    return f'<pre class="plain">{html.escape(text)}</pre>\n' if text else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What changed since the last frame.
+
+    `settled` pairs block numbers with HTML: a number that is new is appended, in order, and one that is known is
+    replaced. `open` is the HTML after the settled blocks, in place of the last. `seconds` is what the frame took.
+    """
+
+    settled: tuple[tuple[int, str], ...]
+    open: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A settled block: its source, which can be parsed alone, and the reference labels that it asks for."""
+
+    source: str
+    labels: frozenset[str]
+    html: str
+
+
+def _block(source: str, tokens: Sequence[Token], environment: dict[str, Any]) -> _Block:
+    labels = frozenset[str]().union(*(token.meta["labels"] for token in tokens if token.type == "inline"))
+    return _Block(source, labels, _html(tokens, environment))
+
+
+def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
+    """Where text may be cut without changing what it means: (index of a token, offset in the text), first (0, 0)."""
+    offsets = [0, *(match.end() for match in re.finditer("\n", text))]
+    cuts = [(0, 0)]
+    for index, token in enumerate(tokens):
+        if index and token.level == 0 and token.map:
+            line = token.map[0]
+            is_complete = line + 1 < len(offsets)
+            if is_complete and not text[offsets[line - 1] : offsets[line]].strip(" \t\n"):
+                cuts.append((index, offsets[line]))
+    return cuts
+
+
+class MarkdownStream:
+    """render_growing(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it.
+
+    A frame costs what its open block costs. A caller that pauses for ten times `Frame.seconds` bounds the share of a
+    core; an open block that is too slow all the same is plain text, tried again each time it has doubled. Blocks and
+    their numbers depend on the text alone, not on when frames were taken.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._blocks: list[_Block] = []
+        self._tail = ""
+        self._open = ""
+        self._follows_return = False
+        self._plain_below = 0  # characters of a tail that is not parsed
+        self._definitions: dict[str, Any] = {}  # made by settled blocks
+        self._targets: dict[str, tuple[str, str]] = {}  # URL and title of each label in the last frame
+        self._highlighted: dict[tuple[str, str], str] = {}  # of the open block
+
+    def feed(self, text: str) -> None:
+        """Append characters, cut anywhere, even within "\\r\\n"."""
+        if text:
+            rest = text.removeprefix("\n") if self._follows_return else text
+            self._follows_return = text.endswith("\r")
+            self._tail += _RETURN.sub("\n", rest)
+
+    def frame(self) -> Frame:
+        """What changed, and the open block as it stands."""
+        started = self._clock()
+        settled: list[tuple[int, str]] = []
+        is_slow = len(self._tail) < self._plain_below
+        if not is_slow:
+            environment = self._environment() | {"growing_line": _line_count(self._tail)}
+            tokens = _parser().parse(self._tail, environment)
+            cuts = _cuts(self._tail, tokens)
+            settled = self._settle(tokens, cuts, environment)
+            self._open = _html(tokens[cuts[-1][0] :], environment)
+            is_slow = not settled and self._clock() - started > OPEN_BLOCK_SECONDS_MAX
+            self._plain_below = 2 * len(self._tail) if is_slow else 0
+        if is_slow:
+            self._open = _render_plain(self._tail)
+        return Frame(tuple(settled), self._open, self._clock() - started)
+
+    def finish(self) -> Frame:
+        """What changed, with nothing left open: the blocks, joined, are then equal to render(). No frame follows."""
+        started = self._clock()
+        environment = self._environment()
+        tokens = _parser().parse(self._tail, environment)
+        cuts = [*_cuts(self._tail, tokens), (len(tokens), len(self._tail))]
+        settled = self._settle(tokens, cuts, environment)
+        self._open = ""
+        return Frame(tuple(settled), self._open, self._clock() - started)
+
+    def snapshot(self) -> Frame:
+        """Everything up to the last frame, for a reader who comes later."""
+        return Frame(tuple(enumerate(block.html for block in self._blocks)), self._open, 0.0)
+
+    def _environment(self) -> dict[str, Any]:
+        return _environment(self._definitions, self._clock) | {"highlighted": self._highlighted}
+
+    def _settle(
+        self, tokens: list[Token], cuts: list[tuple[int, int]], environment: dict[str, Any]
+    ) -> list[tuple[int, str]]:
+        """Settle what lies between the cuts and keep the rest as the tail; returns the new and the changed blocks."""
+        references: _References = environment["references"]
+        changed = self._render_again(references)
+        for (first, start), (last, end) in itertools.pairwise(cuts):
+            block = _block(self._tail[start:end], tokens[first:last], environment)
+            changed.append((len(self._blocks), block.html))
+            self._blocks.append(block)
+        cut = cuts[-1][1]
+        if cut:
+            cut_line = self._tail.count("\n", 0, cut)
+            self._definitions |= {label: made for label, made in references.items() if made["map"][0] < cut_line}
+            self._tail = self._tail[cut:]
+            self._highlighted.clear()
+        return changed
+
+    def _render_again(self, references: _References) -> list[tuple[int, str]]:
+        """The settled blocks that look different because a label they ask for has a new meaning."""
+        targets = {label: (made["href"], made["title"]) for label, made in references.items()}
+        labels = {label for label, _ in targets.items() ^ self._targets.items()}
+        self._targets = targets
+        changed = []
+        for number, old in enumerate(self._blocks if labels else ()):
+            if not labels.isdisjoint(old.labels):
+                environment = _environment(references, self._clock)
+                block = _block(old.source, _parser().parse(old.source, environment), environment)
+                self._blocks[number] = block
+                if block.html != old.html:
+                    changed.append((number, block.html))
+        return changed
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1642,18 +2408,26 @@ def connection_errors() -> tuple[type[Exception], ...]:
 
 def reason_of(exc: BaseException) -> str:
     """An exception's own words, or its name when it has none."""
-    return " ".join(str(exc).split())[:PROVIDER_WORDS_CHARACTERS_MAX] or type(exc).__name__
+    return shorten(str(exc), None) or type(exc).__name__
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """How long a provider asks to wait, by `retry-after-ms`, or `retry-after` as seconds or an HTTP date."""
+    text = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
-        return max(float(headers.get("retry-after-ms", "")) / 1000, 0.0)
+        return check_seconds(float(headers.get("retry-after-ms", "")) / 1000)
     with contextlib.suppress(ValueError):
-        return max(float(headers.get("retry-after", "")), 0.0)
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        return max(email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
+        return check_seconds(float(text))
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return check_seconds(email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return None
+
+
+def check_seconds(seconds: float) -> float:
+    """A wait that is not in the past. Raises ValueError for what is no number (`float` takes "nan")."""
+    if seconds != seconds:
+        raise ValueError("not a number")
+    return max(seconds, 0.0)
 
 
 def retry_delay(error: ProviderError, attempt: int) -> float | None:
@@ -1666,7 +2440,11 @@ def retry_delay(error: ProviderError, attempt: int) -> float | None:
 
 
 # What a provider's refusal can teach: words in its 400 or 422, and the quirk that the next try then has.
-LEARNT_QUIRKS = {"stream_options": "no_stream_options", "max_completion_tokens": "max_completion_tokens"}
+LEARNT_QUIRKS = {
+    b"stream_options": "no_stream_options",
+    b"max_completion_tokens": "max_completion_tokens",
+    b"prefill": "no_prefill",
+}
 
 
 class Providers:
@@ -1704,25 +2482,27 @@ class Providers:
         """Posts a question; the connection closes with the context, at once when it is cancelled.
 
         Raises ProviderError. A refusal that names a field which this provider does not take is learnt from, and the
-        question goes out once more without it.
+        question goes out once more without it; every round learns something, so there are few.
         """
         provider = target.provider
         response = await self._post(provider, question)
         try:
-            if response.status_code != 200:
-                error, words = await self._refusal(provider, response)
-                quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in words), None)
+            while response.status_code != 200:
+                error, body = await self._refusal(provider, response)
+                quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in body), None)
                 if response.status_code not in (400, 422) or quirk is None or quirk in self._quirks(provider):
                     raise error
                 await response.aclose()
                 self._learnt[provider.name] = self._quirks(provider) | {quirk}
                 response = await self._post(provider, question)
-                if response.status_code != 200:
-                    raise (await self._refusal(provider, response))[0]
             self.rejected.discard(provider.name)
             yield Answer(provider, response)
         finally:
             await response.aclose()
+
+    def prefills(self, provider: Provider) -> bool:
+        """Whether a broken-off answer is continued by a prefill, not by asking."""
+        return DIALECTS[provider.dialect].prefills(self._quirks(provider))
 
     def _quirks(self, provider: Provider) -> frozenset[str]:
         return provider.quirks | self._learnt.get(provider.name, frozenset())
@@ -1743,25 +2523,26 @@ class Providers:
             where = f"{provider.name} cannot be reached at {provider.base_url}"
             raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
 
-    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, str]:
-        """The error for a status other than 200, and the provider's whole words."""
+    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
+        """The error for a status other than 200, and the body that it was read from."""
         body = b""
-        with contextlib.suppress(*connection_errors()):
-            async for data in response.aiter_bytes():
-                body += data
-                if len(body) > REQUEST_BYTES_MAX:
-                    break
-        words, kind = body_words(response.headers.get("content-type", ""), body)
+        with contextlib.suppress(TimeoutError, *connection_errors()):
+            async with asyncio.timeout(REFUSAL_SECONDS):
+                async for data in response.aiter_bytes():
+                    body += data
+                    if len(body) > REQUEST_BYTES_MAX:
+                        break
+        words, kinds = body_words(response.headers.get("content-type", ""), body)
         if 300 <= response.status_code < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
-        error = provider_error(provider, response.status_code, words, kind)
+        error = provider_error(provider, response.status_code, words, kinds)
         error.retry_after_seconds = retry_after_seconds(response.headers)
         should_retry = response.headers.get("x-should-retry")
         if should_retry in ("true", "false"):
-            error.transient = should_retry == "true"
+            error.transient = should_retry == "true" and not is_spent(words, kinds)
         if isinstance(error, ProviderAuth):
             self.rejected.add(provider.name)
-        return error, words
+        return error, body
 
     # ── models ──
 
@@ -1933,23 +2714,41 @@ class Message(Struct):
     timing: Timing
     attempts: list[dict[str, Any]]
     created_at_ms: int
+    html: str | UnsetType = UNSET  # of an ended answer, with ?render=html
 
 
-class ConversationSummary(Struct):
-    """A conversation in a list. `running`: one of its messages is being generated."""
+class SnippetPart(Struct, frozen=True):
+    """A piece of a snippet; `mark`: this is what was searched for."""
+
+    text: str
+    mark: bool
+
+
+class Match(Struct, frozen=True):
+    """Where a search found a conversation; `message_id` null: in its title."""
+
+    message_id: int | None
+    snippet: list[SnippetPart]
+
+
+class ConversationSummary(Struct, omit_defaults=True):
+    """A conversation in a list. `running`: one of its messages is being generated. `match` only in a search."""
 
     id: int
     title: str
     system: str
+    parameters: Parameters
     created_at_ms: int
     updated_at_ms: int
     running: bool
+    match: Match | None = None
 
 
-class Conversation(ConversationSummary):
-    """A conversation with its tree: messages by id, each with its parent_id."""
+class Conversation(ConversationSummary, kw_only=True):
+    """A conversation with its tree: messages by id, siblings in order; `path` leads to the newest leaf."""
 
     messages: list[Message]
+    path: list[int]
 
 
 class ConversationList(Struct):
@@ -1964,12 +2763,13 @@ class NewMessage:
     """What a request adds to a conversation: a user's content, and the answer that is to come.
 
     `conversation_id` None: a new conversation. `parent_id` UNSET: the newest leaf; None: a new first message.
+    `turns` are a user's content or the results of tools; empty when an answer is generated once more.
     """
 
     owner: str
     conversation_id: int | None
     parent_id: int | UnsetType | None
-    content: tuple[Delta, ...]
+    turns: tuple[Turn, ...]
     system: str | None
     targets: tuple[Target, ...]  # whom to ask, and then the fallbacks
     parameters: Parameters
@@ -1979,15 +2779,33 @@ class NewMessage:
 
 @dataclass(frozen=True)
 class Started:
-    """A committed question. `turns` lead from the root to it; `repeated`: an earlier request with the same key."""
+    """A committed question, and all that its generation begins with. `turns` lead from the root to the question.
+
+    `content` and what follows it are an answer's that is continued; there `turns` end with that answer.
+    """
 
     conversation_id: int
     message_id: int
     parent_id: int | None
-    created_at_ms: int
     system: str = ""
     turns: tuple[Turn, ...] = ()
-    repeated: bool = False
+    parameters: Parameters = NO_PARAMETERS
+    repeated: bool = False  # an earlier request with the same Idempotency-Key has started it
+    status: str = "running"
+    is_first: bool = False  # the first answer of its conversation
+    content: tuple[Delta, ...] = ()
+    usage: Usage | None = None
+    timing: Timing = NO_TIMING
+    attempts: tuple[dict[str, Any], ...] = ()
+
+
+class Session(NamedTuple):
+    """A sign-in of the page, as it is stored."""
+
+    cookie_hash: str
+    owner: str
+    token_hash: str
+    expires_at_ms: int
 
 
 class Row(NamedTuple):
@@ -2037,6 +2855,8 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     location = f"{Path(path).absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(location, uri=True, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
+    connection.create_function("segment", 1, segment, deterministic=True)
+    connection.create_function("owner_token", 1, owner_token, deterministic=True)
     for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
     return connection
@@ -2060,8 +2880,8 @@ def prepare_database(path: str) -> int:
         raise StartError(f"database {path}: is a folder")
     try:
         with contextlib.closing(connect(path, read_only=False)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
             migrate(connection, path)
+            connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
     except sqlite3.Error as exc:
         raise StartError(f"database {path}: {reason_of(exc)}") from exc
@@ -2112,12 +2932,115 @@ def back_up(connection: sqlite3.Connection, path: str) -> None:
 def interrupt_running(connection: sqlite3.Connection) -> int:
     """Recovery: what still runs in the file belongs to a process that died."""
     connection.execute("BEGIN IMMEDIATE")
-    cursor = connection.execute(
+    running = connection.execute("SELECT id FROM message WHERE status = 'running'").fetchall()
+    connection.execute(
         "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'",
         (now_ms(),),
     )
+    for (message_id,) in running:
+        index_ended(connection, message_id)
     connection.execute("COMMIT")
-    return cursor.rowcount
+    return len(running)
+
+
+# ── full text ───────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# One FTS5 table for titles and texts. Its tokenizer knows words between spaces; scripts that have none (Chinese,
+# Japanese, Thai, …) go in character by character and are searched as phrases. Whatever a user types is text: every
+# word of it is quoted, and matches as a prefix.
+
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+SEARCH_WORDS_MAX = 16  # of one query
+SEARCH_MATCHES_MAX = 400  # newest matches that are ranked; the word "the" is in every message
+SNIPPET_TOKENS = 24
+MARK_START, MARK_END = "\x02", "\x03"
+
+
+def segment(text: str | None) -> str:
+    """The text as it is indexed: a space around every character of a script that has none."""
+    return UNSPACED.sub(r" \1 ", text or "")
+
+
+def unsegment(text: str) -> str:
+    """A snippet as it was before."""
+    return re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+
+
+def owner_token(owner: str) -> str:
+    """An owner as one word of the index."""
+    return "o" + hashlib.sha256(owner.encode()).hexdigest()[:16]
+
+
+def index_message(connection: sqlite3.Connection, owner: str, message_id: int, text: str) -> None:
+    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (message_id,))
+    if text:
+        values = (message_id, owner_token(owner), segment(text))
+        connection.execute("INSERT INTO message_fts (rowid, owner, text) VALUES (?, ?, ?)", values)
+
+
+def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
+    owner = connection.execute(
+        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ?", (message_id,)
+    ).fetchone()
+    rows = connection.execute("SELECT text FROM delta WHERE message_id = ? AND kind = 'text' ORDER BY offset", (message_id,))
+    if owner is not None:
+        index_message(connection, owner[0], message_id, "".join(text for (text,) in rows))
+
+
+def index_title(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
+    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (-conversation_id,))
+    values = (-conversation_id, owner_token(owner), segment(title))
+    connection.execute("INSERT INTO message_fts (rowid, owner, title) VALUES (?, ?, ?)", values)
+
+
+def match_expression(owner: str, query: str) -> str | None:
+    """What FTS5 is asked: all words of the query, each as a prefix; None if there is no word in it."""
+    phrases = []
+    for word in query.split()[:SEARCH_WORDS_MAX]:
+        tokens = re.findall(r"[^\W_]+", segment(word))
+        if tokens:
+            phrases.append('"' + " ".join(tokens) + '"*')
+    return f"owner:{owner_token(owner)} AND {{title text}}: ({' AND '.join(phrases)})" if phrases else None
+
+
+def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
+    """The conversations with the best matches, titles first; each with a snippet of its best one."""
+    expression = match_expression(owner, query)
+    if expression is None:
+        return ConversationList([], None)
+    rows = connection.execute(
+        "SELECT message_fts.rowid AS row, coalesce(message.conversation_id, -message_fts.rowid) AS conversation_id,"
+        f" snippet(message_fts, CASE WHEN matched < 0 THEN 1 ELSE 2 END, '{MARK_START}', '{MARK_END}', '…', {SNIPPET_TOKENS}) AS snippet, score FROM ("
+        "SELECT rowid AS matched, CASE WHEN rowid < 0 THEN -1e6 ELSE 0 END + rank AS score FROM ("
+        f"SELECT rowid, bm25(message_fts) AS rank FROM message_fts WHERE message_fts MATCH ?1 ORDER BY rowid DESC LIMIT {SEARCH_MATCHES_MAX})"
+        ") JOIN message_fts ON message_fts.rowid = matched LEFT JOIN message ON message.id = matched"
+        " WHERE message_fts MATCH ?1 ORDER BY score",
+        (expression,),
+    )
+    best: dict[int, sqlite3.Row] = {}
+    for row in rows:
+        if len(best) < limit:
+            best.setdefault(row["conversation_id"], row)
+    found = []
+    for conversation_id, row in best.items():
+        summary = summary_of(require_conversation(connection, owner, conversation_id))
+        match = Match(row["row"] if row["row"] > 0 else None, snippet_of(row["snippet"]))
+        found.append(ConversationSummary(**summary, match=match))
+    return ConversationList(found, None)
+
+
+def snippet_of(text: str) -> list[SnippetPart]:
+    """A snippet as parts, the marked ones being what was found."""
+    pieces = re.split(f"([{MARK_START}{MARK_END}])", unsegment(text))
+    parts, mark = [], False
+    for piece in pieces:
+        if piece in (MARK_START, MARK_END):
+            mark = piece == MARK_START
+        elif piece:
+            parts.append(SnippetPart(piece, mark))
+    return parts
 
 
 def lock_database(path: str) -> int:
@@ -2199,19 +3122,93 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
     else:
         require_conversation(connection, new.owner, conversation_id)
         parent_id = find_parent(connection, conversation_id, parent_id)
-        if new.system is not None:
-            connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
-    question_id = insert_message(connection, conversation_id, parent_id, "user", "completed", created_at_ms)
-    insert_content(connection, question_id, new.content)
+    if new.system is not None:
+        connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    for turn in new.turns:
+        parent_id = insert_turn(connection, new.owner, conversation_id, parent_id, turn, created_at_ms)
+    return insert_answer(connection, new, conversation_id, parent_id, created_at_ms)
+
+
+def insert_turn(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
+) -> int:
+    """Stores a message that is whole; returns its id."""
+    params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
     message_id = insert_message(
-        connection, conversation_id, question_id, "assistant", "running", created_at_ms,
-        provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(new.parameters).decode(),
+        connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=encode_json(params).decode()
+    )
+    insert_content(connection, message_id, turn.content)
+    index_message(connection, owner, message_id, text_of(turn.content))
+    return message_id
+
+
+def insert_answer(
+    connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, created_at_ms: int
+) -> Started:
+    """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
+    row = connection.execute("SELECT system, params_json FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
+    asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
+    message_id = insert_message(
+        connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
+        provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(asked).decode(),
         idempotency_key=new.idempotency_key, request_hash=new.request_hash,
     )  # fmt: skip
-    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (conversation_id,)).fetchone()[0]
     connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
-    turns = select_path(connection, question_id)
-    return Started(conversation_id, message_id, question_id, created_at_ms, system, turns)
+    answers = "SELECT count(*) FROM message WHERE conversation_id = ? AND role = 'assistant'"
+    return Started(
+        conversation_id,
+        message_id,
+        parent_id,
+        row["system"],
+        () if parent_id is None else select_path(connection, parent_id),
+        msgspec.convert(asked, Parameters),
+        is_first=connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+    )
+
+
+def regenerate_message(connection: sqlite3.Connection, message_id: int, new: NewMessage) -> Started:
+    """Stores a running sibling of an answer. Raises NotFound, InvalidRequest, Conflict."""
+    if new.idempotency_key is not None and (earlier := find_repeated(connection, new)):
+        return earlier
+    row = select_answer(connection, new.owner, message_id)
+    asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
+    new = replace(new, parameters=msgspec.convert(asked, Parameters))
+    return insert_answer(connection, new, row["conversation_id"], row["parent_id"], now_ms())
+
+
+def continue_message(connection: sqlite3.Connection, owner: str, message_id: int, target: Target) -> Started:
+    """Sets an answer that broke off running again, in place. Raises NotFound, InvalidRequest, Conflict."""
+    row = select_answer(connection, owner, message_id)
+    ended = row["status"] if row["status"] != "completed" else f"completed, with finish_reason {row['finish_reason']}"
+    if row["status"] == "running" or (row["status"] == "completed" and row["finish_reason"] != "length"):
+        raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
+    connection.execute(
+        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
+        " provider = ?, model = ? WHERE id = ?",
+        (target.provider.name, target.model, message_id),
+    )
+    rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
+    before = message_of(row, [Delta(*one) for one in rows])
+    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()[0]
+    return Started(
+        before.conversation_id,
+        message_id,
+        before.parent_id,
+        system,
+        select_path(connection, message_id),
+        msgspec.convert(json.loads(row["params_json"]), Parameters),
+        content=tuple(before.content),
+        usage=before.usage,
+        timing=before.timing,
+        attempts=tuple(before.attempts),
+    )
+
+
+def select_answer(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
+    row = select_message(connection, owner, message_id)
+    if row["role"] != "assistant":
+        raise InvalidRequest(f"message_id: message {message_id} is of role {row['role']}; only an answer can be generated")
+    return row
 
 
 def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | None:
@@ -2225,22 +3222,25 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
         return None
     if row["request_hash"] != new.request_hash:
         raise Conflict(f"Idempotency-Key: {new.idempotency_key!r} was used with another request")
-    return Started(row["conversation_id"], row["id"], row["parent_id"], row["created_at_ms"], repeated=True)
+    return Started(row["conversation_id"], row["id"], row["parent_id"], repeated=True, status=row["status"])
 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
-    title = make_title(text_of(new.content))
+    title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
     cursor = connection.execute(
         "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms) VALUES (?, ?, ?, ?, ?)",
         (new.owner, title, new.system or "", created_at_ms, created_at_ms),
     )
+    index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
     return cast(int, cursor.lastrowid)
 
 
 def make_title(text: str) -> str:
     """The first line that says something, without Markdown's marks, cut at a word."""
-    lines = (re.sub(r"[*_`~]|^[#>\s-]+", "", line).strip() for line in text.split("\n"))
-    title = " ".join(next((line for line in lines if re.search(r"\w", line)), "").split())
+    lines = [line.strip()[:TITLE_LINE_CHARACTERS_MAX] for line in text.split("\n") if line.strip()]
+    bare = (re.sub(r"^(\s|>|[#*+-]+\s)+", "", line) for line in lines if not line.startswith(("```", "~~~")))
+    plain = (re.sub(r"(?<!\w)([*_`~]{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2", line) for line in bare)
+    title = " ".join(next((line for line in plain if re.search(r"\w", line)), lines[0] if lines else "").split())
     if len(title) <= TITLE_CHARACTERS_MAX:
         return title
     cut = title[: TITLE_CHARACTERS_MAX - 1]
@@ -2313,6 +3313,7 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
             " WHERE id = (SELECT conversation_id FROM message WHERE id = ?)",
             (now_ms(), outcome.message_id),
         )
+        index_ended(connection, outcome.message_id)
 
 
 def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
@@ -2322,12 +3323,13 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
         " SELECT id, parent_id, 0 FROM message WHERE id = ?"
         " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id)"
         " SELECT message.id, role, provider, params_json, kind, text FROM path JOIN message USING (id)"
-        " JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
+        " LEFT JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
         (message_id,),
     )
     found: dict[int, tuple[sqlite3.Row, list[Delta]]] = {}
     for row in rows:
-        found.setdefault(row["id"], (row, []))[1].append(Delta(row["kind"], row["text"]))
+        content = found.setdefault(row["id"], (row, []))[1]
+        content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
         Turn(row["role"], tuple(join_deltas(content)), row["provider"], json.loads(row["params_json"]).get("tool_call_id"))
         for row, content in found.values()
@@ -2430,7 +3432,8 @@ def list_conversations(
 
 def summary_of(row: sqlite3.Row) -> dict[str, Any]:
     names = ("id", "title", "system", "created_at_ms", "updated_at_ms")
-    return {**{name: row[name] for name in names}, "running": bool(row["running"])}
+    parameters = msgspec.json.decode(row["params_json"], type=Parameters)
+    return {**{name: row[name] for name in names}, "parameters": parameters, "running": bool(row["running"])}
 
 
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
@@ -2444,17 +3447,29 @@ def load_conversation(connection: sqlite3.Connection, owner: str, conversation_i
             (conversation_id,),
         ):
             contents[message_id].append(Delta(kind, text))
-    return Conversation(**summary, messages=[message_of(row, contents[row["id"]]) for row in rows])
+    parents = {row["id"]: row["parent_id"] for row in rows}
+    path: list[int] = []
+    leaf = max(parents, default=None)
+    while leaf is not None:
+        path.append(leaf)
+        leaf = parents[leaf]
+    messages = [message_of(row, contents[row["id"]]) for row in rows]
+    return Conversation(**summary, messages=messages, path=path[::-1])
 
 
 def update_conversation(
-    connection: sqlite3.Connection, owner: str, conversation_id: int, changes: Mapping[str, str]
+    connection: sqlite3.Connection, owner: str, conversation_id: int, changes: Mapping[str, Any]
 ) -> ConversationSummary:
-    """Sets title or system; that is no activity, so the conversation keeps its place in the list."""
-    require_conversation(connection, owner, conversation_id)
-    for name, value in changes.items():
-        assert name in ("title", "system")
-        connection.execute(f"UPDATE conversation SET {name} = ? WHERE id = ?", (value, conversation_id))
+    """Sets title, system or parameters; that is no activity, so the conversation keeps its place in the list."""
+    row = require_conversation(connection, owner, conversation_id)
+    title, system = changes.get("title", row["title"]), changes.get("system", row["system"])
+    params = {**json.loads(row["params_json"]), **{name: changes[name] for name in changes if name not in ("title", "system")}}
+    params_json = encode_json({name: value for name, value in params.items() if value is not None}).decode()
+    connection.execute(
+        "UPDATE conversation SET title = ?, system = ?, params_json = ? WHERE id = ?", (title, system, params_json, conversation_id)
+    )
+    if title != row["title"]:
+        index_title(connection, owner, conversation_id, title)
     return ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
 
 
@@ -2465,8 +3480,63 @@ def delete_conversation(connection: sqlite3.Connection, owner: str, conversation
         "SELECT id FROM message WHERE status = 'running' AND conversation_id = ?", (conversation_id,)
     ).fetchall()
     if not running:
+        indexed = "SELECT id FROM message WHERE conversation_id = ?1 UNION ALL SELECT -?1"
+        connection.execute(f"DELETE FROM message_fts WHERE rowid IN ({indexed})", (conversation_id,))
         connection.execute("DELETE FROM conversation WHERE id = ?", (conversation_id,))
     return [row[0] for row in running]
+
+
+def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
+    """Sets a title that a model made, unless somebody has set one meanwhile."""
+    first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[0]
+    row = connection.execute("SELECT title FROM conversation WHERE id = ? AND owner = ?", (conversation_id, owner)).fetchone()
+    if first is None or row is None:
+        return
+    question = next(iter(select_path(connection, first)), None)
+    if question is not None and row["title"] == make_title(text_of(question.content)):
+        update_conversation(connection, owner, conversation_id, {"title": title})
+
+
+def load_sessions(connection: sqlite3.Connection) -> list[Session]:
+    """Every session that has not expired, the newest last."""
+    rows = connection.execute("SELECT * FROM session WHERE expires_at_ms > ? ORDER BY expires_at_ms", (now_ms(),))
+    return [Session(*row) for row in rows]
+
+
+def insert_session(connection: sqlite3.Connection, session: Session) -> None:
+    connection.execute("DELETE FROM session WHERE expires_at_ms <= ?", (now_ms(),))
+    connection.execute("INSERT INTO session VALUES (?, ?, ?, ?)", session)
+
+
+def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
+    connection.execute("DELETE FROM session WHERE cookie_hash = ?", (cookie_hash,))
+
+
+class UsageRow(Struct):
+    """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
+
+    day: str
+    provider: str | None
+    model: str | None
+    messages: int
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+
+
+def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[UsageRow]:
+    rows = connection.execute(
+        "SELECT date(message.created_at_ms / 1000, 'unixepoch') AS day, provider, model, count(*),"
+        " sum(json_extract(usage_json, '$.input_tokens')), sum(json_extract(usage_json, '$.output_tokens')),"
+        " max(json_extract(usage_json, '$.estimated')) FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE owner = ? AND usage_json IS NOT NULL AND message.created_at_ms >= ?"
+        " GROUP BY day, provider, model ORDER BY day DESC, provider, model",
+        (owner, now_ms() - days * 86_400_000),
+    )
+    return [
+        UsageRow(day, provider, model, messages, asked, answered, bool(estimated))
+        for day, provider, model, messages, asked, answered, estimated in rows
+    ]
 
 
 class Store:
@@ -2569,7 +3639,15 @@ class Store:
 
 log = logging.getLogger("llmchat")
 
+SEAM_CHARACTERS_MAX = 400  # of an answer's end that a continuation may repeat
+SEAM_CHARACTERS_MIN = 4  # a shorter repeat is a coincidence
 QUEUE_EVENTS_MAX = 256  # of one subscriber; beyond it, or beyond SEND_BYTES_MAX, it lags
+TITLE_SECONDS = 60  # for a model to name a conversation
+TITLE_SAMPLE_CHARACTERS = 2_000  # of the question and of the answer that it is shown
+TITLE_PROMPT = (
+    "Give this conversation a title of two to six words, in its own language. Answer with the title alone.\n\n"
+    "User: {question}\n\nAssistant: {answer}"
+)
 FLUSH_BURST_SECONDS = 0.02  # how far the pace may be ahead of itself: a stream at 50 deltas/s is never held up
 
 
@@ -2602,6 +3680,40 @@ def encode_end(ending: Ending, usage: Usage | None, timing: Timing) -> bytes:
             "error": ending.error,
         },
     )
+
+
+def encode_end_of(message: Message) -> bytes:
+    return encode_end(Ending(message.status, message.finish_reason, message.error), message.usage, message.timing)
+
+
+class Seam:
+    """Joins a continued answer to what was there: drops what the model says again.
+
+    Text is held back only while it may still be a repeat. `least` is how many characters make a repeat: models that
+    are asked to go on begin again at a word or a sentence, those that are given a prefill at most with white space.
+    """
+
+    def __init__(self, before: str, prefilled: bool) -> None:
+        self._before = before[len(before.rstrip()) :] if prefilled else before[-SEAM_CHARACTERS_MAX:]
+        self._least = 1 if prefilled else SEAM_CHARACTERS_MIN
+        self._held: str | None = ""
+
+    def feed(self, text: str) -> str:
+        """What of the text is new, as far as that is known yet."""
+        if self._held is None:
+            return text
+        self._held += text
+        longest = range(len(self._held) + 1, len(self._before) + 1)
+        if any(self._before[-length:].startswith(self._held) for length in longest):
+            return ""
+        return self.end()
+
+    def end(self) -> str:
+        """What was held back and is no repeat; from here on, everything passes."""
+        held, self._held = self._held or "", None
+        lengths = range(min(len(held), len(self._before)), self._least - 1, -1)
+        repeat = next((length for length in lengths if self._before.endswith(held[:length])), 0)
+        return held[repeat:]
 
 
 class Subscriber:
@@ -2648,6 +3760,88 @@ class Subscriber:
         return b"".join(frames)
 
 
+RENDER_SECONDS_MIN = 0.1  # between two frames of HTML
+RENDERED_CHARACTERS_MAX = 4_000_000  # of HTML of ended messages that is remembered
+RENDER_COST_RATIO = 10  # rendering takes at most one part in this many of the time
+
+
+class Rendering:
+    """A generation's text as HTML, rendered once for all who asked for it, and only while somebody does.
+
+    Its subscribers get `html` events in place of text deltas: blocks by number that are new or have changed, and the
+    open one. There is no ring and no cursor in HTML: whoever comes, or comes back, gets everything once, and replaces
+    what differs. Markdown is parsed in a thread, so that an expensive answer holds up nobody else's.
+    """
+
+    def __init__(self) -> None:
+        self.subscribers: set[Subscriber] = set()
+        self._stream = MarkdownStream()
+        self.ended = asyncio.Event()  # the `end` event is out
+        self._fed = ""  # text that waits for the next frame
+        self._others: list[Delta] = []  # content that is no text
+        self._end_frame = b""
+        self._wake = asyncio.Event()
+        self.offset = 0  # of what has been fed
+        self._snapshot = Frame((), "", 0.0)
+
+    def feed(self, offset: int, delta: Delta) -> None:
+        """Takes committed content, once. Text goes into the next frame; everything else goes out as the delta it is."""
+        if offset <= self.offset:
+            return
+        self.offset = offset
+        if delta.kind == "text":
+            self._fed += delta.text
+            self._wake.set()
+            return
+        self._others.append(delta)
+        for subscriber in self.subscribers:
+            subscriber.put(offset, encode_delta(delta, offset))
+
+    def end(self, frame: bytes) -> None:
+        """Takes the `end` event: it goes out after the last frame of HTML."""
+        self._end_frame = frame
+        self._wake.set()
+
+    def attach(self) -> tuple[Subscriber, bytes]:
+        """A new subscriber, and everything up to now."""
+        subscriber = Subscriber(self.offset)
+        self.subscribers.add(subscriber)
+        self._wake.set()
+        others = b"".join(encode_delta(delta, self.offset) for delta in join_deltas(self._others))
+        return subscriber, others + encode_html(self._snapshot, self.offset)
+
+    async def render_forever(self) -> None:
+        """Renders what was fed, frame by frame, until the end is out."""
+        is_last = False
+        while not is_last:
+            await self._wake.wait()
+            self._wake.clear()
+            is_last = bool(self._end_frame)
+            if not self.subscribers:
+                continue
+            text, self._fed, offset = self._fed, "", self.offset
+            frame = await asyncio.to_thread(self._render, text, is_last)
+            self._publish(offset, encode_html(frame, offset))
+            if not is_last:
+                await asyncio.sleep(max(RENDER_SECONDS_MIN, RENDER_COST_RATIO * frame.seconds))
+        self.ended.set()
+        self._publish(self.offset, self._end_frame)
+
+    def _render(self, text: str, is_last: bool) -> Frame:
+        self._stream.feed(text)
+        frame = self._stream.finish() if is_last else self._stream.frame()
+        self._snapshot = self._stream.snapshot()
+        return frame
+
+    def _publish(self, offset: int, data: bytes) -> None:
+        for subscriber in self.subscribers:
+            subscriber.put(offset, data)
+
+
+def encode_html(frame: Frame, offset: int) -> bytes:
+    return encode_event("html", {"settled": frame.settled, "open": frame.open}, offset)
+
+
 class Flush(NamedTuple):
     """What one generation gives to a flush: pieces of content with the offset after each, and perhaps its end."""
 
@@ -2667,31 +3861,31 @@ class Generation:
     event loop's thread; nothing here waits.
     """
 
-    def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], parameters: Parameters, config: Config) -> None:
+    def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], config: Config) -> None:
         self.owner = owner
+        self.started = started
         self.message_id = started.message_id
         self.conversation_id = started.conversation_id
         self.parent_id = started.parent_id
-        self.created_at_ms = started.created_at_ms
-        self.system, self.turns, self.parameters = started.system, started.turns, parameters
         self.targets = targets
         self.target = targets[0]
         self.task: asyncio.Task[None] | None = None
         self.ending: Ending | None = None
-        self.attempts: list[dict[str, Any]] = []
+        self.attempts = list(started.attempts)
         # content on its way
         self.pending: list[Delta] = []
         self.pending_characters = 0
         self.characters = 0  # of the whole answer
         self.room = asyncio.Event()  # set while pending is below its bound
         self.room.set()
-        self.offset = 0
-        self.published = 0
+        self.seam: Seam | None = None
+        self.offset = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
         self.subscribers: set[Subscriber] = set()
         self.ended = asyncio.Event()  # the `end` event is out
+        self.rendering: Rendering | None = None
         self._ring: deque[tuple[int, bytes]] = deque()
-        self._ring_floor = 0  # the offset before the ring's oldest event
+        self._ring_floor = self.published  # the offset before the ring's oldest event
         self._ring_bytes = 0
         self._ring_events_max = config.ring_events
         # the guards' clocks, monotonic seconds
@@ -2725,6 +3919,9 @@ class Generation:
         self.last_delta_at = time.monotonic()
         if self.first_delta_at is None:
             self.first_delta_at = self.last_delta_at
+        if self.seam is not None:
+            joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
+            deltas = [one for one in joined if one.text]
         self.pending += deltas
         length = sum([len(delta.text) for delta in deltas])
         self.characters += length
@@ -2749,14 +3946,22 @@ class Generation:
         return Flush(self, pieces, self.outcome() if self.ending is not None else None)
 
     def outcome(self) -> Outcome:
+        """What the terminal transaction writes; a continued answer's figures are the sums of its runs."""
         assert self.ending is not None, "only what has ended has an outcome"
-        first = None if self.first_delta_at is None else round((self.first_delta_at - self.started_at) * 1000)
-        total = round((time.monotonic() - self.started_at) * 1000)
+        before = self.started.timing
+        first = before.first_delta_ms
+        if first is None and self.first_delta_at is not None:
+            first = round((self.first_delta_at - self.started_at) * 1000)
+        total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), tuple(self.attempts), first, total)
+
+    def usage(self) -> Usage | None:
+        """The tokens of all runs of this answer; None: nothing was asked that would cost anything."""
         usage = self.answer.decoder.usage if self.answer is not None else None
         if usage is None and self.answer is not None:
-            asked = sum(estimate_tokens(turn.content) for turn in self.turns)
+            asked = sum(estimate_tokens(turn.content) for turn in self.started.turns)
             usage = Usage(asked, (self.characters + 3) // 4, estimated=True)
-        return Outcome(self.message_id, self.ending, self.target, usage, tuple(self.attempts), first, total)
+        return add_usage(self.started.usage, usage)
 
     # ── publishing ──
 
@@ -2806,12 +4011,16 @@ class Generations:
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
         self.running: dict[int, Generation] = {}
         self.draining = False
-        self.streams: dict[int, int] = {}  # open streams per message
+        self.streams: Counter[int] = Counter()  # open streams per message
+        self.owner_streams: Counter[str] = Counter()  # and per owner
         self.flush_ms = 0.0  # what the last flush took
         self._config = config
         self._store = store
         self._providers = providers
         self._starting = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._rendered: dict[tuple[int, int, str], str] = {}
+        self._rendered_characters = 0
         self._dirty: dict[int, Generation] = {}
         self._wake = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
@@ -2824,8 +4033,10 @@ class Generations:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
         for generation in list(self.running.values()):
             self._end(generation, Ending("interrupted"))
+        for task in self._tasks:
+            task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         if self._flusher is not None:
             self._flusher.cancel()
@@ -2853,8 +4064,26 @@ class Generations:
 
     async def start(self, new: NewMessage) -> Started:
         """Commits the question and starts its answer. Raises Draining, Overloaded, and what start_message raises."""
+        return await self._start(new.owner, new.targets, start_message, new)
+
+    async def regenerate(self, message_id: int, new: NewMessage) -> Started:
+        """Starts a sibling of an answer. Raises as `start` does."""
+        return await self._start(new.owner, new.targets, regenerate_message, message_id, new)
+
+    async def go_on(self, owner: str, message_id: int, target: Target) -> Started:
+        """Goes on with an answer that broke off, in the same message. Raises as `start` does."""
+        return await self._start(owner, (target,), continue_message, owner, message_id, target)
+
+    async def _start(
+        self, owner: str, targets: tuple[Target, ...], operation: Callable[..., Started], *arguments: Any
+    ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
+        theirs = sum(one.owner == owner for one in self.running.values()) if self._config.users else 0
+        if theirs >= self._config.owner_generations_max:
+            raise RateLimited(
+                f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
+            )
         if len(self.running) + self._starting >= self._config.generations_max:
             raise Overloaded(
                 f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
@@ -2862,11 +4091,11 @@ class Generations:
             )
         self._starting += 1
         try:
-            started = await self._store.write(start_message, new, durable=True)
+            started = await self._store.write(operation, *arguments, durable=True)
         finally:
             self._starting -= 1
         if not started.repeated:
-            self._launch(Generation(new.owner, started, new.targets, new.parameters, self._config))
+            self._launch(Generation(owner, started, targets, self._config))
         return started
 
     def _launch(self, generation: Generation) -> None:
@@ -2946,12 +4175,15 @@ class Generations:
 
     async def _attempt(self, generation: Generation, target: Target) -> GenerationError | None:
         """One question to one model. Returns what went wrong, or None."""
-        question = Question(target.model, generation.system, generation.turns, generation.parameters)
+        started = generation.started
+        question = Question(target.model, started.system, started.turns, started.parameters, continues=bool(started.content))
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
         generation.answer = None
         failure: GenerationError | None = None
         try:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
+                if started.content:
+                    generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
                 async with contextlib.aclosing(generation.answer.deltas()) as batches:
                     async for deltas in batches:
                         generation.receive(deltas)
@@ -2964,6 +4196,8 @@ class Generations:
             failure = exc
         finally:
             generation.guard = None
+            if generation.seam is not None and (rest := generation.seam.end()):
+                generation.receive([Delta("text", rest)])
         record: dict[str, Any] = {"provider": target.provider.name, "model": target.model}
         record["error"] = None if failure is None else failure.detail()
         record["ms"] = round((time.monotonic() - generation.attempt_at) * 1000)
@@ -3078,17 +4312,49 @@ class Generations:
         if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
             for offset, delta in flush.pieces:
                 generation.publish(offset, encode_delta(delta, offset))
+                if generation.rendering is not None:
+                    generation.rendering.feed(offset, delta)
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
+            if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
+                self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Owns a task until it has ended; `close` awaits it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _title(self, generation: Generation) -> None:
+        """Lets a model name the conversation. Nobody waits for it, and a failure is no more than a line in the log."""
+        try:
+            async with asyncio.timeout(TITLE_SECONDS):
+                target = await self._providers.resolve(None, self._config.title_model, "LLMCHAT_TITLE_MODEL")
+                message = await self._store.read(load_message, generation.owner, generation.message_id)
+                asked = text_of(generation.started.turns[-1].content) if generation.started.turns else ""
+                prompt = TITLE_PROMPT.format(question=asked[:TITLE_SAMPLE_CHARACTERS], answer=message.text[:TITLE_SAMPLE_CHARACTERS])
+                question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
+                deltas: list[Delta] = []
+                async with self._providers.ask(target, question) as answer:
+                    async for batch in answer.deltas():
+                        deltas += batch
+            title = make_title(text_of(deltas).strip().strip('"'))
+            if title:
+                await self._store.write(title_conversation, generation.owner, generation.conversation_id, title)
+        except (LlmchatError, TimeoutError) as exc:
+            fields = {"conversation_id": generation.conversation_id, "error": reason_of(exc)}
+            log.warning("no title", extra={"fields": fields})
 
     def _announce(self, generation: Generation, outcome: Outcome) -> None:
         timing = Timing(outcome.first_delta_ms, outcome.total_ms)
         generation.ended.set()
-        generation.publish(generation.published, encode_end(outcome.ending, outcome.usage, timing))
+        end = encode_end(outcome.ending, outcome.usage, timing)
+        generation.publish(generation.published, end)
+        if generation.rendering is not None:
+            generation.rendering.end(end)
         fields = {
             "message_id": outcome.message_id,
             "model": str(outcome.target),
@@ -3104,25 +4370,66 @@ class Generations:
 
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
         """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
-        generation = self.find(owner, message_id)
-        about: Generation | Message
-        if generation is None or cursor > generation.published:  # the store is a moment ahead of what was published
-            page = await self._store.read(load_page, owner, message_id, cursor)
-            about, status, length = page.message, page.message.status, page.length
-        else:
-            about, status, length = generation, "running", generation.published
+        about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
             raise InvalidRequest(f"after: {cursor} is beyond the end of message {message_id}, which is at {length}")
-        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
-            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
-            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
         cursor = 0 if reset else cursor
         first = encode_start(start_data(about, message_id, status, cursor))
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
+    async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
+        """An open stream of HTML; it has no cursor. Raises NotFound, Overloaded."""
+        about, status, _ = await self._look_at(owner, message_id, 0)
+        return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
+
+    async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
+        """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
+        if self.streams[message_id] >= self._config.subscribers_max:
+            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
+            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        if sum(self.owner_streams.values()) >= self._config.streams_max:
+            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
+        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
+            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
+            raise RateLimited(limit, retry_after_seconds=5)
+        generation = self.find(owner, message_id)
+        if generation is not None and cursor <= generation.published:
+            return generation, "running", generation.published
+        page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
+        return page.message, page.message.status, page.length
+
+    async def rendering(self, generation: Generation) -> Rendering | None:
+        """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
+        rendering = Rendering()
+        while generation.rendering is None and rendering.offset < generation.published:
+            page = await self.load(generation.owner, generation.message_id, rendering.offset)
+            for offset, delta in page.pieces:
+                rendering.feed(offset, delta)
+        if generation.ended.is_set():
+            return None
+        if generation.rendering is None:
+            generation.rendering = rendering
+            self._keep(asyncio.create_task(rendering.render_forever(), name=f"rendering {generation.message_id}"))
+        return generation.rendering
+
     async def load(self, owner: str, message_id: int, cursor: int) -> Page:
         return await self._store.read(load_page, owner, message_id, cursor)
+
+    async def load_whole(self, owner: str, message_id: int) -> Message:
+        return await self._store.read(load_message, owner, message_id)
+
+    async def render_message(self, message: Message) -> str:
+        """An ended message's text as HTML; the newest ones are remembered."""
+        key = (message.id, len(message.text), message.status)
+        found = self._rendered.pop(key, None)
+        if found is None:
+            found = await asyncio.to_thread(render, message.text)
+            self._rendered_characters += len(found) if key not in self._rendered else 0
+        self._rendered[key] = found  # newest last
+        while self._rendered_characters > RENDERED_CHARACTERS_MAX:
+            self._rendered_characters -= len(self._rendered.pop(next(iter(self._rendered))))
+        return found
 
     @property
     def heartbeat_seconds(self) -> float:
@@ -3155,40 +4462,50 @@ class Stream:
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """What is to be sent, one item per send."""
-        streams = self._generations.streams
-        streams[self._message_id] = streams.get(self._message_id, 0) + 1
-        try:
-            self._beat()
+        with self._counted():
             yield self._first
-            while not self._closed:
+            while not self._closed and not self._finished:
                 generation = self._generations.running.get(self._message_id)
                 attached = generation.attach(self._cursor) if generation is not None else None
                 if generation is not None and attached is not None:
                     async with contextlib.aclosing(self._follow(generation, *attached)) as live:
                         async for data in live:
                             yield data
-                    if self._finished:
-                        return
                     continue
                 page = await self._generations.load(self._owner, self._message_id, self._cursor)
                 if page.pieces:
                     self._cursor = page.pieces[-1][0]
                     yield b"".join(encode_delta(delta, offset) for offset, delta in page.pieces)
                 if page.message.status != "running" and self._cursor >= page.length:
-                    message = page.message
-                    yield encode_end(Ending(message.status, message.finish_reason, message.error), message.usage, message.timing)
-                    return
-                if not page.pieces:
+                    self._finished = True
+                    yield encode_end_of(page.message)
+                elif not page.pieces:
                     await asyncio.sleep(STARTED_WAIT_SECONDS)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """While this stream is open: it counts for its message's limit, and its heart beats."""
+        counts: tuple[tuple[Counter[Any], Any], ...] = (
+            (self._generations.streams, self._message_id),
+            (self._generations.owner_streams, self._owner),
+        )
+        for counter, key in counts:
+            counter[key] += 1
+        self._beat()
+        try:
+            yield
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            streams[self._message_id] -= 1
-            if not streams[self._message_id]:
-                del streams[self._message_id]
+            for counter, key in counts:
+                counter[key] -= 1
+                if not counter[key]:
+                    del counter[key]
 
-    async def _follow(self, generation: Generation, subscriber: Subscriber, behind: bytes) -> AsyncGenerator[bytes, None]:
-        """The ring's newest events, then the queue, until the end, or until this stream lags or is closed."""
+    async def _follow(
+        self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes
+    ) -> AsyncGenerator[bytes, None]:
+        """What lies behind, then the queue, until the end, or until this stream lags or is closed."""
         self._subscriber = subscriber
         try:
             self._cursor = subscriber.cursor
@@ -3196,7 +4513,7 @@ class Stream:
                 self._sent_at = time.monotonic()
                 yield behind
             while not self._closed and not subscriber.lagging:
-                if generation.ended.is_set() and subscriber.queue.empty():
+                if source.ended.is_set() and subscriber.queue.empty():
                     self._finished = True
                     return
                 data = await subscriber.get()
@@ -3208,7 +4525,7 @@ class Stream:
                     yield data
         finally:
             self._subscriber = None
-            generation.subscribers.discard(subscriber)
+            source.subscribers.discard(subscriber)
 
     def _beat(self) -> None:
         """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
@@ -3220,18 +4537,296 @@ class Stream:
         self._timer = asyncio.get_running_loop().call_later(seconds - silent, self._beat)
 
 
+class HtmlStream(Stream):
+    """The same with the text as HTML: `html` events in place of text deltas."""
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        with self._counted():
+            yield self._first
+            while not self._closed and not self._finished:
+                generation = self._generations.running.get(self._message_id)
+                rendering = await self._generations.rendering(generation) if generation is not None else None
+                if rendering is not None:
+                    async with contextlib.aclosing(self._follow(rendering, *rendering.attach())) as live:
+                        async for data in live:
+                            yield data
+                    continue
+                message = await self._generations.load_whole(self._owner, self._message_id)
+                if message.status == "running":
+                    await asyncio.sleep(STARTED_WAIT_SECONDS)
+                    continue
+                self._finished = True
+                yield await self._whole(message)
+
+    async def _whole(self, message: Message) -> bytes:
+        """Everything of a message that has ended."""
+        length = sum(len(delta.text) for delta in message.content)
+        others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
+        html_text = await self._generations.render_message(message)
+        return b"".join([*others, encode_html(Frame(((0, html_text),), "", 0.0), length), encode_end_of(message)])
+
+
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 11. Identity
 #
-# Who asks. Every row has an owner, every query of section 9 is given one, and another owner's ids do not exist.
+# Who asks, and whether they may. On the loopback address without a token everybody is the one owner `local`, since
+# whoever is on this machine could read the file as well; elsewhere a request shows a token (a program in its
+# Authorization header, the page by a session cookie that signing in made). Every row has an owner, every query of
+# section 9 is given one, and another owner's ids do not exist. Three attacks need no stolen token, and are refused
+# before anything else: a name that resolves to this machine (DNS rebinding: the Host must be known; an address always
+# is, for nobody can rebind it), a foreign page that posts with the user's cookie (the Origin of every write must be
+# ours), and guessing (failures slow down their address, and everybody). Tokens are compared as hashes, in constant
+# time, all of them each time. Deliberately absent: passwords, registration, roles. A proxy can add those.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 LOCAL_OWNER = "local"
+SESSION_COOKIE = "llmchat_session"
+PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
+FAILURES_FREE_IN_ALL = 100  # and of all addresses together
+FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
+FAILURES_ADDRESSES_MAX = 10_000  # addresses that are remembered; then the oldest is forgotten
+TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
+
+
+def hash_secret(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def host_and_port(netloc: str) -> tuple[str, str]:
+    """('example.org', '8000') of 'example.org:8000'; brackets of IPv6 are taken off."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::([0-9]+))?", netloc)
+    return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in text.split(",") if one.strip())
+
+
+def token_path(config: Config) -> str:
+    return f"{config.db}.token"
+
+
+def with_token(config: Config) -> tuple[Config, bool]:
+    """The configuration with the token that it needs, and whether that was made now. Raises StartError."""
+    if config.token or config.users or is_loopback(config.host):
+        return config, False
+    path = Path(token_path(config))
+    try:
+        if path.exists():
+            return replace(config, token=path.read_text().strip()), False
+        token = secrets.token_urlsafe(24)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token + "\n")
+    except OSError as exc:
+        raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
+    return replace(config, token=token), True
+
+
+def token_owners(config: Config) -> dict[str, str]:
+    """Owner by hash of token. Raises StartError."""
+    owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
+    for pair in comma_list(config.users):
+        name, colon, token = pair.partition(":")
+        if not colon or not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or len(token) < TOKEN_CHARACTERS_MIN:
+            raise StartError(
+                f"LLMCHAT_USERS: the entry of {name[:64]!r} is not accepted; it is name:token, the token of at least"
+                f" {TOKEN_CHARACTERS_MIN} characters"
+            )
+        if hash_secret(token) in owners or name in owners.values():
+            raise StartError(f"LLMCHAT_USERS: the name or the token of {name!r} is there twice")
+        owners[hash_secret(token)] = name
+    if config.token and len(config.token) < TOKEN_CHARACTERS_MIN:
+        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it has at least {TOKEN_CHARACTERS_MIN}")
+    return owners
+
+
+def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(one, strict=False) for one in comma_list(config.trusted_proxies))
+    except ValueError as exc:
+        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
+
+
+def header_of(scope: Scope, name: bytes) -> str:
+    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
+    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+class Throttle:
+    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+
+    def wait_seconds(self, address: str) -> float:
+        """How long this address has to wait before it may try again; 0: not at all."""
+        return max(self._excess(address, FAILURES_FREE, FAILURE_SECONDS), self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10))
+
+    def fail(self, address: str) -> None:
+        for key, seconds in ((address, FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
+            count, now = self._count(key, seconds), time.monotonic()
+            self._failures.pop(key, None)
+            self._failures[key] = (count + 1, now)
+        if len(self._failures) > FAILURES_ADDRESSES_MAX:
+            self._failures.pop(next(iter(self._failures)))
+
+    def _count(self, key: str, seconds: float) -> float:
+        count, at = self._failures.get(key, (0.0, 0.0))
+        return max(count - (time.monotonic() - at) / seconds, 0.0)
+
+    def _excess(self, key: str, free: int, seconds: float) -> float:
+        return max(self._count(key, seconds) - free + 1, 0.0) * seconds
+
+
+class Gate:
+    """Admits requests: sets scope["owner"], or raises what section 2 has for it."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self._config = config
+        self._store = store
+        self._owners = token_owners(config)
+        self._proxies = parse_networks(config)
+        self._hosts = {"localhost", config.host.lower(), *(one.lower() for one in comma_list(config.hosts))}
+        self._origins = frozenset(comma_list(config.cors_origins))
+        self._sessions: dict[str, Session] = {}
+        self._throttle = Throttle()
+
+    async def open(self) -> None:
+        self._sessions = {one.cookie_hash: one for one in await self._store.read(load_sessions)}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody needs a token."""
+        return not self._owners
+
+    def admit(self, scope: Scope) -> None:
+        """Raises Forbidden, Unauthorized, RateLimited."""
+        self._check_host(scope)
+        self._check_origin(scope)
+        scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
+        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS:
+            raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
+
+    def _check_host(self, scope: Scope) -> None:
+        netloc = header_of(scope, b"host")
+        host, _ = host_and_port(netloc)
+        if not (host in self._hosts or is_address(host) or host.endswith(".localhost") or "*" in self._hosts):
+            raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
+
+    def _check_origin(self, scope: Scope) -> None:
+        """A browser says which page a write comes from; a program says nothing, and cannot be made to write by one."""
+        if scope["method"] in SAFE_METHODS:
+            return
+        origin = header_of(scope, b"origin")
+        if origin in self._origins:
+            return
+        same = origin.partition("://")[2].lower() == header_of(scope, b"host").lower() if origin else True
+        if not same or header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site"):
+            raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+
+    def cross_origin_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """The headers that let a listed origin's page read the answer; none for all others."""
+        origin = header_of(scope, b"origin")
+        if origin not in self._origins:
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+            (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+            (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
+            (b"access-control-max-age", b"600"),
+            (b"cross-origin-resource-policy", b"cross-origin"),
+            (b"vary", b"origin"),
+        ]
+
+    def _find_owner(self, scope: Scope) -> str | None:
+        scheme, _, token = header_of(scope, b"authorization").partition(" ")
+        if scheme.lower() == "bearer":
+            return self.owner_of_token(scope, token.strip())
+        cookie = cookie_of(scope)
+        session = self._sessions.get(hash_secret(cookie)) if cookie else None
+        if session is None or session.expires_at_ms <= now_ms() or self._owners.get(session.token_hash) != session.owner:
+            return None
+        return session.owner
+
+    def owner_of_token(self, scope: Scope, token: str) -> str:
+        """Raises Unauthorized; RateLimited after too many of those."""
+        address = self.address_of(scope)
+        if wait := self._throttle.wait_seconds(address):
+            raise RateLimited(f"too many failed sign-ins; wait {wait:.0f} s", retry_after_seconds=wait)
+        shown, owner = hash_secret(token), None
+        for known, name in self._owners.items():
+            if hmac.compare_digest(known, shown):
+                owner = name
+        if owner is None:
+            self._throttle.fail(address)
+            log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
+            raise Unauthorized("the token is not right")
+        return owner
+
+    def address_of(self, scope: Scope) -> str:
+        """The client's address: the newest that no trusted proxy vouches for."""
+        address = scope["client"][0] if scope.get("client") else ""
+        for hop in reversed(comma_list(header_of(scope, b"x-forwarded-for"))):
+            if not self._is_proxy(address):
+                break
+            address = hop
+        return address
+
+    def _is_proxy(self, address: str) -> bool:
+        return is_address(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+
+    def is_encrypted(self, scope: Scope) -> bool:
+        client = scope["client"][0] if scope.get("client") else ""
+        return scope["scheme"] == "https" or (self._is_proxy(client) and header_of(scope, b"x-forwarded-proto") == "https")
+
+    async def sign_in(self, scope: Scope, token: str) -> str:
+        """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
+        owner = self.owner_of_token(scope, token)
+        cookie = secrets.token_urlsafe(32)
+        expires_at_ms = now_ms() + self._config.session_days * 86_400_000
+        session = Session(hash_secret(cookie), owner, hash_secret(token), expires_at_ms)
+        await self._store.write(insert_session, session, durable=True)
+        self._sessions[session.cookie_hash] = session
+        attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
+        return f"{SESSION_COOKIE}={cookie}; {attributes}" + ("; Secure" if self.is_encrypted(scope) else "")
+
+    async def sign_out(self, scope: Scope) -> str:
+        """Ends the session; returns the cookie that takes the old one away."""
+        cookie_hash = hash_secret(cookie_of(scope))
+        await self._store.write(delete_session, cookie_hash, durable=True)
+        self._sessions.pop(cookie_hash, None)
+        return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def cookie_of(scope: Scope) -> str:
+    """The session cookie's value; empty if there is none."""
+    for pair in header_of(scope, b"cookie").split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == SESSION_COOKIE:
+            return value
+    return ""
 
 
 def owner_of(request: Request) -> str:
     """The owner that a request speaks for."""
-    return LOCAL_OWNER
+    owner = request.scope["owner"]
+    assert owner is not None, "the gate admits no one else here"
+    return cast(str, owner)
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3245,6 +4840,9 @@ def owner_of(request: Request) -> str:
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Characters = Annotated[str, Meta(min_length=1)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+MaxTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high"]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200, description="`provider/model`")]
 
 
@@ -3254,33 +4852,69 @@ class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text")
     text: Characters
 
 
-class ChatRequest(Struct, forbid_unknown_fields=True):
-    """A question. Absent fields have the defaults that the schema gives; null is the same as absent but for parent_id."""
+class ImagePart(Struct, forbid_unknown_fields=True, tag_field="type", tag="image"):
+    """A part of a message that is an image, as base64 or as a data URL; never an address to fetch."""
 
-    message: Characters | list[TextPart]
+    data: Annotated[str, Meta(min_length=1, description="base64, or a data URL")]
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"] | None = None
+
+
+class ToolResultPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
+    """What a tool that the last answer called gave; its text may be empty."""
+
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    text: str
+
+
+class Asked(Struct, forbid_unknown_fields=True):
+    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
+
     model: ModelName | None = None
     provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
+    temperature: Temperature | None = None
+    max_tokens: MaxTokens | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+    stream: bool = True
+    background: bool = False
+
+
+class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """A question. Null is the same as absent, but for parent_id."""
+
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(min_length=1, max_length=64)]
     conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
     parent_id: (
         Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
         | UnsetType
         | None
     ) = UNSET
-    system: Annotated[str, Meta(max_length=100_000, description="kept with the conversation")] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = None
+
+
+class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """Another answer to the same question; what is absent is as it was for the first."""
+
+
+class ContinueRequest(Struct, forbid_unknown_fields=True):
+    """How the rest of an answer is to come."""
+
+    model: ModelName | None = None
+    provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     stream: bool = True
     background: bool = False
 
 
 class ConversationChanges(Struct, forbid_unknown_fields=True):
-    """What of a conversation can be set; absent fields stay as they are."""
+    """What of a conversation can be set; absent fields stay as they are. A parameter that is null is unset again."""
 
     title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
-    system: Annotated[str, Meta(max_length=100_000)] | UnsetType = UNSET
+    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | UnsetType = UNSET
+    temperature: Temperature | UnsetType | None = UNSET
+    max_tokens: MaxTokens | UnsetType | None = UNSET
+    reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
 
 
 class ErrorDetail(Struct):
@@ -3360,6 +4994,12 @@ class HelpAnswer(Struct):
     unusable_keys: list[str]
 
 
+class UsageAnswer(Struct):
+    """Newest day first, then by provider and model."""
+
+    usage: list[UsageRow]
+
+
 class DeletedAnswer(Struct):
     deleted: bool
 
@@ -3372,6 +5012,7 @@ class Service:
     store: Store
     providers: Providers
     generations: Generations
+    gate: Gate
     started_at: float  # monotonic seconds
 
 
@@ -3386,70 +5027,156 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 # ── what comes in ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def read_json(request: Request, kind: type[T]) -> tuple[T, bytes]:
+async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BYTES_MAX) -> tuple[T, bytes]:
     """The request's body as a value of this type, and as it came. Raises InvalidRequest, TooLarge."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise InvalidRequest(f"content-type: {content_type or 'none'!r} is not accepted; send application/json")
-    body = bytearray()
-    try:
-        async for data in request.stream():
-            body += data
-            if len(body) > REQUEST_BYTES_MAX:
-                raise TooLarge(f"body: is larger than {REQUEST_BYTES_MAX:,} bytes, the limit")
-    except ClientDisconnect as exc:
-        raise InvalidRequest("body: the connection was closed before it was whole") from exc
+    body = await read_body(request, bytes_max)
     try:
         value = msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(explain(exc, bytes(body))) from exc
+        raise InvalidRequest(explain(exc, body, kind)) from exc
     refuse_unstorable(value)
-    return value, bytes(body)
+    return value, body
 
 
-def explain(error: Exception, body: bytes) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
+async def read_body(request: Request, bytes_max: int) -> bytes:
+    body = bytearray()
+    loop = asyncio.get_running_loop()
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        return f"body: is not JSON: {reason_of(exc)}"
-    if not isinstance(error, msgspec.ValidationError):
-        surrogate = "has half of a surrogate pair, which no text can hold"
-        return f"{find_surrogate(document, '') or 'body'}: {surrogate}"
-    complaint, _, path = str(error).partition(" - at `$")
+        async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
+            async for data in request.stream():
+                guard.reschedule(loop.time() + BODY_STALL_SECONDS)
+                body += data
+                if len(body) > bytes_max:
+                    raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
+    except ClientDisconnect as exc:
+        raise InvalidRequest("body: the connection was closed before it was whole") from exc
+    except TimeoutError as exc:
+        raise InvalidRequest(f"body: nothing of it came for {BODY_STALL_SECONDS} s") from exc
+    return bytes(body)
+
+
+def explain(error: Exception, body: bytes, kind: Any) -> str:
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
+    try:
+        document = parse_strictly(body)
+        if not isinstance(error, msgspec.ValidationError | RecursionError):
+            name = find_surrogate(document, "") or "body"
+            return f"{printable(name)}: has half of a surrogate pair, which no text can hold"
+        return explain_validation(error, document, kind)
+    except RecursionError:
+        return f"body: is nested deeper than {NESTING_MAX} levels, the limit"
+    except UnicodeDecodeError as exc:
+        return f"body: is not UTF-8: {exc.reason} at byte {exc.start}"
+    except ValueError as exc:
+        return f"body: is not JSON: {printable(str(exc))}"
+
+
+def parse_strictly(body: bytes) -> Any:
+    """The body as Python's own parser sees it, which says where it is wrong; a number too long for it stays text."""
+
+    def refuse_constant(word: str) -> None:
+        raise ValueError(f"{word} is no value that JSON has")
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in members:
+                raise ValueError(f"{json.dumps(name)} is given twice in one object")
+            members[name] = value
+        return members
+
+    return json.loads(
+        body.decode(),
+        parse_constant=refuse_constant,
+        object_pairs_hook=refuse_repeats,
+        parse_int=lambda digits: int(digits) if len(digits) <= 20 else digits,
+    )
+
+
+JSON_WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}  # for Python's
+
+
+def explain_validation(error: Exception, document: Any, kind: Any) -> str:
+    """What the decoder says is wrong with a document that is JSON, in JSON's words."""
+    if isinstance(error, RecursionError):
+        raise error
+    complaint, _, path = str(error).rpartition(" - at `$") if " - at `$" in str(error) else (str(error), "", "")
     steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
     name = ".".join(key or index for key, index in steps)
-    if unknown := re.search(r"unknown field `(.*)`", complaint):
-        return f"{'.'.join(filter(None, [name, unknown[1]]))}: is not a field of this request"
-    if missing := re.search(r"missing required field `(.*)`", complaint):
-        return f"{'.'.join(filter(None, [name, missing[1]]))}: is required"
+    for clue, words in (("unknown", "is not a field of this request"), ("missing required", "is required")):
+        if found := re.search(f"(?s){clue} field `(.*)`", complaint):
+            return f"{printable('.'.join(filter(None, [name, found[1]])))}: {words}"
     value = document
     for key, index in steps:
         value = value[key] if key else value[int(index)]
-    shown = json.dumps(value, ensure_ascii=True)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}… ({len(value):,} long)" if hasattr(value, "__len__") else shown[:57]
+    shown = json.dumps(value)
+    if len(shown) > 60:
+        length = f" ({len(value):,} long)" if isinstance(value, str | list) else ""
+        shown = f"{shown[:57]}…{length}"
     expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
+    expected = re.sub(r"\b(str|int|float|bool)\b", lambda word: JSON_WORDS[word[0]], expected)
+    if expected.startswith("invalid") and (accepted := accepted_values(kind, steps[-1][0])):
+        expected = f"expected {' | '.join(accepted)}"
     return f"{name or 'body'}: {expected}, got {shown}"
 
 
+def accepted_values(kind: Any, name: str) -> list[str]:
+    """The choices of a field, wherever in the type it is."""
+    found: list[str] = []
+
+    def look(schema: Any) -> None:
+        for key, below in schema.items() if isinstance(schema, dict) else enumerate(schema):
+            if key == name and isinstance(below, dict):
+                found.extend(word for one in (below, *below.get("anyOf", ())) for word in one.get("enum", ()) if word)
+            if isinstance(below, dict | list):
+                look(below)
+
+    look(msgspec.json.schema(kind))
+    return found
+
+
+def printable(text: str, most: int = 200) -> str:
+    """A client's own words in a form that any log and any JSON can hold."""
+    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:most])
+    return shown if len(text) <= most else f"{shown}…"
+
+
+def place_in(path: str, key: str | int) -> str:
+    """The path of a member. A long name is cut: it may stand before ten thousand others."""
+    return f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
+
+
 def find_surrogate(value: Any, path: str) -> str | None:
-    """The path of the first text with a lone surrogate."""
+    """The path of the first text with a lone surrogate; a name may have it too."""
     if isinstance(value, str):
         return path if re.search("[\ud800-\udfff]", value) else None
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = (find_surrogate(one, f"{path}.{key}" if path else str(key)) for key, one in items)
-    return next((one for one in found if one), None)
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        place = place_in(path, key)
+        found = find_surrogate(str(key), place) or find_surrogate(one, place)
+        if found:
+            return found
+    return None
 
 
-def refuse_unstorable(value: Any, path: str = "") -> None:
-    """Raises InvalidRequest for a NUL in any text: C code on the way, SQLite's own functions among it, ends there."""
+def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
+    """Raises InvalidRequest for a NUL in any text, because C code on the way, SQLite's own functions among it, ends
+    there; and for nesting that some parser on the way upstream would not take."""
     if isinstance(value, str) and "\0" in value:
-        raise InvalidRequest(f"{path}: has a NUL character at {value.index(chr(0))}, which is not accepted")
+        raise InvalidRequest(f"{printable(path)}: has a NUL character at {value.index(chr(0))}, which is not accepted")
     if isinstance(value, Struct):
         value = {name: getattr(value, name) for name in value.__struct_fields__}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if items and depth > NESTING_MAX:
+        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {NESTING_MAX} levels, the limit")
     for key, one in items:
-        refuse_unstorable(one, f"{path}.{key}" if path else str(key))
+        place = place_in(path, key)
+        if isinstance(key, str) and "\0" in key:
+            raise InvalidRequest(f"{printable(place)}: has a NUL character in its name, which is not accepted")
+        if isinstance(one, str | list | dict | Struct):
+            refuse_unstorable(one, place, depth + 1)
 
 
 def path_id(request: Request, name: str) -> int:
@@ -3488,6 +5215,8 @@ def error_response(error: LlmchatError, request_id: str, message_id: int | None 
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
     headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503 or error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
     return json_response(ErrorAnswer(detail, message_id), error.status, headers)
@@ -3507,9 +5236,12 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
         gone = asyncio.ensure_future(self._watch_client(receive))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
             async with contextlib.aclosing(self._stream.frames()) as frames:
                 async for data in frames:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -3524,38 +5256,70 @@ class EventStream(Response):
         self._stream.close()
 
 
-class Envelope:
-    """The outermost layer: a request's id, the headers of every response, and what becomes of an exception."""
+# Of every response that does not say otherwise. A JSON answer that a browser is made to show as a page can do nothing.
+SECURITY_HEADERS = {
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+}
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class Envelope:
+    """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app = app
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = find_request_id(scope)
-        started = False
-
-        async def send_in_envelope(message: AsgiMessage) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), (b"date", http_date())]
-            await send(message)
-
+        envelope = EnvelopedSend(scope, send)
         try:
-            await self._app(scope, receive, send_in_envelope)
-            return
+            envelope.headers += self._gate.cross_origin_headers(scope)
+            if scope["method"] == "OPTIONS" and envelope.headers:
+                response = Response(status_code=204)
+            else:
+                self._gate.admit(scope)
+                await self._app(scope, receive, envelope)
+                return
+        except Unauthorized as exc:
+            response = error_response(exc, scope["request_id"])
+            if wants_page(scope):
+                response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
         except LlmchatError as exc:
-            error = exc
+            response = error_response(exc, scope["request_id"])
         except HTTPException as exc:
-            error = routing_error(exc, scope)
+            response = error_response(routing_error(exc, scope), scope["request_id"])
         except Exception:
-            log.exception("request broke", extra={"fields": {"request_id": request_id, "path": scope["path"]}})
-            error = InternalError("an error of llmchat's own; its log says more under this request id")
-        if not started:
-            await error_response(error, request_id)(scope, receive, send_in_envelope)
+            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
+            internal = InternalError("an error of llmchat's own; its log says more under this request id")
+            response = error_response(internal, scope["request_id"])
+        if not envelope.started:
+            await response(scope, receive, envelope)
+
+
+class EnvelopedSend:
+    """The server's `send`, with the headers that every response gets."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.started = False
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._send = send
+        self._request_id = scope["request_id"] = find_request_id(scope)
+
+    async def __call__(self, message: AsgiMessage) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            given = [*message["headers"], *self.headers]
+            names = {name for name, _ in given}
+            security = [(name, value) for name, value in SECURITY_HEADERS.items() if name not in names]
+            own = [(b"x-request-id", self._request_id.encode()), (b"date", http_date())]
+            message["headers"] = given + security + own
+        await self._send(message)
 
 
 def find_request_id(scope: Scope) -> str:
@@ -3573,9 +5337,9 @@ def http_date() -> bytes:
 def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
     """No such path, or not with this method."""
     if exc.status_code == 405:
-        allowed = (exc.headers or {}).get("Allow", "")
+        allowed = ", ".join(sorted((exc.headers or {}).get("Allow", "").split(", ")))
         return InvalidRequest(f"method: {scope['method']} is not accepted here; use {allowed}")
-    return NotFound(f"path: there is nothing at {scope['path'][:200]}; GET /api/v1/help lists what there is")
+    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
 
 
 # ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3583,16 +5347,46 @@ def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
 
 async def chat(request: Request) -> Response:
     service, owner = service_of(request), owner_of(request)
-    asked, body = await read_json(request, ChatRequest)
-    new = await new_message(service, owner, asked)
-    if (key := idempotency_key(request)) is not None:
-        new = replace(new, idempotency_key=key, request_hash=hashlib.sha256(body).hexdigest())
-    started = await service.generations.start(new)
+    asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
+    turns = turns_of(asked.message)
+    if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
+        raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+    new = await new_message(request, asked, body, turns)
+    is_new = asked.conversation_id is None
+    system = asked.system if asked.system is not None or not is_new else service.config.system or None
+    new = replace(new, conversation_id=asked.conversation_id, parent_id=asked.parent_id, system=system)
+    return await answer_started(request, asked, await service.generations.start(new), owner)
+
+
+async def regenerate(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    message = await service.store.read(load_message, owner, message_id)
+    if asked.model is None and asked.provider is None and message.model:
+        asked.provider, asked.model = message.provider, message.model
+    new = await new_message(request, asked, body + str(message_id).encode(), ())
+    return await answer_started(request, asked, await service.generations.regenerate(message_id, new), owner)
+
+
+async def continue_answer(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    message = await service.store.read(load_message, owner, message_id)
+    if asked.model is None and asked.provider is None and message.model:
+        asked.provider, asked.model = message.provider, message.model
+    target = await service.providers.resolve(asked.provider, asked.model)
+    started = await service.generations.go_on(owner, message_id, target)
+    return await answer_started(request, asked, started, owner)
+
+
+async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
+    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
     if asked.background:
-        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, "running")
+        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, started.status)
         return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
     if asked.stream:
-        return EventStream(await service.generations.subscribe(owner, started.message_id, 0))
+        cursor = sum(len(delta.text) for delta in started.content)
+        return EventStream(await service_of(request).generations.subscribe(owner, started.message_id, cursor))
     return await finished_message(request, started.message_id)
 
 
@@ -3613,12 +5407,31 @@ async def finished_message(request: Request, message_id: int) -> Response:
 
 async def get_message(request: Request) -> Response:
     message = await service_of(request).store.read(load_message, owner_of(request), path_id(request, "message_id"))
+    if wants_html(request):
+        await add_html(request, [message])
     return json_response(message)
 
 
+def wants_html(request: Request) -> bool:
+    """Whether `?render=html` was asked for. Raises InvalidRequest for any other rendering."""
+    wanted = request.query_params.get("render")
+    if wanted not in (None, "html"):
+        raise InvalidRequest(f"render: {wanted[:40]!r} is not accepted; there is html")
+    return wanted is not None
+
+
+async def add_html(request: Request, messages: Iterable[Message]) -> None:
+    """Gives ended answers their HTML; a running one has a stream for it."""
+    for message in messages:
+        if message.role == "assistant" and message.status != "running":
+            message.html = await service_of(request).generations.render_message(message)
+
+
 async def stream_message(request: Request) -> Response:
-    message_id, cursor = path_id(request, "message_id"), cursor_of(request)
-    return EventStream(await service_of(request).generations.subscribe(owner_of(request), message_id, cursor))
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    if wants_html(request):
+        return EventStream(await service.generations.subscribe_to_html(owner, message_id))
+    return EventStream(await service.generations.subscribe(owner, message_id, cursor_of(request)))
 
 
 async def stop_message(request: Request) -> Response:
@@ -3646,23 +5459,39 @@ async def list_generations(request: Request) -> Response:
     return json_response(GenerationList(generations))
 
 
+async def get_usage(request: Request) -> Response:
+    days = query_integer(request, "days", 30, 1, 3660)
+    return json_response(UsageAnswer(await service_of(request).store.read(sum_usage, owner_of(request), days)))
+
+
 async def get_conversations(request: Request) -> Response:
     limit = query_integer(request, "limit", 50, 1, LIST_LIMIT_MAX)
     before = before_of(request.query_params.get("before"))
+    query = request.query_params.get("query", "")
+    if query.strip():
+        if len(query) > QUERY_CHARACTERS_MAX:
+            raise InvalidRequest(f"query: has {len(query):,} characters; the limit is {QUERY_CHARACTERS_MAX}")
+        store = service_of(request).store
+        return json_response(await store.read(search_conversations, owner_of(request), query, limit))
     return json_response(await service_of(request).store.read(list_conversations, owner_of(request), limit, before))
 
 
 async def get_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
-    return json_response(await service_of(request).store.read(load_conversation, owner_of(request), conversation_id))
+    conversation = await service_of(request).store.read(load_conversation, owner_of(request), conversation_id)
+    if wants_html(request):
+        await add_html(request, conversation.messages)
+    return json_response(conversation)
 
 
 async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
-    store = service_of(request).store
-    return json_response(await store.write(update_conversation, owner_of(request), conversation_id, changes, durable=True))
+    if not changes.get("title", "x").strip():
+        raise InvalidRequest("title: is empty; it has at least one character that is not a space")
+    store, owner = service_of(request).store, owner_of(request)
+    return json_response(await store.write(update_conversation, owner, conversation_id, changes, durable=True))
 
 
 async def remove_conversation(request: Request) -> Response:
@@ -3691,7 +5520,8 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    return json_response(answer, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    shown = answer if request.scope["owner"] is not None else {"status": status}
+    return json_response(shown, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
@@ -3722,22 +5552,161 @@ async def get_openapi(request: Request) -> Response:
 
 
 async def get_docs(request: Request) -> Response:
-    return HTMLResponse(docs_page(str(request.base_url).rstrip("/")))
+    return html_page(docs_page(str(request.base_url).rstrip("/")))
 
 
-async def new_message(service: Service, owner: str, asked: ChatRequest) -> NewMessage:
-    """What a chat request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
-    names = asked.fallbacks if asked.fallbacks is not None else [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
-    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
-    targets = (await service.providers.resolve(asked.provider, asked.model), *fallbacks)
-    parts = [asked.message] if isinstance(asked.message, str) else [part.text for part in asked.message]
-    if not any(part.strip() for part in parts):
-        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
-    parameters = Parameters(
-        temperature=asked.temperature, max_tokens=asked.max_tokens, reasoning_effort=asked.reasoning_effort, tools=asked.tools
+# ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; --accent: light-dark(#0b6b53, #5fd3b0) }
+body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
+code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
+pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
+table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+.method { display: inline-block; min-width: 4rem; color: var(--accent) }
+.sign-in { max-width: 22rem; margin: 20vh auto 0 } .sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box }
+.sign-in input { padding: .7rem .8rem; border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: .5rem }
+.sign-in button { margin-top: .75rem; padding: .7rem; border: 0; border-radius: .5rem; background: var(--accent); color: Canvas }
+.error { color: light-dark(#a3211a, #ff9d94) }
+"""
+PAGE_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()}';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def html_page(body: str, status: int = 200) -> Response:
+    """A page without a script and without another file."""
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+    return HTMLResponse(document, status, {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"})
+
+
+async def get_sign_in(request: Request) -> Response:
+    """The form; or, with the token in the link that the first start printed, the sign-in itself."""
+    gate = service_of(request).gate
+    if gate.is_open:
+        return redirect("/")
+    if "token" in request.query_params:
+        return await sign_in_with(request, request.query_params["token"])
+    return sign_in_form(request.query_params.get("next", "/"))
+
+
+async def post_sign_in(request: Request) -> Response:
+    form = urllib.parse.parse_qs((await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace"))
+    return await sign_in_with(request, form.get("token", [""])[0].strip(), form.get("next", ["/"])[0])
+
+
+async def sign_in_with(request: Request, token: str, next_path: str = "/") -> Response:
+    try:
+        cookie = await service_of(request).gate.sign_in(request.scope, token)
+    except LlmchatError as exc:
+        return sign_in_form(next_path, exc)
+    return redirect(next_path, {"Set-Cookie": cookie})
+
+
+async def post_sign_out(request: Request) -> Response:
+    return redirect("/sign-in", {"Set-Cookie": await service_of(request).gate.sign_out(request.scope)})
+
+
+def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
+    said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
+    return html_page(
+        f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
+        f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
+        error.status if error is not None else 200,
     )
-    content = tuple(Delta("text", part) for part in parts)
-    return NewMessage(owner, asked.conversation_id, asked.parent_id, content, asked.system, targets, parameters)
+
+
+def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """303 to a path of ours; anything that a browser could take for another site becomes `/`."""
+    safe = path if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) else "/"
+    return Response(status_code=303, headers={"Location": safe, "Cache-Control": "no-store", **(headers or {})})
+
+
+def wants_page(scope: Scope) -> bool:
+    """Whether a browser asks, to show the answer."""
+    return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
+
+
+async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
+    """The body as `read_json` gives it, or the type's defaults when there is none."""
+    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        return kind(), b""
+    return await read_json(request, kind)
+
+
+async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
+    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
+    service = service_of(request)
+    names = asked.fallbacks
+    if names is None:
+        names = [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
+    target = await service.providers.resolve(asked.provider, asked.model)
+    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
+    parameters = Parameters(
+        temperature=asked.temperature,
+        max_tokens=asked.max_tokens,
+        reasoning_effort=asked.reasoning_effort,
+        tools=asked.tools,
+        tool_choice=asked.tool_choice,
+    )
+    key = idempotency_key(request)
+    return NewMessage(
+        owner=owner_of(request),
+        conversation_id=None,
+        parent_id=UNSET,
+        turns=turns,
+        system=None,
+        targets=(target, *fallbacks),
+        parameters=parameters,
+        idempotency_key=key,
+        request_hash=hashlib.sha256(body).hexdigest() if key else None,
+    )
+
+
+def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
+    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
+    parts = [TextPart(message)] if isinstance(message, str) else message
+    results = [
+        Turn("tool", (Delta("text", part.text),) if part.text else (), tool_call_id=part.tool_call_id)
+        for part in parts
+        if isinstance(part, ToolResultPart)
+    ]
+    content = tuple(
+        Delta("text", part.text) if isinstance(part, TextPart) else image_of(part, f"message.{index}")
+        for index, part in enumerate(parts)
+        if not isinstance(part, ToolResultPart)
+    )
+    if not results and not any(delta.kind == "image" or delta.text.strip() for delta in content):
+        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
+    return (*results, Turn("user", content)) if content else tuple(results)
+
+
+IMAGE_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+
+def image_of(part: ImagePart, name: str) -> Delta:
+    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
+    head, comma, rest = part.data.partition(",")
+    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError as exc:
+        raise InvalidRequest(f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched") from exc
+    if len(data) > IMAGE_BYTES_MAX:
+        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
+    found = next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+    if found is None or (part.media_type is not None and part.media_type != found):
+        raise InvalidRequest(f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type")
+    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -3779,8 +5748,11 @@ class Endpoint:
 
 WHOLE_NUMBER = {"type": "integer", "minimum": 0}
 AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
+RENDER = ("render", {"type": "string", "enum": ["html"]}, "html: answers as HTML too")
 LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
 BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
+QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
+DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
 REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
@@ -3793,32 +5765,48 @@ ENDPOINTS = (
         Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
         curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, errors=(404,)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(404,)),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
-        streams=True, query=(AFTER,), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+        streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
     ),
     Endpoint(
         "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
         StatusAnswer, errors=(404, 503), curl="-X POST",
     ),
+    Endpoint(
+        "POST", "/api/v1/messages/{id}/regenerate", regenerate, "another answer to the same question, beside this one",
+        Message, RegenerateRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
+        curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
+    ),
+    Endpoint(
+        "POST", "/api/v1/messages/{id}/continue", continue_answer, "goes on with an answer that broke off, in place",
+        Message, ContinueRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504), curl="-N -X POST",
+    ),
     Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
     Endpoint(
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
-        ConversationList, query=(LIMIT, BEFORE), errors=(400,),
+        ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
     ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, errors=(404,)),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(404,)),
     Endpoint(
-        "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title or system prompt",
+        "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
     ),
     Endpoint(
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
     Endpoint("GET", "/docs", get_docs, "this API, to read"),
 )  # fmt: skip
+
+
+SIGN_IN_ROUTES = [
+    Route("/sign-in", lambda request: post_sign_in(request) if request.method == "POST" else get_sign_in(request), methods=["GET", "POST"]),
+    Route("/sign-out", post_sign_out, methods=["POST"]),
+]
 
 
 def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
@@ -3863,7 +5851,7 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     if one.path == "/docs":
         content = {"text/html": {"schema": {"type": "string"}}}
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is ChatRequest:
+    if one.body is not None and one.streams:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
     for status in sorted({*one.errors, 500}):
@@ -3878,29 +5866,17 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     return {**operation, "responses": responses}
 
 
-DOCS_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif }
-body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
-code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
-pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
-table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
-.method { display: inline-block; min-width: 4rem; color: light-dark(#0b6b53, #5fd3b0) }
-"""
-
-
 def docs_page(base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
     document = openapi_document()
     sections = "".join(docs_section(one, base_url, document) for one in ENDPOINTS)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>llmchat {__version__}: the API</title><style>{DOCS_STYLE}</style><body><h1>llmchat {__version__}</h1>"
+        f"<h1>llmchat {__version__}</h1>"
         f'<p>Every call with a line to try it. The same for machines: <a href="/openapi.json">/openapi.json</a>.'
         f"{sections}<h2>Errors</h2><pre>"
         f'{{"error": {{"code": "not_found", "message": "…", "retryable": false, "request_id": "…"}}}}</pre>'
-        f"<table><tr><th>code<th>status{codes}</table></html>"
+        f"<table><tr><th>code<th>status{codes}</table>"
     )
 
 
@@ -3979,10 +5955,10 @@ def open_log(config: Config) -> None:
 
 
 class App(Starlette):
-    """Starlette with our envelope in place of its layers: one error renderer, and nothing between a stream and its socket."""
+    """Starlette with our envelope in place of its layers: one error renderer, and little between a stream and its socket."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Envelope(self.router)
+        return Envelope(self.router, self.state.service.gate)
 
 
 def create_app(config: Config) -> Starlette:
@@ -3990,11 +5966,13 @@ def create_app(config: Config) -> Starlette:
     store = Store(config.db)
     providers = Providers(config)
     generations = Generations(config, store, providers)
+    gate = Gate(config, store)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.interrupted = await store.open()
         generations.open()
+        await gate.open()
         try:
             yield
         finally:
@@ -4002,8 +5980,8 @@ def create_app(config: Config) -> Starlette:
             await providers.close()
             await store.close()
 
-    app = App(routes=routes_of(ENDPOINTS), lifespan=lifespan)
-    app.state.service = Service(config, store, providers, generations, time.monotonic())
+    app = App(routes=[*routes_of(ENDPOINTS), *SIGN_IN_ROUTES], lifespan=lifespan)
+    app.state.service = Service(config, store, providers, generations, gate, time.monotonic())
     return app
 
 
@@ -4012,11 +5990,55 @@ def open_socket(config: Config) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as exc:
+        listener.close()
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
     return listener
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_timer is not None and self._head_bytes > HEAD_BYTES_MAX:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._await_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
+
+    def _end_head(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class Server(uvicorn.Server):
@@ -4060,19 +6082,21 @@ class Server(uvicorn.Server):
 async def serve(config: Config) -> None:
     """Runs the service until a signal. Raises StartError."""
     with open_socket(config) as listener:
+        config, is_new_token = with_token(config)
         app = create_app(config)
         async with app.router.lifespan_context(app):
             settings = uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, date_header=False, timeout_graceful_shutdown=CLOSE_SECONDS + 1,
+                app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSE_SECONDS + 1,
             )  # fmt: skip
             host, port = listener.getsockname()[:2]
-            greeting = partial(greet, config, host, port, app.state.interrupted)
+            greeting = partial(greet, config, host, port, app.state.interrupted, is_new_token)
             await Server(settings, app.state.service.generations, greeting).serve([listener])
 
 
-def greet(config: Config, host: str, port: int, interrupted: int) -> None:
-    """Where it listens, which database it uses, which providers it found; and what to set for keys it cannot use."""
+def greet(config: Config, host: str, port: int, interrupted: int, is_new_token: bool) -> None:
+    """Where it listens, which database it uses, which providers it found; what to set for keys it cannot use; how to
+    sign in with a token that was made now. That link is shown this once; the token stays in its file."""
     shown = f"[{host}]" if ":" in host else host
     found = ", ".join(one.name for one in config.providers)
     hint = " (no key was found; set one such as OPENAI_API_KEY, or OLLAMA_BASE_URL)" if found == DEMO else ""
@@ -4080,6 +6104,9 @@ def greet(config: Config, host: str, port: int, interrupted: int) -> None:
     print(f"llmchat {__version__} listens on http://{shown}:{port}")
     print(f"database: {Path(config.db).absolute()}{ended}")
     print(f"providers: {found}{hint}", *config.unusable_keys, sep="\n", flush=True)
+    if is_new_token:
+        reached = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+        print(f"sign in at http://{reached}:{port}/sign-in?token={config.token} (kept in {token_path(config)})", flush=True)
 
 
 def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespace:
