@@ -4385,6 +4385,18 @@ class Generations:
 
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
         """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
+        generation = self.find(owner, message_id)
+        found: tuple[Generation | Message, str, int]
+        if generation is not None and cursor <= generation.published:
+            found = generation, "running", generation.published
+        else:
+            page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
+            found = page.message, page.message.status, page.length
+        self._check_room(owner, message_id)
+        return found
+
+    def _check_room(self, owner: str, message_id: int) -> None:
+        """Raises Overloaded, RateLimited. Nothing may be awaited between this and the stream's first frame."""
         if self.streams[message_id] >= self._config.subscribers_max:
             limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
             raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
@@ -4393,11 +4405,6 @@ class Generations:
         if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
             limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
             raise RateLimited(limit, retry_after_seconds=5)
-        generation = self.find(owner, message_id)
-        if generation is not None and cursor <= generation.published:
-            return generation, "running", generation.published
-        page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
-        return page.message, page.message.status, page.length
 
     async def rendering(self, generation: Generation) -> Rendering | None:
         """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
