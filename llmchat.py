@@ -4111,12 +4111,17 @@ class Generations:
         return generation if generation is not None and generation.owner == owner else None
 
     async def stop(self, owner: str, message_id: int) -> None:
-        """Ends a running generation; returns when that is durable. On any other message it does nothing."""
+        """Ends a running generation; returns when that is durable. On any other message it does nothing.
+
+        Raises StoreUnavailable if it has ended, but the database could not take it.
+        """
         generation = self.find(owner, message_id)
         if generation is None:
             return
         self._end(generation, Ending("stopped"))
         await generation.ended.wait()
+        if self.running.get(message_id) is generation:
+            raise StoreUnavailable("the answer has ended, but that cannot be stored now", retry_after_seconds=1)
 
     def _end(self, generation: Generation, ending: Ending) -> None:
         """The end of a generation, whoever wants it; the first one counts. Its provider's connection closes now."""
@@ -4300,10 +4305,15 @@ class Generations:
             self._announce(generation, outcome)
 
     def _give_up(self, error: StoreUnavailable) -> None:
-        """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
+        """The database has been away for too long: everything that runs ends, before all who look on, as failed.
+
+        Also what was just completed or stopped: nobody is told of an end that is not stored.
+        """
+        failed = Ending("failed", error=error.detail())
         for generation in self.running.values():
-            self._end(generation, Ending("failed", error=error.detail()))
+            self._end(generation, failed)
             if not generation.ended.is_set():
+                generation.ending = failed
                 self._announce(generation, generation.outcome())
 
     def _publish(self, flush: Flush) -> None:
