@@ -338,10 +338,7 @@ def test_writes_that_are_refused_take_no_other_along(tmp_path: Path) -> None:
     sql = "INSERT INTO conversation (id, owner, created_at_ms, updated_at_ms) VALUES (?, 'local', 1, 1)"
 
     def insert(connection: sqlite3.Connection, number: int) -> int:
-        connection.execute(
-            "INSERT INTO conversation (id, owner, created_at_ms, updated_at_ms) VALUES (?, 'local', 1, 1)",
-            (number + 1,),
-        )
+        connection.execute(sql, (number + 1,))
         if number % 4 == 1:
             raise llmchat.Conflict("refused after it wrote")
         return number
