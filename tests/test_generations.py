@@ -332,6 +332,64 @@ def test_a_service_that_closes_at_any_step_interrupts_what_runs(provider: Provid
         provider._queues[None].clear()
 
 
+def test_a_flush_that_breaks_in_an_unforeseen_way_ends_one_generation_only(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = llmchat.save_flush
+
+    def break_for_one(connection: sqlite3.Connection, rows: list[llmchat.Row], outcomes: list[llmchat.Outcome]) -> None:
+        save(connection, rows, outcomes)
+        if any(row.text == "unforeseen" for row in rows):
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(llmchat, "save_flush", break_for_one)
+
+    async def work(generations: llmchat.Generations) -> None:
+        provider.script(*([*texts([text]), *openai_end()] for text in ("one", "unforeseen", "three")))
+        readers = []
+        for _ in range(3):
+            started = await generations.start(question(generations))
+            readers.append(Reader())
+            await read_stream(await subscribed(generations, started.message_id), readers[-1])
+        assert [reader.content for reader in readers] == ["one", "", "three"]
+        assert [reader.end and reader.end["status"] for reader in readers] == ["completed", "failed", "completed"]
+
+    run_engine(tmp_path, provider, work)
+
+
+def test_nothing_comes_after_the_end_when_the_database_is_back(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FLUSH_PATIENCE_SECONDS": 0.3, "FLUSH_RETRY_SECONDS": 0.05, "DATABASE_BUSY_MS": 20}.items():
+        monkeypatch.setattr(llmchat, name, value)
+
+    async def work(generations: llmchat.Generations) -> None:
+        gates = gated(provider, ["one "], ["two"])
+        started = await generations.start(question(generations))
+        first, late = Reader(), Reader()
+        reading = asyncio.create_task(read_stream(await subscribed(generations, started.message_id), first))
+        await asyncio.to_thread(wait_until, lambda: first.content == "one ", "the first delta")
+        generation = generations.running[started.message_id]
+        with contextlib.closing(sqlite3.connect(tmp_path / "engine.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            provider.open_gate(gates[0])
+            await reading
+            assert first.end is not None and first.end["error"]["code"] == "store_unavailable"
+            frames = (await subscribed(generations, started.message_id)).frames()
+            held = [await anext(frames), await anext(frames)]
+            other.execute("ROLLBACK")
+        await asyncio.to_thread(wait_until, lambda: not generations.running, "the end in the database")
+        held += [data async for data in frames]
+        for block in b"".join(held).removeprefix(b"retry: 1000\n").split(b"\n\n")[:-1]:
+            late.take(parse_event(block))
+        assert late.names == ["start", "delta", "end"] and late.content == "one "
+        assert generation.ended.is_set()
+        stored = await generations._store.read(llmchat.load_message, "local", started.message_id)
+        assert stored.text == "one two"
+
+    run_engine(tmp_path, provider, work)
+
+
 def test_writes_that_are_refused_take_no_other_along(tmp_path: Path) -> None:
     """Forty writes in one group: every fourth raises, every fourth is cancelled, the rest is committed."""
 
