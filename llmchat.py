@@ -4382,12 +4382,17 @@ class Generations:
         return generation if generation is not None and generation.owner == owner else None
 
     async def stop(self, owner: str, message_id: int) -> None:
-        """Ends a running generation; returns when that is durable. On any other message it does nothing."""
+        """Ends a running generation; returns when that is durable. On any other message it does nothing.
+
+        Raises StoreUnavailable if it has ended, but the database could not take it.
+        """
         generation = self.find(owner, message_id)
         if generation is None:
             return
         self._end(generation, Ending("stopped"))
         await generation.ended.wait()
+        if self.running.get(message_id) is generation:
+            raise StoreUnavailable("the answer has ended, but that cannot be stored now", retry_after_seconds=1)
 
     def _end(self, generation: Generation, ending: Ending) -> None:
         """The end of a generation, whoever wants it; the first one counts. Its provider's connection closes now."""
@@ -4569,10 +4574,15 @@ class Generations:
             self._announce(generation, outcome)
 
     def _give_up(self, error: StoreUnavailable) -> None:
-        """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
+        """The database has been away for too long: everything that runs ends, before all who look on, as failed.
+
+        Also what was just completed or stopped: nobody is told of an end that is not stored.
+        """
+        failed = Ending("failed", error=error.detail())
         for generation in self.running.values():
-            self._end(generation, Ending("failed", error=error.detail()))
+            self._end(generation, failed)
             if not generation.ended.is_set():
+                generation.ending = failed
                 self._announce(generation, generation.outcome())
 
     def _publish(self, flush: Flush) -> None:
@@ -4654,6 +4664,18 @@ class Generations:
 
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
         """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
+        generation = self.find(owner, message_id)
+        found: tuple[Generation | Message, str, int]
+        if generation is not None and cursor <= generation.published:
+            found = generation, "running", generation.published
+        else:
+            page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
+            found = page.message, page.message.status, page.length
+        self._check_room(owner, message_id)
+        return found
+
+    def _check_room(self, owner: str, message_id: int) -> None:
+        """Raises Overloaded, RateLimited. Nothing may be awaited between this and the stream's first frame."""
         if self.streams[message_id] >= self._config.subscribers_max:
             limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
             raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
@@ -4662,11 +4684,6 @@ class Generations:
         if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
             limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
             raise RateLimited(limit, retry_after_seconds=5)
-        generation = self.find(owner, message_id)
-        if generation is not None and cursor <= generation.published:
-            return generation, "running", generation.published
-        page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
-        return page.message, page.message.status, page.length
 
     async def rendering(self, generation: Generation) -> Rendering | None:
         """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
