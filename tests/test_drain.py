@@ -46,7 +46,7 @@ def test_a_signal_to_an_idle_server_ends_it_with_0(server: Server, number: signa
 @BOTH_SIGNALS
 def test_a_running_answer_may_end_while_the_server_drains(serve: Serve, provider: Provider, number: signal.Signals) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="60")
-    provider.script([*openai_text("begun, ")[:-2], provider.gate("drain"), *openai_text("and ended")[1:]])
+    provider.script([*openai_text("begun, ")[:-3], provider.gate("drain"), *openai_text("and ended")[1:]])
     reader = Reader()
     with server.chat("x") as stream:
         reader.read(stream, 2)
@@ -64,7 +64,7 @@ def test_a_running_answer_may_end_while_the_server_drains(serve: Serve, provider
 
 def test_a_draining_server_refuses_new_chats_and_answers_the_rest(serve: Serve, provider: Provider) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="60")
-    provider.script([*openai_text("begun, ")[:-2], provider.gate("drain"), *openai_text("and ended")[1:]])
+    provider.script([*openai_text("begun, ")[:-3], provider.gate("drain"), *openai_text("and ended")[1:]])
     message_id = server.start_chat("x")
     wait_until(lambda: server.message(message_id)["text"], "the first delta")
     server.process.send_signal(signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_a_draining_server_refuses_new_chats_and_answers_the_rest(serve: Serve, 
 @BOTH_SIGNALS
 def test_what_does_not_end_in_time_is_interrupted_and_kept(serve: Serve, provider: Provider, number: signal.Signals) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="0.2")
-    provider.script(*([*openai_text(f"kept {one}")[:-2], Hang()] for one in range(3)), [Hang()])
+    provider.script(*([*openai_text(f"kept {one}")[:-3], Hang()] for one in range(3)), [Hang()])
     readers = [Reader() for _ in range(3)]
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(server.chat("x")) for _ in readers]
@@ -112,7 +112,7 @@ def test_what_does_not_end_in_time_is_interrupted_and_kept(serve: Serve, provide
 
 def test_an_interrupted_answer_is_there_after_the_restart(serve: Serve, provider: Provider) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="0")
-    provider.script([*openai_text("kept")[:-2], Hang()])
+    provider.script([*openai_text("kept")[:-3], Hang()])
     message_id = server.start_chat("x")
     wait_until(lambda: server.message(message_id)["text"] == "kept", "the first delta")
     assert server.terminate() == 0
@@ -128,7 +128,7 @@ def test_an_interrupted_answer_is_there_after_the_restart(serve: Serve, provider
 
 def test_a_chat_that_waits_for_its_whole_answer_is_told_of_the_interruption(serve: Serve, provider: Provider) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="0")
-    provider.script([*openai_text("partial")[:-2], Hang()])
+    provider.script([*openai_text("partial")[:-3], Hang()])
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/api/v1/chat", b'{"message":"x","stream":false}', headers)
@@ -143,7 +143,7 @@ def test_a_chat_that_waits_for_its_whole_answer_is_told_of_the_interruption(serv
 
 def test_a_second_signal_exits_at_once(serve: Serve, provider: Provider) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="3600")
-    provider.script([*openai_text("kept")[:-2], Hang()])
+    provider.script([*openai_text("kept")[:-3], Hang()])
     message_id = server.start_chat("x")
     wait_until(lambda: server.message(message_id)["text"] == "kept", "the first delta")
     server.process.send_signal(signal.SIGTERM)

@@ -448,7 +448,7 @@ def test_repeats_at_the_same_moment_make_one_provider_call(shared: Server, share
 
 
 def test_a_repeat_streams_a_running_answer_from_its_start(shared: Server, shared_provider: Provider) -> None:
-    shared_provider.script([*openai_text("one")[:-2], shared_provider.gate("repeat"), *openai_text(" two")[1:]])
+    shared_provider.script([*openai_text("one")[:-3], shared_provider.gate("repeat"), *openai_text(" two")[1:]])
     body, headers = {"message": "twice"}, {"Idempotency-Key": "key-3"}
     readers = [Reader(), Reader()]
     streams = [EventStream(shared.url, "POST", "/api/v1/chat", body, headers) for _ in readers]
@@ -630,7 +630,7 @@ def test_a_deleted_conversation_is_gone_with_everything_in_it(shared: Server) ->
 
 
 def test_deleting_a_conversation_ends_what_runs_in_it(shared: Server, shared_provider: Provider) -> None:
-    shared_provider.script([*openai_text("begun")[:-2], shared_provider.gate("never opened")])
+    shared_provider.script([*openai_text("begun")[:-3], shared_provider.gate("never opened")])
     reader = Reader()
     with shared.chat("to be deleted while it runs") as stream:
         reader.read(stream, 2)
@@ -646,7 +646,7 @@ def test_deleting_a_conversation_ends_what_runs_in_it(shared: Server, shared_pro
 
 
 def test_head_of_a_stream_is_answered_while_the_answer_still_runs(shared: Server, shared_provider: Provider) -> None:
-    shared_provider.script([*openai_text("begun")[:-2], shared_provider.gate("head"), *openai_text(".")[1:]])
+    shared_provider.script([*openai_text("begun")[:-3], shared_provider.gate("head"), *openai_text(".")[1:]])
     message_id = shared.start_chat("x")
     response = shared.client.head(f"/api/v1/messages/{message_id}/stream")
     assert (response.status_code, response.content) == (200, b"")

@@ -304,7 +304,7 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
 
 
 def test_a_lock_of_three_seconds_delays_an_answer_and_loses_nothing(server: Server, provider: Provider) -> None:
-    provider.script([*openai_text("before ")[:-2], provider.gate("locked"), *openai_text("while ", "after")[1:]])
+    provider.script([*openai_text("before ")[:-3], provider.gate("locked"), *openai_text("while ", "after")[1:]])
     reader = Reader()
     with server.chat("x") as stream:
         reader.read(stream, 2)
@@ -374,7 +374,7 @@ def impatient(tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatc
 def test_a_lock_beyond_the_patience_fails_the_answer_and_the_service_recovers(
     tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provider.script([*openai_text("before ")[:-2], provider.gate("locked"), *openai_text("while")[1:-2], provider.gate("never")])
+    provider.script([*openai_text("before ")[:-3], provider.gate("locked"), *openai_text("while")[1:-2], provider.gate("never")])
     reader = Reader()
     with impatient(tmp_path, provider, monkeypatch) as connect:
         with connect(body={"message": "x"}) as stream, locked(tmp_path / "x.db"):
