@@ -178,7 +178,7 @@ def test_a_reader_that_reads_nothing_does_not_hold_the_shutdown(serve: Serve, pr
 def test_idle_and_half_open_connections_do_not_hold_the_shutdown(server: Server) -> None:
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 20)) for _ in range(3)]
-        idle[1].sendall(b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n")  # kept alive
+        idle[1].sendall(b"GET /api/v1/health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")  # kept alive
         answer = b""
         while not answer.endswith(b"}"):
             answer += idle[1].recv(65_536)
@@ -192,7 +192,7 @@ def test_idle_and_half_open_connections_do_not_hold_the_shutdown(server: Server)
 
 def test_a_body_that_never_ends_does_not_hold_the_shutdown(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
-        connection.sendall(b"POST /api/v1/chat HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+        connection.sendall(b"POST /api/v1/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
         assert server.get("/api/v1/health").status_code == 200
         server.process.send_signal(signal.SIGTERM)
         assert_closed(server)
