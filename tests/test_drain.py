@@ -44,7 +44,9 @@ def test_a_signal_to_an_idle_server_ends_it_with_0(server: Server, number: signa
 
 
 @BOTH_SIGNALS
-def test_a_running_answer_may_end_while_the_server_drains(serve: Serve, provider: Provider, number: signal.Signals) -> None:
+def test_a_running_answer_may_end_while_the_server_drains(
+    serve: Serve, provider: Provider, number: signal.Signals
+) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="60")
     provider.script([*openai_text("begun, ")[:-3], provider.gate("drain"), *openai_text("and ended")[1:]])
     reader = Reader()
@@ -87,7 +89,9 @@ def test_a_draining_server_refuses_new_chats_and_answers_the_rest(serve: Serve, 
 
 
 @BOTH_SIGNALS
-def test_what_does_not_end_in_time_is_interrupted_and_kept(serve: Serve, provider: Provider, number: signal.Signals) -> None:
+def test_what_does_not_end_in_time_is_interrupted_and_kept(
+    serve: Serve, provider: Provider, number: signal.Signals
+) -> None:
     server = serve(LLMCHAT_DRAIN_SECONDS="0.2")
     provider.script(*([*openai_text(f"kept {one}")[:-3], Hang()] for one in range(3)), [Hang()])
     readers = [Reader() for _ in range(3)]
@@ -192,7 +196,8 @@ def test_idle_and_half_open_connections_do_not_hold_the_shutdown(server: Server)
 
 def test_a_body_that_never_ends_does_not_hold_the_shutdown(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
-        connection.sendall(b"POST /api/v1/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+        lines = "Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+        connection.sendall(f"POST /api/v1/chat HTTP/1.1\r\n{lines}{{".encode())
         assert server.get("/api/v1/health").status_code == 200
         server.process.send_signal(signal.SIGTERM)
         assert_closed(server)

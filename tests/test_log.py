@@ -101,9 +101,9 @@ def test_an_error_of_our_own_is_logged_under_the_request_id_and_told_no_more(ser
 def test_a_value_with_spaces_or_newlines_cannot_make_another_line(server: Server, provider: Provider) -> None:
     server.post("/api/v1/chat", {"message": "x", "stream": False})
     change(server, BROKEN)
-    server.get("/api/v1/messages/2", headers={"X-Request-ID": "a b"})
+    server.get("/api/v1/messages/2", headers={"X-Request-ID": "zz zz"})
     log = log_of(server)
-    assert "request_id=a" not in log and len(lines_of(log, "request broke")) == 1
+    assert "zz" not in log and len(lines_of(log, "request broke")) == 1
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -146,7 +146,9 @@ def test_a_key_in_the_help_and_in_every_error_is_nowhere(serve: Serve, provider:
     assert json.loads(help_text)["providers"][0]["key"] == "rejected"
 
 
-def test_a_broken_generation_says_so_in_the_log_and_nothing_of_it_to_the_client(server: Server, provider: Provider) -> None:
+def test_a_broken_generation_says_so_in_the_log_and_nothing_of_it_to_the_client(
+    server: Server, provider: Provider
+) -> None:
     provider.script([*openai_text("begun")[:-3], provider.gate("deleted"), *openai_text("x")[1:]])
     reader = Reader()
     with server.chat("x") as stream:
