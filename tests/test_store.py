@@ -373,8 +373,8 @@ def impatient(
     monkeypatch.setattr(llmchat, "DATABASE_BUSY_MS", 50)
     monkeypatch.setattr(llmchat, "FLUSH_PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(llmchat, "FLUSH_RETRY_SECONDS", 0.05)
-    environment = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_MODELS": "m", "LLMCHAT_PORT": "0"}
-    config = llmchat.load_config({**environment, "LLMCHAT_DB": str(tmp_path / "x.db")}, {})
+    environment = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_MODELS": "m", "LLMCHAT_HEARTBEAT_SECONDS": "3600"}
+    config = llmchat.load_config({**environment, "LLMCHAT_PORT": "0", "LLMCHAT_DB": str(tmp_path / "x.db")}, {})
     started, ports, stop = threading.Event(), [], threading.Event()
 
     async def main() -> None:
