@@ -119,7 +119,7 @@ REQUEST_BYTES_MAX = 1_000_000  # a request's body: some 200,000 words, more than
 IMAGE_REQUEST_BYTES_MAX = 20_000_000  # the same, when there are images in it
 IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
 SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
-BODY_NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
+NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
 SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
 HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
 HEAD_SECONDS = 20  # for them to come
@@ -5255,7 +5255,7 @@ def explain(error: Exception, body: bytes, kind: Any) -> str:
             return f"{printable(name)}: has half of a surrogate pair, which no text can hold"
         return explain_validation(error, document, kind)
     except RecursionError:
-        return f"body: is nested deeper than {BODY_NESTING_MAX} levels, the limit"
+        return f"body: is nested deeper than {NESTING_MAX} levels, the limit"
     except UnicodeDecodeError as exc:
         return f"body: is not UTF-8: {exc.reason} at byte {exc.start}"
     except ValueError as exc:
@@ -5357,8 +5357,8 @@ def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
     if isinstance(value, Struct):
         value = {name: getattr(value, name) for name in value.__struct_fields__}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if items and depth > BODY_NESTING_MAX:
-        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {BODY_NESTING_MAX} levels, the limit")
+    if items and depth > NESTING_MAX:
+        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {NESTING_MAX} levels, the limit")
     for key, one in items:
         place = place_in(path, key)
         if isinstance(key, str) and "\0" in key:

@@ -165,7 +165,7 @@ def test_a_client_that_goes_away_in_the_middle_of_its_body_leaves_nothing(shared
         ({"message": None}, "message: expected `string | array`, got null"),
         ({"message": ""}, 'message: expected `string` of length >= 1, got ""'),
         ({"message": " \n\t\u3000"}, "message: is empty; it has at least one character that is not a space"),
-        ({"message": []}, "message: expected `array` of length >= 1, got []"),
+        ({"message": []}, "message: is empty; it has at least one character"),
         ({"message": [{"type": "text", "text": " "}]}, "message: is empty; it has at least one character"),
         ({"message": "x", "stream": None}, "stream: expected `boolean`, got null"),
         ({"message": "x", "stream": "yes"}, 'stream: expected `boolean`, got "yes"'),
