@@ -5580,7 +5580,8 @@ def html_page(body: str, status: int = 200) -> Response:
     """A page without a script and without another file."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
-    return HTMLResponse(document, status, {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"})
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
 
 
 async def get_sign_in(request: Request) -> Response:
