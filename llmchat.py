@@ -4627,30 +4627,53 @@ def with_token(config: Config) -> tuple[Config, bool]:
     path = Path(token_path(config))
     try:
         if path.exists():
-            return replace(config, token=path.read_text().strip()), False
+            close_to_others(path)
+            return replace(config, token=read_token(path)), False
         token = secrets.token_urlsafe(24)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(token + "\n")
+        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
     except OSError as exc:
         raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
     return replace(config, token=token), True
 
 
+def read_token(path: Path) -> str:
+    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
+    token = path.read_text("latin-1").strip()
+    if not is_token(token):
+        raise StartError(f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one")
+    return token
+
+
+def close_to_others(path: Path) -> None:
+    """Takes a secret's file away from everybody but its owner."""
+    mode = path.stat().st_mode & 0o777
+    if os.name == "posix" and mode & 0o077:
+        path.chmod(0o600)
+        log.warning(f"{path} was open to others (mode {mode:03o}) and is not any more; delete it for a new token")
+
+
+def is_token(text: str) -> bool:
+    """Whether a token can be one: long enough, and made of what every client can put into a header."""
+    return re.fullmatch(f"[\x21-\x7e]{{{TOKEN_CHARACTERS_MIN},}}", text) is not None
+
+
 def token_owners(config: Config) -> dict[str, str]:
-    """Owner by hash of token. Raises StartError."""
+    """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
     owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
-    for pair in comma_list(config.users):
-        name, colon, token = pair.partition(":")
-        if not colon or not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or len(token) < TOKEN_CHARACTERS_MIN:
-            raise StartError(
-                f"LLMCHAT_USERS: the entry of {name[:64]!r} is not accepted; it is name:token, the token of at least"
-                f" {TOKEN_CHARACTERS_MIN} characters"
-            )
+    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
+    if config.token and not is_token(config.token):
+        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+    for number, pair in enumerate(comma_list(config.users), 1):
+        name, _, token = pair.partition(":")
+        if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
         if hash_secret(token) in owners or name in owners.values():
-            raise StartError(f"LLMCHAT_USERS: the name or the token of {name!r} is there twice")
+            raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
-    if config.token and len(config.token) < TOKEN_CHARACTERS_MIN:
-        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it has at least {TOKEN_CHARACTERS_MIN}")
+    if not owners and (config.users or not is_loopback(config.host)):
+        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host}")
     return owners
 
 
