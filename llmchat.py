@@ -4612,6 +4612,16 @@ def host_and_port(netloc: str) -> tuple[str, str]:
     return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
 
 
+def bare_address(text: str) -> str:
+    """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
+    match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
+    with contextlib.suppress(ValueError):
+        found = "".join(filter(None, match.groups())) if match else ""
+        address = ipaddress.ip_address(found.partition("%")[0])
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return ""
+
+
 def comma_list(text: str) -> tuple[str, ...]:
     return tuple(one.strip() for one in text.split(",") if one.strip())
 
@@ -4803,19 +4813,21 @@ class Gate:
 
     def address_of(self, scope: Scope) -> str:
         """The client's address: the newest that no trusted proxy vouches for."""
-        address = scope["client"][0] if scope.get("client") else ""
+        address = peer_of(scope)
         for hop in reversed(comma_list(header_of(scope, b"x-forwarded-for"))):
-            if not self._is_proxy(address):
+            if not self._is_proxy(address) or not bare_address(hop):
                 break
-            address = hop
+            address = bare_address(hop)
         return address
 
     def _is_proxy(self, address: str) -> bool:
-        return is_address(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+        return bool(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
 
     def is_encrypted(self, scope: Scope) -> bool:
-        client = scope["client"][0] if scope.get("client") else ""
-        return scope["scheme"] == "https" or (self._is_proxy(client) and header_of(scope, b"x-forwarded-proto") == "https")
+        """Whether the browser speaks TLS: to us, to a proxy that we trust, or as the Origin of its own page says."""
+        said = header_of(scope, b"x-forwarded-proto").rpartition(",")[2].strip().lower()
+        of_page = header_of(scope, b"origin").lower().startswith("https://")
+        return scope["scheme"] == "https" or of_page or (self._is_proxy(peer_of(scope)) and said == "https")
 
     async def sign_in(self, scope: Scope, token: str) -> str:
         """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
@@ -4834,6 +4846,11 @@ class Gate:
         await self._store.write(delete_session, cookie_hash, durable=True)
         self._sessions.pop(cookie_hash, None)
         return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
 
 
 def cookie_of(scope: Scope) -> str:
