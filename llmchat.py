@@ -4700,22 +4700,40 @@ def header_of(scope: Scope, name: bytes) -> str:
 
 
 class Throttle:
-    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself."""
+    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself.
+
+    An address from which somebody came in is spared the common budget, so that strangers cannot lock out those who
+    are known; its own budget it keeps, or a user could guess other users' tokens. IPv6 counts by /64: that is what a
+    single machine is given.
+    """
 
     def __init__(self) -> None:
         self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._known: dict[str, None] = {}  # addresses that were let in, the newest last
 
     def wait_seconds(self, address: str) -> float:
         """How long this address has to wait before it may try again; 0: not at all."""
-        return max(self._excess(address, FAILURES_FREE, FAILURE_SECONDS), self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10))
+        key = self._key(address)
+        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
 
     def fail(self, address: str) -> None:
-        for key, seconds in ((address, FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
+        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
             count, now = self._count(key, seconds), time.monotonic()
             self._failures.pop(key, None)
             self._failures[key] = (count + 1, now)
         if len(self._failures) > FAILURES_ADDRESSES_MAX:
             self._failures.pop(next(iter(self._failures)))
+
+    def succeed(self, address: str) -> None:
+        key = self._key(address)
+        self._known.pop(key, None)
+        self._known[key] = None
+        if len(self._known) > FAILURES_ADDRESSES_MAX:
+            self._known.pop(next(iter(self._known)))
+
+    def _key(self, address: str) -> str:
+        return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
 
     def _count(self, key: str, seconds: float) -> float:
         count, at = self._failures.get(key, (0.0, 0.0))
@@ -4809,6 +4827,7 @@ class Gate:
             self._throttle.fail(address)
             log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
             raise Unauthorized("the token is not right")
+        self._throttle.succeed(address)
         return owner
 
     def address_of(self, scope: Scope) -> str:
