@@ -4584,6 +4584,7 @@ LOCAL_OWNER = "local"
 SESSION_COOKIE = "llmchat_session"
 PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+FORWARDING_HEADERS = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"})
 FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
 FAILURES_FREE_IN_ALL = 100  # and of all addresses together
 FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
@@ -4774,6 +4775,7 @@ class Gate:
         """Raises Forbidden, Unauthorized, RateLimited."""
         self._check_host(scope)
         self._check_origin(scope)
+        self._check_forwarded(scope)
         scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
         if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS:
             raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
@@ -4794,6 +4796,14 @@ class Gate:
         same = origin.partition("://")[2].lower() == header_of(scope, b"host").lower() if origin else True
         if not same or header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site"):
             raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+
+    def _check_forwarded(self, scope: Scope) -> None:
+        """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
+        if self.is_open and not self._is_proxy(peer_of(scope)) and any(name in FORWARDING_HEADERS for name, _ in scope["headers"]):
+            raise Forbidden(
+                "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
+                " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
+            )
 
     def cross_origin_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """The headers that let a listed origin's page read the answer; none for all others."""
