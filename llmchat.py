@@ -4787,14 +4787,18 @@ class Gate:
             raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
 
     def _check_origin(self, scope: Scope) -> None:
-        """A browser says which page a write comes from; a program says nothing, and cannot be made to write by one."""
-        if scope["method"] in SAFE_METHODS:
-            return
+        """A browser says which page a request comes from; a program says nothing, and cannot be made to write by one.
+
+        A foreign page may link here. Anything else of it is refused, reading too: a backup or a search costs something
+        even if the page is not shown what came.
+        """
         origin = header_of(scope, b"origin")
         if origin in self._origins:
             return
         same = origin.partition("://")[2].lower() == header_of(scope, b"host").lower() if origin else True
-        if not same or header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site"):
+        if scope["method"] in SAFE_METHODS:
+            same = header_of(scope, b"sec-fetch-mode") in ("", "navigate") or not is_foreign(scope)
+        if not same or (is_foreign(scope) and scope["method"] not in SAFE_METHODS):
             raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
 
     def _check_forwarded(self, scope: Scope) -> None:
@@ -4882,6 +4886,11 @@ class Gate:
         await self._store.write(delete_session, cookie_hash, durable=True)
         self._sessions.pop(cookie_hash, None)
         return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
 
 
 def peer_of(scope: Scope) -> str:
@@ -5665,7 +5674,7 @@ async def get_sign_in(request: Request) -> Response:
     gate = service_of(request).gate
     if gate.is_open:
         return redirect("/")
-    if "token" in request.query_params:
+    if "token" in request.query_params and not is_foreign(request.scope):
         return await sign_in_with(request, request.query_params["token"])
     return sign_in_form(request.query_params.get("next", "/"))
 
