@@ -4701,6 +4701,23 @@ def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IP
         raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
 
 
+def parse_hosts(config: Config) -> Iterator[str]:
+    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
+    for one in comma_list(config.hosts):
+        name, _ = host_and_port(one)
+        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
+            raise StartError(f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org")
+        yield name
+
+
+def parse_origins(config: Config) -> frozenset[str]:
+    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
+    for one in comma_list(config.cors_origins):
+        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
+            raise StartError(f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org")
+    return frozenset(comma_list(config.cors_origins))
+
+
 def header_of(scope: Scope, name: bytes) -> str:
     """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
     return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
@@ -4758,8 +4775,8 @@ class Gate:
         self._store = store
         self._owners = token_owners(config)
         self._proxies = parse_networks(config)
-        self._hosts = {"localhost", config.host.lower(), *(one.lower() for one in comma_list(config.hosts))}
-        self._origins = frozenset(comma_list(config.cors_origins))
+        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
+        self._origins = parse_origins(config)
         self._sessions: dict[str, Session] = {}
         self._throttle = Throttle()
 
