@@ -64,6 +64,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -5316,12 +5317,17 @@ def cursor_of(request: Request) -> int:
 def error_response(error: LlmchatError, request_id: str, message_id: int | None = None) -> Response:
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
+    return json_response(ErrorAnswer(detail, message_id), error.status, error_headers(error))
+
+
+def error_headers(error: LlmchatError) -> dict[str, str]:
+    """What a client is to know of an error before it reads the words."""
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503 or error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
-    return json_response(ErrorAnswer(detail, message_id), error.status, headers)
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds or 1)))
+    return headers
 
 
 class EventStream(Response):
@@ -5715,12 +5721,14 @@ async def post_sign_out(request: Request) -> Response:
 
 def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
-    return html_page(
+    page = html_page(
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
         f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
         error.status if error is not None else 200,
     )
+    page.headers.update(error_headers(error) if error is not None else {})
+    return page
 
 
 def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
