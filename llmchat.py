@@ -5371,6 +5371,7 @@ SECURITY_HEADERS = {
     b"x-frame-options": b"DENY",
     b"referrer-policy": b"no-referrer",
     b"cross-origin-resource-policy": b"same-origin",
+    b"cache-control": b"no-store",  # one URL answers each owner differently; no cache on the way may mix them up
 }
 
 
