@@ -6049,13 +6049,19 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
             line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
-            return json.dumps({**line, "trace": trace} if trace else line, ensure_ascii=False, default=str)
+            return printable_json({**line, "trace": trace} if trace else line)
         pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
         return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
 
     def _quote(self, value: Any) -> str:
         text = str(value)
-        return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"=]", text) or not text else text
+        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else printable_json(text)
+
+
+def printable_json(value: Any) -> str:
+    """JSON without any character that a terminal obeys or a log's reader takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isprintable() else json.dumps(value, default=str)
 
 
 def open_log(config: Config) -> None:
