@@ -4813,10 +4813,12 @@ class Gate:
         origin = header_of(scope, b"origin")
         if origin in self._origins:
             return
-        same = origin.partition("://")[2].lower() == header_of(scope, b"host").lower() if origin else True
         if scope["method"] in SAFE_METHODS:
-            same = header_of(scope, b"sec-fetch-mode") in ("", "navigate") or not is_foreign(scope)
-        if not same or (is_foreign(scope) and scope["method"] not in SAFE_METHODS):
+            refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
+        else:
+            same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
+            refused = is_foreign(scope) or not same
+        if refused:
             raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
 
     def _check_forwarded(self, scope: Scope) -> None:
