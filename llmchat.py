@@ -2881,6 +2881,7 @@ def prepare_database(path: str) -> int:
     if Path(path).is_dir():
         raise StartError(f"database {path}: is a folder")
     try:
+        create_private(path)
         with contextlib.closing(connect(path, read_only=False)) as connection:
             migrate(connection, path)
             connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
@@ -2889,6 +2890,12 @@ def prepare_database(path: str) -> int:
         raise StartError(f"database {path}: {reason_of(exc)}") from exc
     except OSError as exc:
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
+
+
+def create_private(path: str) -> None:
+    """The file, made for its owner alone if it is not there; what SQLite puts beside it takes the same mode."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -2927,6 +2934,7 @@ def sql_statements(script: str) -> Iterator[str]:
 
 def back_up(connection: sqlite3.Connection, path: str) -> None:
     """A consistent copy of the database, also while it is written to."""
+    create_private(path)
     with contextlib.closing(sqlite3.connect(path)) as copy:
         connection.backup(copy)
 
