@@ -581,6 +581,14 @@ def read_dotenv(path: Path) -> dict[str, str]:
     return variables
 
 
+def is_open_to_others(path: Path) -> bool:
+    """Whether anybody but a file's owner may read it; where the system has no such modes, no."""
+    try:
+        return os.name == "posix" and bool(path.stat().st_mode & 0o077)
+    except FileNotFoundError:
+        return False
+
+
 def unquote(text: str) -> str:
     """A value of `.env`: in quotes as it stands, else up to a comment that has a space before it."""
     quoted = re.match(r"""(["'])(.*)\1\s*(?:#.*)?$""", text)
@@ -4653,7 +4661,9 @@ def with_token(config: Config) -> tuple[Config, bool]:
     path = Path(token_path(config))
     try:
         if path.exists():
-            close_to_others(path)
+            if is_open_to_others(path):
+                path.chmod(0o600)
+                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
             return replace(config, token=read_token(path)), False
         token = secrets.token_urlsafe(24)
         with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -4670,14 +4680,6 @@ def read_token(path: Path) -> str:
     if not is_token(token):
         raise StartError(f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one")
     return token
-
-
-def close_to_others(path: Path) -> None:
-    """Takes a secret's file away from everybody but its owner."""
-    mode = path.stat().st_mode & 0o777
-    if os.name == "posix" and mode & 0o077:
-        path.chmod(0o600)
-        log.warning(f"{path} was open to others (mode {mode:03o}) and is not any more; delete it for a new token")
 
 
 def is_token(text: str) -> bool:
@@ -6260,6 +6262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
         open_log(config)
+        if is_open_to_others(Path(".env")):
+            log.warning("others on this machine can read .env with the keys in it; chmod 600 .env")
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serve(config))
     except StartError as exc:
