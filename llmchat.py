@@ -557,7 +557,8 @@ def check_key(variable: str, text: str) -> str:
 def check_base_url(variable: str, text: str) -> str:
     """An http(s) URL without its last slash. A path is kept as it is given: /v1 is never put in."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text.strip()):
-        raise StartError(f"{variable}: {text!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
+        shown = re.sub(r"(?s)[^/]*@|[?#].*", "…", text)  # what stands there may be a password or a key
+        raise StartError(f"{variable}: {shown[:200]!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
     return text.strip().rstrip("/")
 
 
