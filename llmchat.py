@@ -136,6 +136,8 @@ PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a who
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
+LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
 REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
@@ -349,7 +351,9 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "prefill_prefix"),
+    "mistral": facts(
+        "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any", "prefill_prefix"
+    ),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
     "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
     "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
@@ -893,7 +897,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     """
     kept: list[Turn] = []
     for turn in turns:
-        if (not turn.content and turn.role != "tool") or (not kept and turn.role == "assistant"):
+        if not says_something(turn) or (not kept and turn.role == "assistant"):
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
@@ -903,23 +907,36 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     return kept
 
 
-def pair_tools(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """The turns without tool calls that nobody answered and results that nobody asked for: both are refused."""
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant":
-            results = {one.tool_call_id for one in itertools.takewhile(lambda one: one.role == "tool", turns[index + 1 :])}
-            content = tuple(one for one in turn.content if one.kind != "tool_call" or call_id(one) in results)
-            yield replace(turn, content=content)
-        elif turn.role == "tool":
-            before = next((one for one in reversed(turns[:index]) if one.role != "tool"), None)
-            if before is not None and turn.tool_call_id in {call_id(one) for one in before.content if one.kind == "tool_call"}:
-                yield turn
-        else:
-            yield turn
+def says_something(turn: Turn) -> bool:
+    """Whether a turn holds what a provider takes: not blank text or reasoning alone, as a stopped answer may. A tool's
+    result may be empty, for it answers a call."""
+    return turn.role == "tool" or any(
+        delta.text.strip() if delta.kind == "text" else delta.kind in ("image", "tool_call", "tool_result") for delta in turn.content
+    )
 
 
-def call_id(call: Delta) -> str:
-    return cast(str, json.loads(call.text)["id"])
+def answered(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without tool calls that nobody answered and without results of no call: every provider refuses both."""
+    kept: list[Turn] = []
+    open_calls: set[str | None] = set()
+    for position, turn in enumerate(turns):
+        if turn.role == "tool":
+            kept += [turn] if turn.tool_call_id in open_calls else []
+            continue
+        following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
+        results = {other.tool_call_id for other in following}
+        content = tuple(delta for delta in turn.content if delta.kind != "tool_call" or json.loads(delta.text)["id"] in results)
+        open_calls = {json.loads(delta.text)["id"] for delta in content if delta.kind == "tool_call"}
+        kept.append(replace(turn, content=content))
+    return kept
+
+
+def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The function in a tool of any shape: OpenAI's {"function": …}, the bare function, Anthropic's; None: something
+    of the provider's own, such as a web search, which goes out as it is."""
+    if isinstance(tool.get("function"), dict):
+        return cast("Mapping[str, Any]", tool["function"])
+    return tool if tool.get("type") in (None, "function", "custom") else None
 
 
 CONTINUE_PROMPT = (
@@ -928,11 +945,11 @@ CONTINUE_PROMPT = (
 )
 
 
-def upstream_turns(question: Question, prefills: bool) -> list[Turn]:
-    """The turns as they go out. A broken-off answer is continued as a prefill where that works, else by asking."""
-    turns = alternate(pair_tools(question.turns))
+def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> list[Turn]:
+    """The turns as they go out: a broken-off answer at their end is continued as a prefill where that works, else by
+    asking."""
     if question.continues and turns and turns[-1].role == "assistant" and not prefills:
-        turns.append(Turn("user", (Delta("text", CONTINUE_PROMPT),)))
+        return [*turns, Turn("user", (Delta("text", CONTINUE_PROMPT),))]
     return turns
 
 
@@ -1269,7 +1286,7 @@ class OpenAIDecoder(Decoder):
             self._calls.append(call)
             if indexed:
                 self._positions[index] = len(self._calls) - 1
-        call.identity, call.name = identity or call.identity, name or call.name
+        call.identity, call.name = call.identity or identity, call.name or name
         return call
 
     def _decode_extras(self, chunk: ChatChunk) -> None:
@@ -1338,11 +1355,15 @@ class OpenAIDialect:
         if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
             asked["reasoning_split"] = True
         if asked.get("tools"):
-            asked["tools"] = [tool if tool.get("type") else {"type": "function", "function": tool} for tool in asked["tools"]]
+            asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
+        if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
+            asked["tool_choice"] = "any"
         system = [{"role": "system", "content": question.system}] if question.system else []
-        turns = [self._message(turn, quirks) for turn in upstream_turns(question, self.prefills(quirks))]
+        outgoing = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
+        turns = [self._message(turn, quirks) for turn in outgoing]
         if question.continues and turns and turns[-1]["role"] == "assistant":
-            turns[-1].update({"prefix": True} if "prefill_prefix" in quirks else {"partial": True} if "prefill_partial" in quirks else {})
+            turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
+            turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
 
     def prefills(self, quirks: frozenset[str]) -> bool:
@@ -1350,12 +1371,9 @@ class OpenAIDialect:
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
-        images = [json.loads(delta.text) for delta in turn.content if delta.kind == "image"]
         calls = [json.loads(delta.text) for delta in turn.content if delta.kind == "tool_call"]
-        if images:
-            text = [{"type": "text", "text": message["content"]}] if message["content"] else []
-            urls = [f"data:{image['media_type']};base64,{image['data']}" for image in images]
-            message["content"] = [*text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        if turn.role == "user" and any(delta.kind == "image" for delta in turn.content):
+            message["content"] = [openai_part(delta) for delta in turn.content if delta.kind in ("text", "image")]
         if calls:
             message["content"] = message["content"] or None
             message["tool_calls"] = [openai_tool_call(call) for call in calls]
@@ -1367,6 +1385,24 @@ class OpenAIDialect:
 
     def decoder(self, provider: Provider) -> AnswerDecoder:
         return OpenAIDecoder(provider)
+
+
+def openai_part(delta: Delta) -> dict[str, Any]:
+    """A part of list content, which only a message with an image has: some servers take nothing but a string."""
+    if delta.kind == "text":
+        return {"type": "text", "text": delta.text}
+    image = json.loads(delta.text)
+    return {"type": "image_url", "image_url": {"url": f"data:{image['media_type']};base64,{image['data']}"}}
+
+
+def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in OpenAI's."""
+    function = function_of(tool)
+    if function is None or function is tool.get("function"):
+        return tool if function is None else {"type": "function", **tool}
+    named = {name: value for name, value in function.items() if name not in ("type", "input_schema", "cache_control")}
+    schema = {"parameters": function["input_schema"]} if "input_schema" in function else {}
+    return {"type": "function", "function": {**named, **schema}}
 
 
 def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
@@ -1518,7 +1554,8 @@ class AnthropicDecoder(Decoder):
                 if block.get("type") == "thinking" and block.get("signature"):
                     deltas.append(self._signature({"signature": str(block["signature"])}))
                 self._stop_block(index, deltas)
-        self._mend(deltas, 0)
+        deltas[:] = [Delta(delta.kind, without_halves(delta.text)) for delta in deltas]
+        self._mending = False
         self._count(event.usage)
         if isinstance(event.stop_reason, str):
             self.finish_reason = finish_reason_of(event.stop_reason)
@@ -1550,20 +1587,22 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = upstream_turns(question, self.prefills(quirks))
-        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, turns))]
+        turns = [tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"]
+        systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
+        outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
+        messages = [self._message(turn) for turn in outgoing]
         prefilled = bool(messages) and messages[-1]["role"] == "assistant"
-        if prefilled and messages[-1]["content"] and messages[-1]["content"][-1]["type"] == "text":
+        if prefilled and messages[-1]["content"][-1]["type"] == "text":
             last = messages[-1]["content"][-1]
             last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
         body: dict[str, Any] = {
             "model": question.model,
             "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
-            "messages": [message for message in messages if message["content"]],
+            "messages": messages,
             "stream": True,
         }
-        if question.system:
-            body["system"] = question.system
+        if any(systems):
+            body["system"] = "\n\n".join(filter(None, systems))
         if parameters.temperature is not None:
             body["temperature"] = min(parameters.temperature, 1.0)
         if parameters.top_p is not None:
@@ -1572,6 +1611,7 @@ class AnthropicDialect:
             body["stop_sequences"] = parameters.stop
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
+            body |= anthropic_tool_choice(parameters.tool_choice)
         budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
         if budget and not prefilled:  # a prefill and thinking exclude each other
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
@@ -1582,7 +1622,7 @@ class AnthropicDialect:
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
 
-    def _message(self, turn: Turn, provider: Provider) -> dict[str, Any]:
+    def _message(self, turn: Turn) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
         reasoning = ""
         for delta in join_deltas(turn.content):
@@ -1591,7 +1631,8 @@ class AnthropicDialect:
             elif delta.kind == "reasoning":
                 reasoning = delta.text
             elif delta.kind == "signature":
-                blocks.extend(thinking_block(json.loads(delta.text), reasoning, provider))
+                blocks.append(thinking_block(json.loads(delta.text), reasoning))
+                reasoning = ""
             elif delta.kind == "image":
                 image = json.loads(delta.text)
                 source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
@@ -1617,22 +1658,45 @@ def tool_result_turn(turn: Turn) -> Turn:
     return Turn("user", (Delta("tool_result", result),))
 
 
-def thinking_block(signature: Mapping[str, str], reasoning: str, provider: Provider) -> Iterator[dict[str, Any]]:
-    """The reasoning before a signature as a block, for the provider that signed it; nothing for any other."""
-    if signature.get("provider") != provider.name:
-        return
+def signed_turn(turn: Turn, provider: Provider) -> Turn:
+    """The turn with only the reasoning that this provider signed: it refuses any other, and whoever signed it, its own
+    without the signature or with reasoning that is not exactly the same."""
+    kept: list[Delta] = []
+    reasoning: list[Delta] = []
+    for delta in join_deltas(turn.content):
+        if delta.kind == "signature":
+            kept += [*reasoning, delta] if json.loads(delta.text).get("provider") == provider.name else []
+        elif delta.kind != "reasoning":
+            kept.append(delta)
+        reasoning = [delta] if delta.kind == "reasoning" else []
+    return replace(turn, content=tuple(kept))
+
+
+def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, Any]:
+    """Signed reasoning as a block."""
     if "redacted" in signature:
-        yield {"type": "redacted_thinking", "data": signature["redacted"]}
-    else:
-        yield {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+        return {"type": "redacted_thinking", "data": signature["redacted"]}
+    return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
 
 
-def anthropic_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool in either shape, OpenAI's {"type": "function", "function": …} or the bare function, in Anthropic's."""
-    function = tool.get("function") or tool
+def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in Anthropic's."""
+    function = function_of(tool)
+    if function is None:
+        return tool
     schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
     described = {"description": function["description"]} if function.get("description") else {}
     return {"name": function.get("name", ""), **described, "input_schema": schema}
+
+
+def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
+    """OpenAI's tool_choice, a word or a function's name, as Anthropic's; what has another shape goes out as it is."""
+    if choice is None:
+        return {}
+    if isinstance(choice, str):
+        return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
+    name = within(choice, "function", "name") if isinstance(choice, dict) else None
+    return {"tool_choice": {"type": "tool", "name": name} if name else choice}
 
 
 def parse_arguments(text: str) -> Any:
@@ -1684,6 +1748,7 @@ class RepetitionGuard:
     def __init__(self, count: int, characters: int) -> None:
         self._count = count
         self._characters = characters
+        self._is_on = bool(count and characters)
         self._delta = ""
         self._delta_count = 0
         self._pending = ""  # not looked at yet: less than a step
@@ -1693,22 +1758,23 @@ class RepetitionGuard:
 
     def feed(self, text: str) -> str | None:
         """Takes a delta; returns the period once the text goes round in circles, else None."""
-        if not text or not self._count or not self._characters:
+        if not text or not self._is_on:
             return None
-        return self._repeated_delta(text) or self._repeated_period(text)
+        self._pending += text
+        if text != self._delta:
+            self._delta, self._delta_count = text, 1
+        elif repeated := self._repeated_delta(text):
+            return repeated
+        return self._repeated_period() if len(self._pending) >= REPETITION_STEP_CHARACTERS else None
 
     def _repeated_delta(self, delta: str) -> str | None:
-        self._delta_count = self._delta_count + 1 if delta == self._delta else 1
-        self._delta = delta
+        self._delta_count += 1
         if self._delta_count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
             return None
         letters = sum(map(str.isalpha, set(delta)))
         return delta if letters >= REPETITION_DELTA_LETTERS_MIN else None
 
-    def _repeated_period(self, text: str) -> str | None:
-        self._pending += text
-        if len(self._pending) < REPETITION_STEP_CHARACTERS:
-            return None
+    def _repeated_period(self) -> str | None:
         pending, step = self._pending, REPETITION_STEP_CHARACTERS
         end = len(pending) - len(pending) % step
         self._pending = pending[end:]
@@ -1751,7 +1817,7 @@ class RepetitionGuard:
 # imported at first use, so that a service that has nothing to render stays small.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
+MARKDOWN_NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
 BRACKETS_MAX = 16  # open at once in one paragraph, item or cell
 OPENER_COST_MAX = 4_000_000  # characters × openers of one paragraph, item or cell: `<http://<http://…` costs that
 HIGHLIGHT_CHARACTERS_MAX = 100_000  # of a code block; a longer one is not highlighted
@@ -1759,7 +1825,7 @@ HIGHLIGHT_SECONDS_MAX = 0.5  # of a code block; many lexers can be made to take 
 LATEX_CHARACTERS_MAX = 1_000  # of a formula: the converter recurses natively, up to 2 KB of stack per character
 LATEX_LINES_MAX = 50  # of a formula that stands by itself; bounds the search for its end
 OPEN_BLOCK_SECONDS_MAX = 0.2  # an open block that takes longer to render is shown as plain text
-assert NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
+assert MARKDOWN_NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
 
 _RETURN = re.compile(r"\r\n?")
 _SAFE_URL = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
@@ -2024,7 +2090,7 @@ def _parser() -> MarkdownIt:
         def validateLink(self, url: str) -> bool:
             return _SAFE_URL.match(url) is not None
 
-    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": NESTING_MAX, "xhtmlOut": False}
+    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": MARKDOWN_NESTING_MAX, "xhtmlOut": False}
     parser = Parser("commonmark", options).enable(["linkify", "strikethrough", "table"])
     assert parser.linkify is not None
     parser.linkify.set({"fuzzy_link": False, "fuzzy_email": False})  # `main.py` is no link
@@ -2308,6 +2374,9 @@ async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
         yield b"data: [DONE]\n\n"
 
 
+Batch = tuple[list[Delta], GenerationError | None]  # of one read, and what went wrong in it
+
+
 class Target(NamedTuple):
     """Whom a question goes to."""
 
@@ -2328,84 +2397,141 @@ class ModelList:
 
 
 class Answer:
-    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included (monotonic seconds)."""
+    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool
+    call last grew, which is no delta before it is whole (monotonic seconds)."""
 
     def __init__(self, provider: Provider, response: httpx.Response) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
-        self.heard_at = time.monotonic()
+        self.heard_at, self.grown_at = time.monotonic(), 0.0
         self._response = response
+        self._receive = body_reader(response)
+        self._sse = SseDecoder()
+        self._document: bytearray | None = None  # of an answer that is no stream
+        self._is_sniffed = False
+        self._whole_at: float | None = None  # loop time since which nothing more has to come
+        self._failure: GenerationError | None = None
+        self._is_ended = False
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What each read of the socket brings. Raises ProviderError, after the deltas that came before it."""
-        content_type = self._response.headers.get("content-type", "")
-        if "json" in content_type or "html" in content_type:
-            batches = self._read_document(content_type)
-        else:
-            batches = self._read_events()
-        async for deltas, failure in batches:
-            if deltas:
-                yield deltas
-            if failure is not None:
-                raise failure
+    async def read(self) -> list[Delta] | None:
+        """What the next read of the socket brings, which may be nothing; None once the answer is whole.
 
-    async def _read_events(self) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
-        sse = SseDecoder()
-        async for data in self._read_bytes():
-            deltas: list[Delta] = []
-            failure = self._decode(sse, data, deltas)
-            yield deltas, failure
-        deltas = []
-        yield deltas, self._decode_end(sse, deltas)
-
-    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> ProviderError | None:
-        """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
-        try:
-            for name, payload in sse.feed(data):
-                self.decoder.decode(name, payload, deltas)
-        except ProviderError as exc:
-            return exc
-        return None
-
-    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> ProviderError | None:
-        with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
-            for name, payload in sse.end():
-                self.decoder.decode(name, payload, deltas)
-        try:
-            self.decoder.end(deltas)
-        except ProviderError as exc:
-            return exc
-        return None
-
-    async def _read_document(self, content_type: str) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
-        """A whole answer in one JSON document, although a stream was asked for; an HTML page is an error."""
-        body = bytearray()
-        async for data in self._read_bytes():
-            body += data
-            if len(body) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
-        if "html" in content_type:
-            words, _ = body_words(content_type, bytes(body))
-            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        Raises GenerationError, after the deltas that came before it. One call per read and no generator on the way:
+        this is where a stream spends its time.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._is_ended:
+            return None
+        data = await self._read_bytes()
         deltas: list[Delta] = []
-        try:
-            self.decoder.decode_document(bytes(body), deltas)
-            self.decoder.end(deltas)
-        except ProviderError as exc:
-            yield deltas, exc
-        else:
-            yield deltas, None
+        self._failure = self._decode(data, deltas) if data else self._decode_end(deltas)
+        if not data:
+            self._is_ended = True
+        elif self.decoder.done or (self.decoder.finish_reason is not None and (deltas or self._whole_at is None)):
+            self._whole_at = asyncio.get_running_loop().time()
+        if self._failure is not None and not deltas:
+            raise self._failure
+        return deltas
 
-    async def _read_bytes(self) -> AsyncIterator[bytes]:
-        """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
-        encoded = self._response.headers.get("content-encoding", "identity") != "identity"
-        stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
+    async def _read_bytes(self) -> bytes:
+        """The next bytes; none at the end. Raises ProviderTruncated if the connection breaks before that."""
         try:
-            async for data in stream:
-                self.heard_at = time.monotonic()
-                yield data
+            if self._whole_at is not None:
+                data = await self._read_after_end(self._whole_at)
+            else:
+                data = await self._receive()
+                if not self._is_sniffed:
+                    data = await self._sniff(data)
         except connection_errors() as exc:
-            raise ProviderTruncated(f"the connection to {self.provider.name} broke: {reason_of(exc)}") from exc
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            raise ProviderTruncated(words, transient=True) from exc
+        self.heard_at = time.monotonic()
+        return data
+
+    async def _sniff(self, data: bytes) -> bytes:
+        """The first bytes that say something. By them, not by a label, an answer is a stream or one document: a stream
+        is asked for, and what comes instead is mislabelled too."""
+        while data and not (head := data.lstrip(b" \t\r\n\xef\xbb\xbf")):  # DeepSeek sends blank lines while one waits
+            self.heard_at = time.monotonic()
+            data = await self._receive()
+        if data and head.startswith((b"{", b"[", b"<")):
+            self._document = bytearray()
+        self._is_sniffed = True
+        return head if data else b""
+
+    async def _read_after_end(self, whole_at: float) -> bytes:
+        """What comes after the answer is whole, which does not wait for its connection to end.
+
+        A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
+        its end can be used again.
+        """
+        patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
+        with contextlib.suppress(TimeoutError, *connection_errors()):
+            async with asyncio.timeout_at(whole_at + patience):
+                data = await self._receive()
+                while data and self.decoder.done:
+                    data = await self._receive()
+                return data
+        return b""
+
+    def _decode(self, data: bytes, deltas: list[Delta]) -> GenerationError | None:
+        """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        if self._document is not None:
+            self._document += data
+            too_large = len(self._document) > PROVIDER_EVENT_BYTES_MAX
+            words = f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit"
+            return ProviderProtocol(words) if too_large else None
+        held_characters = self.decoder.held_characters
+        try:
+            for name, payload in self._sse.feed(data):
+                self.decoder.decode(name, payload, deltas)
+        except GenerationError as exc:
+            return exc
+        if self.decoder.held_characters != held_characters:
+            self.grown_at = self.heard_at
+        return None
+
+    def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
+        try:
+            if self._document is not None:
+                self._decode_document(bytes(self._document), deltas)
+            with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
+                for name, payload in self._sse.end():
+                    self.decoder.decode(name, payload, deltas)
+            self.decoder.end(deltas)
+        except ProviderTruncated as exc:
+            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
+        except GenerationError as exc:
+            return exc
+        return None
+
+    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
+        if body.startswith(b"<"):
+            words, _ = body_words("text/html", body)
+            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        self.decoder.decode_document(body, deltas)
+
+    def _strange_error(self, body: bytes) -> ProviderError:
+        """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
+        if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
+            return in_band_error(self.provider, body)
+        words, _ = body_words(self._response.headers.get("content-type", ""), body)
+        return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
+
+
+def body_reader(response: httpx.Response) -> Callable[[], Awaitable[bytes]]:
+    """What gives the next bytes of a body, and none at its end: aiohttp's own reader where there is nothing to decode."""
+    reader = response.extensions.get("reader")
+    if reader is not None and response.headers.get("content-encoding", "identity") == "identity":
+        return cast("Callable[[], Awaitable[bytes]]", reader.readany)
+    stream = response.aiter_bytes()
+
+    async def read() -> bytes:
+        return await anext(stream, b"")
+
+    return read
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2414,6 +2540,20 @@ def connection_errors() -> tuple[type[Exception], ...]:
     import httpx
 
     return (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
+
+
+def connection_error(provider: Provider, exc: Exception) -> ProviderError:
+    """The error for a request that got no answer; the transport keeps aiohttp's exception as the cause."""
+    import aiohttp
+
+    cause = exc.__cause__ or exc
+    if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
+        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}")
+    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
+        inner = getattr(cause, "os_error", None)
+        reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
+        return ProviderUnavailable(f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True)
+    return ProviderUnavailable(f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True)
 
 
 def reason_of(exc: BaseException) -> str:
@@ -2461,7 +2601,7 @@ class Providers:
     """The configured providers: asks them questions, knows their models, remembers what they refused."""
 
     def __init__(self, config: Config) -> None:
-        self.rejected: set[str] = set()  # names of providers that refused their key when last asked
+        self.rejected: set[str] = set()  # names of providers that refused their key; a list of models may need none
         self._config = config
         self._client: httpx.AsyncClient | None = None
         self._learnt: dict[str, frozenset[str]] = {}
@@ -2474,11 +2614,8 @@ class Providers:
     def _open_client(self) -> httpx.AsyncClient:
         if self._client is None:
             import httpx
-            from httpx_aiohttp import AiohttpTransport
-
             limits = httpx.Limits(max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15)
-            transport = AiohttpTransport(limits=limits)
-            transport.client = open_session(limits, transport.ssl_context)
+            transport = open_transport(limits)
             self._client = httpx.AsyncClient(
                 transport=transport,
                 mounts={f"all://{DEMO_HOST}": open_demo_transport()},
@@ -2523,15 +2660,16 @@ class Providers:
         return await self._send(provider, "POST", provider.base_url + dialect.path(provider), encode_json(body))
 
     async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
-        """One request; the response's body is still to be read. Raises ProviderUnavailable."""
+        """One request; the response's body is still to be read. Raises ProviderError."""
+        if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
+            raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         client = self._open_client()
         headers = {**DIALECTS[provider.dialect].headers(provider), "content-type": "application/json"}
         try:
             request = client.build_request(method, url, content=body, headers=headers)
             return await client.send(request, stream=True)
         except connection_errors() as exc:
-            where = f"{provider.name} cannot be reached at {provider.base_url}"
-            raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
+            raise connection_error(provider, exc) from exc
 
     async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
         """The error for a status other than 200, and the body that it was read from."""
@@ -2592,7 +2730,6 @@ class Providers:
         try:
             if response.status_code != 200:
                 raise (await self._refusal(provider, response))[0]
-            self.rejected.discard(provider.name)
             return decode_json(await response.aread())
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
@@ -2655,6 +2792,24 @@ def models_of(document: Any) -> list[str]:
     items = listed if isinstance(listed, list) else []
     names = [item.get("id") or item.get("name") if isinstance(item, dict) else item for item in items]
     return [name.removeprefix("models/") for name in names if isinstance(name, str)]
+
+
+def open_transport(limits: httpx.Limits) -> Any:
+    """httpx's transport over aiohttp, which also hands out the reader of each body."""
+    import httpx
+    from httpx_aiohttp import AiohttpTransport
+    from httpx_aiohttp.transport import AiohttpResponseStream
+
+    class Transport(AiohttpTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            response = await super().handle_async_request(request)
+            assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
+            response.extensions["reader"] = response.stream._aiohttp_response.content
+            return response
+
+    transport = Transport(limits=limits)
+    transport.client = open_session(limits, transport.ssl_context)
+    return transport
 
 
 def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
@@ -2819,13 +2974,7 @@ class Session(NamedTuple):
     expires_at_ms: int
 
 
-class Row(NamedTuple):
-    """A delta as it is stored."""
-
-    message_id: int
-    offset: int
-    kind: str
-    text: str
+Row = tuple[int, int, str, str]  # a delta as it is stored: message_id, offset, kind, text
 
 
 @dataclass(frozen=True)
@@ -2971,6 +3120,7 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
+INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
 SEARCH_WORDS_MAX = 16  # of one query
 SEARCH_MATCHES_MAX = 400  # newest matches that are ranked; the word "the" is in every message
 SNIPPET_TOKENS = 24
@@ -3003,7 +3153,10 @@ def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
     owner = connection.execute(
         "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ?", (message_id,)
     ).fetchone()
-    rows = connection.execute("SELECT text FROM delta WHERE message_id = ? AND kind = 'text' ORDER BY offset", (message_id,))
+    rows = connection.execute(
+        "SELECT text FROM delta WHERE message_id = ? AND kind = 'text' AND offset < ? ORDER BY offset",
+        (message_id, INDEXED_CHARACTERS_MAX),
+    )
     if owner is not None:
         index_message(connection, owner[0], message_id, "".join(text for (text,) in rows))
 
@@ -3308,14 +3461,29 @@ def insert_content(connection: sqlite3.Connection, message_id: int, content: Ite
     rows, offset = [], 0
     for delta in content:
         for piece in split_delta(delta):
-            rows.append(Row(message_id, offset, piece.kind, piece.text))
+            rows.append((message_id, offset, piece.kind, piece.text))
             offset += len(piece.text)
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    insert_rows(connection, rows)
+
+
+def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Stores deltas in one statement, however many: after each, this thread would have to wait for the interpreter,
+    which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
+    encoded = encode_json(rows)
+    if b"\\u0000" in encoded:
+        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    else:
+        connection.execute(
+            "INSERT INTO delta SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),"
+            " json_extract(value, '$[3]') FROM json_each(?)",
+            (encoded.decode(),),
+        )
 
 
 def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
     """A flush: new content of running messages, and the ends of some. The one place that sets a terminal status."""
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    if rows:
+        insert_rows(connection, rows)
     for outcome in outcomes:
         ending = outcome.ending
         connection.execute(
@@ -3870,7 +4038,7 @@ class Flush(NamedTuple):
 
     def rows(self) -> list[Row]:
         message_id = self.generation.message_id
-        return [Row(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+        return [(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
 
 
 class Generation:
@@ -3911,6 +4079,7 @@ class Generation:
         self.started_at = time.monotonic()
         self.first_delta_at: float | None = None
         self.attempt_at = self.started_at
+        self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
         self.answer: Answer | None = None
         self.guard: asyncio.Timeout | None = None
@@ -3942,22 +4111,25 @@ class Generation:
             joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
             deltas = [one for one in joined if one.text]
         self.pending += deltas
-        length = sum([len(delta.text) for delta in deltas])
+        length, circle = 0, None
+        for delta in deltas:
+            length += len(delta.text)
+            guard = self._circles.get(delta.kind)
+            circle = circle or (guard.feed(delta.text) if guard is not None else None)
         self.characters += length
         self.pending_characters += length
         if self.pending_characters > PENDING_CHARACTERS_MAX:
             self.room.clear()
         if self.characters > self._characters_max:
             raise TooLong(f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)")
-        for delta in deltas:
-            if delta.kind in MERGED_KINDS and (period := self._circles[delta.kind].feed(delta.text)):
-                raise Repetition(f"the model goes round in circles, repeating {shorten(period, None)!r}")
+        if circle is not None:
+            raise Repetition(f"the model goes round in circles, repeating {shorten(circle, None)!r}")
 
     def take(self) -> Flush:
         """Everything pending, for a flush; with the outcome if this is the last."""
         pieces = []
-        for delta in join_deltas(self.pending):
-            for piece in split_delta(delta):
+        for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
+            for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
                 self.offset += len(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
@@ -3972,15 +4144,27 @@ class Generation:
         if first is None and self.first_delta_at is not None:
             first = round((self.first_delta_at - self.started_at) * 1000)
         total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
-        return Outcome(self.message_id, self.ending, self.target, self.usage(), tuple(self.attempts), first, total)
+        unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
+        attempts = (*self.attempts, *unfinished)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total)
 
     def usage(self) -> Usage | None:
-        """The tokens of all runs of this answer; None: nothing was asked that would cost anything."""
-        usage = self.answer.decoder.usage if self.answer is not None else None
-        if usage is None and self.answer is not None:
-            asked = sum(estimate_tokens(turn.content) for turn in self.started.turns)
-            usage = Usage(asked, (self.characters + 3) // 4, estimated=True)
-        return add_usage(self.started.usage, usage)
+        """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
+        at most what went in. None: nothing was asked that would cost anything."""
+        if self.answer is None:
+            return self.started.usage
+        counted, written = self.answer.decoder.usage, (self.characters + 3) // 4
+        if counted is None:
+            counted = Usage(sum(estimate_tokens(turn.content) for turn in self.started.turns), written, estimated=True)
+        elif self.answer.decoder.finish_reason is None:
+            output_tokens = max(counted.output_tokens, written)
+            counted = msgspec.structs.replace(counted, output_tokens=output_tokens, estimated=True)
+        return add_usage(self.started.usage, counted)
+
+    def attempt_record(self, error: dict[str, Any] | None) -> dict[str, Any]:
+        """The running attempt as it is kept with the message."""
+        elapsed_ms = round((time.monotonic() - self.attempt_at) * 1000)
+        return {"provider": self.provider, "model": self.model, "error": error, "ms": elapsed_ms}
 
     # ── publishing ──
 
@@ -4019,6 +4203,8 @@ class Generation:
         if self.guard is None or not self.room.is_set():  # the silence is ours
             return float("inf")
         since = self.last_delta_at or self.attempt_at
+        if self.answer is not None:
+            since = max(since, self.answer.grown_at)
         patience = config.first_delta_timeout_seconds if self.last_delta_at is None else config.stall_timeout_seconds
         heard = self.answer.heard_at if self.answer is not None else since
         return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
@@ -4197,18 +4383,18 @@ class Generations:
         started = generation.started
         question = Question(target.model, started.system, started.turns, started.parameters, continues=bool(started.content))
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
-        generation.answer = None
+        generation.attempting, generation.answer = True, None
         failure: GenerationError | None = None
         try:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
                 if started.content:
                     generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
-                async with contextlib.aclosing(generation.answer.deltas()) as batches:
-                    async for deltas in batches:
+                while (deltas := await generation.answer.read()) is not None:
+                    if deltas:
                         generation.receive(deltas)
                         self._mark(generation)
-                        if not generation.room.is_set():
-                            await generation.room.wait()
+                    if not generation.room.is_set():
+                        await generation.room.wait()
         except TimeoutError:
             failure = self._stalled(generation)
         except GenerationError as exc:
@@ -4217,10 +4403,8 @@ class Generations:
             generation.guard = None
             if generation.seam is not None and (rest := generation.seam.end()):
                 generation.receive([Delta("text", rest)])
-        record: dict[str, Any] = {"provider": target.provider.name, "model": target.model}
-        record["error"] = None if failure is None else failure.detail()
-        record["ms"] = round((time.monotonic() - generation.attempt_at) * 1000)
-        generation.attempts.append(record)
+        generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
+        generation.attempting = False
         return failure
 
     def _stalled(self, generation: Generation) -> Stalled:
@@ -4242,7 +4426,7 @@ class Generations:
             return
         loop = asyncio.get_running_loop()
         due = generation.silent_until(self._config)
-        if now >= due and generation.guard is not None:
+        if now >= due and generation.guard is not None and not generation.guard.expired():
             generation.guard.reschedule(loop.time())
         patience = min(self._config.stall_timeout_seconds, self._config.first_delta_timeout_seconds)
         wait = min(deadline - now, patience, due - now if due > now else patience)
@@ -4358,7 +4542,7 @@ class Generations:
                 question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
                 deltas: list[Delta] = []
                 async with self._providers.ask(target, question) as answer:
-                    async for batch in answer.deltas():
+                    while (batch := await answer.read()) is not None:
                         deltas += batch
             title = make_title(text_of(deltas).strip().strip('"'))
             if title:
@@ -5000,7 +5184,7 @@ class Asked(Struct, forbid_unknown_fields=True):
 class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
     """A question. Null is the same as absent, but for parent_id."""
 
-    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(min_length=1, max_length=64)]
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
     conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
     parent_id: (
         Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]

@@ -58,7 +58,7 @@ async def opened(path: Path) -> AsyncIterator[llmchat.Store]:
 def new_message(text: str = "hello", **more: Any) -> llmchat.NewMessage:
     values: dict[str, Any] = {"conversation_id": None, "parent_id": llmchat.UNSET, "system": None, **more}
     return llmchat.NewMessage(
-        "local", content=(llmchat.Delta("text", text),), targets=(TARGET,), parameters=llmchat.Parameters(), **values
+        "local", turns=(llmchat.Turn("user", (llmchat.Delta("text", text),)),), targets=(TARGET,), parameters=llmchat.Parameters(), **values
     )
 
 
