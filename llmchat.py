@@ -4222,7 +4222,7 @@ class Generations:
         self._config = config
         self._store = store
         self._providers = providers
-        self._starting = 0
+        self._starting: Counter[str] = Counter()  # by owner: what is being committed and will run
         self._tasks: set[asyncio.Task[None]] = set()
         self._rendered: dict[tuple[int, int, str], str] = {}
         self._rendered_characters = 0
@@ -4284,21 +4284,21 @@ class Generations:
     ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
-        theirs = sum(one.owner == owner for one in self.running.values()) if self._config.users else 0
-        if theirs >= self._config.owner_generations_max:
+        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
+        if self._config.users and theirs >= self._config.owner_generations_max:
             raise RateLimited(
                 f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
             )
-        if len(self.running) + self._starting >= self._config.generations_max:
+        if len(self.running) + self._starting.total() >= self._config.generations_max:
             raise Overloaded(
                 f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
                 retry_after_seconds=5,
             )
-        self._starting += 1
+        self._starting[owner] += 1
         try:
             started = await self._store.write(operation, *arguments, durable=True)
         finally:
-            self._starting -= 1
+            self._starting[owner] -= 1
         if not started.repeated:
             self._launch(Generation(owner, started, targets, self._config))
         return started
