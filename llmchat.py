@@ -4572,7 +4572,7 @@ class Generations:
     # ── subscribers ──
 
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
-        """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
+        """A stream from a cursor on. Raises NotFound, InvalidRequest."""
         about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
@@ -4582,25 +4582,28 @@ class Generations:
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
     async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
-        """An open stream of HTML; it has no cursor. Raises NotFound, Overloaded."""
+        """A stream of HTML; it has no cursor. Raises NotFound."""
         about, status, _ = await self._look_at(owner, message_id, 0)
         return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
 
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
-        """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
-        if self.streams[message_id] >= self._config.subscribers_max:
-            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
-            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
-        if sum(self.owner_streams.values()) >= self._config.streams_max:
-            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
-        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
-            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
-            raise RateLimited(limit, retry_after_seconds=5)
+        """What a new stream is about, its status and its length. Raises NotFound."""
         generation = self.find(owner, message_id)
         if generation is not None and cursor <= generation.published:
             return generation, "running", generation.published
         page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
         return page.message, page.message.status, page.length
+
+    def check_streams(self, owner: str, message_id: int = 0) -> None:
+        """Whether one more stream may be opened now, of this message or of one to come. Raises Overloaded, RateLimited."""
+        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
+            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
+            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        if self.owner_streams.total() >= self._config.streams_max:
+            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
+        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
+            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
+            raise RateLimited(limit, retry_after_seconds=5)
 
     async def rendering(self, generation: Generation) -> Rendering | None:
         """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
@@ -4653,6 +4656,10 @@ class Stream:
         self._finished = False
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+
+    def check(self) -> None:
+        """Whether it may be opened, asked with no wait in between. Raises Overloaded, RateLimited."""
+        self._generations.check_streams(self._owner, self._message_id)
 
     def close(self) -> None:
         """The client is gone: whatever the stream waits for, it ends now."""
@@ -5541,6 +5548,7 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._stream.check()
         await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body", "body": b""})
@@ -5654,6 +5662,7 @@ def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
 async def chat(request: Request) -> Response:
     service, owner = service_of(request), owner_of(request)
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     turns = turns_of(asked.message)
     if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
         raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
@@ -5667,6 +5676,7 @@ async def chat(request: Request) -> Response:
 async def regenerate(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
@@ -5677,12 +5687,19 @@ async def regenerate(request: Request) -> Response:
 async def continue_answer(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
     target = await service.providers.resolve(asked.provider, asked.model)
     started = await service.generations.go_on(owner, message_id, target)
     return await answer_started(request, asked, started, owner)
+
+
+def check_answer(request: Request, asked: Asked | ContinueRequest) -> None:
+    """Refuses what could not be streamed before it is paid for. Raises Overloaded, RateLimited."""
+    if asked.stream and not asked.background:
+        service_of(request).generations.check_streams(owner_of(request))
 
 
 async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
