@@ -125,6 +125,8 @@ SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
 HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
 HEAD_SECONDS = 20  # for them to come
 BODY_STALL_SECONDS = 30  # between two pieces of a body
+BODY_BYTES_PER_SECOND = 2_000  # of a body, at least, on the whole
+HEALTH_SECONDS = 1  # how long strangers are told the same of the database: each look at it is a write
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -3737,6 +3739,8 @@ class Store:
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
+        self._is_writable = True
+        self._touched_at = float("-inf")
 
     async def open(self) -> int:
         """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
@@ -3781,6 +3785,17 @@ class Store:
         self._waiting.append((bound, durable, future))
         self._wake.set()
         return await future
+
+    async def is_writable(self, seconds: float) -> bool:
+        """Whether a write goes through; what was found within the last `seconds` is good enough."""
+        if time.monotonic() - self._touched_at > seconds:
+            self._touched_at = time.monotonic()
+            try:
+                await self.write(touch)
+                self._is_writable = True
+            except StoreUnavailable:
+                self._is_writable = False
+        return self._is_writable
 
     async def _write_forever(self) -> None:
         """The only writer: takes all that waits, commits it together, tells each how it went."""
@@ -5267,15 +5282,15 @@ class GenerationList(Struct):
 
 
 class HealthAnswer(Struct):
-    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503."""
+    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503. Strangers get nothing else."""
 
     status: str
-    version: str
-    database_writable: bool
-    running_generations: int
-    subscribers: int
-    last_flush_ms: float
-    uptime_seconds: float
+    version: str | UnsetType = UNSET
+    database_writable: bool | UnsetType = UNSET
+    running_generations: int | UnsetType = UNSET
+    subscribers: int | UnsetType = UNSET
+    last_flush_ms: float | UnsetType = UNSET
+    uptime_seconds: float | UnsetType = UNSET
 
 
 class ProviderHelp(Struct):
@@ -5351,17 +5366,21 @@ async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BY
 async def read_body(request: Request, bytes_max: int) -> bytes:
     body = bytearray()
     loop = asyncio.get_running_loop()
+    began_at = loop.time()
     try:
         async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
             async for data in request.stream():
-                guard.reschedule(loop.time() + BODY_STALL_SECONDS)
                 body += data
+                slowest = began_at + BODY_STALL_SECONDS + len(body) / BODY_BYTES_PER_SECOND
+                guard.reschedule(min(loop.time() + BODY_STALL_SECONDS, slowest))
                 if len(body) > bytes_max:
                     raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
     except ClientDisconnect as exc:
         raise InvalidRequest("body: the connection was closed before it was whole") from exc
     except TimeoutError as exc:
-        raise InvalidRequest(f"body: nothing of it came for {BODY_STALL_SECONDS} s") from exc
+        raise InvalidRequest(
+            f"body: came too slowly: nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
+        ) from exc
     return bytes(body)
 
 
@@ -5828,11 +5847,8 @@ async def remove_conversation(request: Request) -> Response:
 async def get_health(request: Request) -> Response:
     service = service_of(request)
     generations = service.generations
-    try:
-        await service.store.write(touch)
-        writable = True
-    except StoreUnavailable:
-        writable = False
+    is_known = request.scope["owner"] is not None
+    writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
     status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
     answer = HealthAnswer(
         status=status,
@@ -5843,8 +5859,7 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    shown = answer if request.scope["owner"] is not None else {"status": status}
-    return json_response(shown, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    return json_response(answer if is_known else HealthAnswer(status), 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
