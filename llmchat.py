@@ -79,6 +79,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -6299,6 +6300,7 @@ def open_log(config: Config) -> None:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
 
 class App(Starlette):
@@ -6348,26 +6350,60 @@ def open_socket(config: Config) -> socket.socket:
     return listener
 
 
+def refusal(is_too_large: bool) -> bytes:
+    """The whole response to what is no request."""
+    status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
+    if is_too_large:
+        status, error = 431, TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+    request_id = f"{random.getrandbits(64):016x}"
+    response = error_response(error, request_id)
+    own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
+    lines = [b"%s: %s\r\n" % pair for pair in [*response.raw_headers, *SECURITY_HEADERS.items(), *own]]
+    return b"HTTP/1.1 %d %s\r\n%s\r\n%s" % (status, HTTPStatus(status).phrase.encode(), b"".join(lines), response.body)
+
+
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there."""
+    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there.
+
+    The timer runs whenever a head is awaited: from the connection's start, from a request's first byte, and from any
+    byte after an answer (blank lines, the rest of a body that nobody read), for uvicorn's own timer ends with such a
+    byte. `_head_bytes` counts what the parser has reported of the head, and of trailers, which are dropped: nothing
+    that comes after a body may pass for a header. `_silent_bytes` counts what it keeps to itself: one endless line.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _silent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        self._silent_bytes += len(data)
         super().data_received(data)
-        if self._head_timer is not None and self._head_bytes > HEAD_BYTES_MAX:
-            self.transport.close()
+        if self._silent_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self.send_400_response("")
 
     def on_message_begin(self) -> None:
+        self._head_bytes = self._silent_bytes = 0
         self._await_head()
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + len(": \r\n"))
+        if self._head_timer is not None:  # else it is a trailer
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._silent_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         self._end_head()
@@ -6381,8 +6417,24 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
 
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        self._silent_bytes = 0
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise TooLarge("the parser hands this on as an error of its own")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
+        running = self.cycle is not None and not self.cycle.response_complete
+        if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
+            self.transport.write(refusal(max(self._head_bytes, self._silent_bytes) > HEAD_BYTES_MAX))
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing is upgraded here, and anybody could fill the log with it."""
+
     def _end_head(self) -> None:
-        self._head_bytes = 0
+        self._silent_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
