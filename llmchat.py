@@ -6145,8 +6145,12 @@ ENDPOINTS = (
 )  # fmt: skip
 
 
+async def sign_in(request: Request) -> Response:
+    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+
+
 SIGN_IN_ROUTES = [
-    Route("/sign-in", lambda request: post_sign_in(request) if request.method == "POST" else get_sign_in(request), methods=["GET", "POST"]),
+    Route("/sign-in", sign_in, methods=["GET", "POST"]),
     Route("/sign-out", post_sign_out, methods=["POST"]),
 ]
 
