@@ -64,6 +64,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -79,6 +80,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -125,6 +127,8 @@ SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
 HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
 HEAD_SECONDS = 20  # for them to come
 BODY_STALL_SECONDS = 30  # between two pieces of a body
+BODY_BYTES_PER_SECOND = 2_000  # of a body, at least, on the whole
+HEALTH_SECONDS = 1  # how long strangers are told the same of the database: each look at it is a write
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -561,7 +565,8 @@ def check_key(variable: str, text: str) -> str:
 def check_base_url(variable: str, text: str) -> str:
     """An http(s) URL without its last slash. A path is kept as it is given: /v1 is never put in."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text.strip()):
-        raise StartError(f"{variable}: {text!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
+        shown = re.sub(r"(?s)[^/]*@|[?#].*", "…", text)  # what stands there may be a password or a key
+        raise StartError(f"{variable}: {shown[:200]!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
     return text.strip().rstrip("/")
 
 
@@ -583,6 +588,14 @@ def read_dotenv(path: Path) -> dict[str, str]:
             raise StartError(f".env: line {number} is not NAME=value")
         variables[match[1]] = unquote(match[2])
     return variables
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether anybody but a file's owner may read it; where the system has no such modes, no."""
+    try:
+        return os.name == "posix" and bool(path.stat().st_mode & 0o077)
+    except FileNotFoundError:
+        return False
 
 
 def unquote(text: str) -> str:
@@ -2955,7 +2968,8 @@ class Started:
 
 
 class Session(NamedTuple):
-    """A sign-in of the page, as it is stored."""
+    """A sign-in of the page, as it is stored. `token_hash` is of cookie and token together: who reads the database or
+    a backup of it has nothing to try guesses at a token on."""
 
     cookie_hash: str
     owner: str
@@ -3028,6 +3042,7 @@ def prepare_database(path: str) -> int:
     if Path(path).is_dir():
         raise StartError(f"database {path}: is a folder")
     try:
+        create_private(path)
         with contextlib.closing(connect(path, read_only=False)) as connection:
             migrate(connection, path)
             connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
@@ -3036,6 +3051,12 @@ def prepare_database(path: str) -> int:
         raise StartError(f"database {path}: {reason_of(exc)}") from exc
     except OSError as exc:
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
+
+
+def create_private(path: str) -> None:
+    """The file, made for its owner alone if it is not there; what SQLite puts beside it takes the same mode."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -3074,6 +3095,7 @@ def sql_statements(script: str) -> Iterator[str]:
 
 def back_up(connection: sqlite3.Connection, path: str) -> None:
     """A consistent copy of the database, also while it is written to."""
+    create_private(path)
     with contextlib.closing(sqlite3.connect(path)) as copy:
         connection.backup(copy)
 
@@ -3803,6 +3825,8 @@ class Store:
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
+        self._is_writable = True
+        self._touched_at = float("-inf")
 
     async def open(self) -> int:
         """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
@@ -3847,6 +3871,17 @@ class Store:
         self._waiting.append((bound, durable, future))
         self._wake.set()
         return await future
+
+    async def is_writable(self, seconds: float) -> bool:
+        """Whether a write goes through; what was found within the last `seconds` is good enough."""
+        if time.monotonic() - self._touched_at > seconds:
+            self._touched_at = time.monotonic()
+            try:
+                await self.write(touch)
+                self._is_writable = True
+            except StoreUnavailable:
+                self._is_writable = False
+        return self._is_writable
 
     async def _write_forever(self) -> None:
         """The only writer: takes all that waits, commits it together, tells each how it went."""
@@ -4288,7 +4323,7 @@ class Generations:
         self._config = config
         self._store = store
         self._providers = providers
-        self._starting = 0
+        self._starting: Counter[str] = Counter()  # by owner: what is being committed and will run
         self._tasks: set[asyncio.Task[None]] = set()
         self._rendered: dict[tuple[int, int, str], str] = {}
         self._rendered_characters = 0
@@ -4350,21 +4385,21 @@ class Generations:
     ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
-        theirs = sum(one.owner == owner for one in self.running.values()) if self._config.users else 0
-        if theirs >= self._config.owner_generations_max:
+        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
+        if self._config.users and theirs >= self._config.owner_generations_max:
             raise RateLimited(
                 f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
             )
-        if len(self.running) + self._starting >= self._config.generations_max:
+        if len(self.running) + self._starting.total() >= self._config.generations_max:
             raise Overloaded(
                 f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
                 retry_after_seconds=5,
             )
-        self._starting += 1
+        self._starting[owner] += 1
         try:
             started = await self._store.write(operation, *arguments, durable=True)
         finally:
-            self._starting -= 1
+            self._starting[owner] -= 1
         if not started.repeated:
             self._launch(Generation(owner, started, targets, self._config))
         return started
@@ -4648,7 +4683,7 @@ class Generations:
     # ── subscribers ──
 
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
-        """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
+        """A stream from a cursor on. Raises NotFound, InvalidRequest."""
         about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
@@ -4658,28 +4693,24 @@ class Generations:
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
     async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
-        """An open stream of HTML; it has no cursor. Raises NotFound, Overloaded."""
+        """A stream of HTML; it has no cursor. Raises NotFound."""
         about, status, _ = await self._look_at(owner, message_id, 0)
         return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
 
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
-        """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
+        """What a new stream is about, its status and its length. Raises NotFound."""
         generation = self.find(owner, message_id)
-        found: tuple[Generation | Message, str, int]
         if generation is not None and cursor <= generation.published:
-            found = generation, "running", generation.published
-        else:
-            page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
-            found = page.message, page.message.status, page.length
-        self._check_room(owner, message_id)
-        return found
+            return generation, "running", generation.published
+        page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
+        return page.message, page.message.status, page.length
 
-    def _check_room(self, owner: str, message_id: int) -> None:
-        """Raises Overloaded, RateLimited. Nothing may be awaited between this and the stream's first frame."""
-        if self.streams[message_id] >= self._config.subscribers_max:
+    def check_streams(self, owner: str, message_id: int = 0) -> None:
+        """Whether one more stream may be opened now, of this message or of one to come. Raises Overloaded, RateLimited."""
+        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
             limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
             raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
-        if sum(self.owner_streams.values()) >= self._config.streams_max:
+        if self.owner_streams.total() >= self._config.streams_max:
             raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
         if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
             limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
@@ -4740,6 +4771,8 @@ class Stream:
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Stream:
+        """Raises Overloaded, RateLimited."""
+        self._generations.check_streams(self._owner, self._message_id)
         self._generations.streams[self._message_id] += 1
         self._generations.owner_streams[self._owner] += 1
         self._beat()
@@ -4852,6 +4885,7 @@ LOCAL_OWNER = "local"
 SESSION_COOKIE = "llmchat_session"
 PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+FORWARDING_HEADERS = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"})
 FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
 FAILURES_FREE_IN_ALL = 100  # and of all addresses together
 FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
@@ -4861,6 +4895,11 @@ TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
 
 def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def bind_token(cookie: str, token_hash: str) -> str:
+    """What ties a session to the token that it began with."""
+    return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
 
 
 def is_loopback(host: str) -> bool:
@@ -4881,6 +4920,16 @@ def host_and_port(netloc: str) -> tuple[str, str]:
     return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
 
 
+def bare_address(text: str) -> str:
+    """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
+    match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
+    with contextlib.suppress(ValueError):
+        found = "".join(filter(None, match.groups())) if match else ""
+        address = ipaddress.ip_address(found.partition("%")[0])
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return ""
+
+
 def comma_list(text: str) -> tuple[str, ...]:
     return tuple(one.strip() for one in text.split(",") if one.strip())
 
@@ -4896,30 +4945,47 @@ def with_token(config: Config) -> tuple[Config, bool]:
     path = Path(token_path(config))
     try:
         if path.exists():
-            return replace(config, token=path.read_text().strip()), False
+            if is_open_to_others(path):
+                path.chmod(0o600)
+                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
+            return replace(config, token=read_token(path)), False
         token = secrets.token_urlsafe(24)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(token + "\n")
+        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
     except OSError as exc:
         raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
     return replace(config, token=token), True
 
 
+def read_token(path: Path) -> str:
+    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
+    token = path.read_text("latin-1").strip()
+    if not is_token(token):
+        raise StartError(f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one")
+    return token
+
+
+def is_token(text: str) -> bool:
+    """Whether a token can be one: long enough, and made of what every client can put into a header."""
+    return re.fullmatch(f"[\x21-\x7e]{{{TOKEN_CHARACTERS_MIN},}}", text) is not None
+
+
 def token_owners(config: Config) -> dict[str, str]:
-    """Owner by hash of token. Raises StartError."""
+    """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
     owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
-    for pair in comma_list(config.users):
-        name, colon, token = pair.partition(":")
-        if not colon or not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or len(token) < TOKEN_CHARACTERS_MIN:
-            raise StartError(
-                f"LLMCHAT_USERS: the entry of {name[:64]!r} is not accepted; it is name:token, the token of at least"
-                f" {TOKEN_CHARACTERS_MIN} characters"
-            )
+    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
+    if config.token and not is_token(config.token):
+        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+    for number, pair in enumerate(comma_list(config.users), 1):
+        name, _, token = pair.partition(":")
+        if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
         if hash_secret(token) in owners or name in owners.values():
-            raise StartError(f"LLMCHAT_USERS: the name or the token of {name!r} is there twice")
+            raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
-    if config.token and len(config.token) < TOKEN_CHARACTERS_MIN:
-        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it has at least {TOKEN_CHARACTERS_MIN}")
+    if not owners and (config.users or not is_loopback(config.host)):
+        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host}")
     return owners
 
 
@@ -4930,28 +4996,63 @@ def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IP
         raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
 
 
+def parse_hosts(config: Config) -> Iterator[str]:
+    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
+    for one in comma_list(config.hosts):
+        name, _ = host_and_port(one)
+        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
+            raise StartError(f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org")
+        yield name
+
+
+def parse_origins(config: Config) -> frozenset[str]:
+    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
+    for one in comma_list(config.cors_origins):
+        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
+            raise StartError(f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org")
+    return frozenset(comma_list(config.cors_origins))
+
+
 def header_of(scope: Scope, name: bytes) -> str:
     """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
     return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
 class Throttle:
-    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself."""
+    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself.
+
+    An address from which somebody came in is spared the common budget, so that strangers cannot lock out those who
+    are known; its own budget it keeps, or a user could guess other users' tokens. IPv6 counts by /64: that is what a
+    single machine is given.
+    """
 
     def __init__(self) -> None:
         self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._known: dict[str, None] = {}  # addresses that were let in, the newest last
 
     def wait_seconds(self, address: str) -> float:
         """How long this address has to wait before it may try again; 0: not at all."""
-        return max(self._excess(address, FAILURES_FREE, FAILURE_SECONDS), self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10))
+        key = self._key(address)
+        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
 
     def fail(self, address: str) -> None:
-        for key, seconds in ((address, FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
+        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
             count, now = self._count(key, seconds), time.monotonic()
             self._failures.pop(key, None)
             self._failures[key] = (count + 1, now)
         if len(self._failures) > FAILURES_ADDRESSES_MAX:
             self._failures.pop(next(iter(self._failures)))
+
+    def succeed(self, address: str) -> None:
+        key = self._key(address)
+        self._known.pop(key, None)
+        self._known[key] = None
+        if len(self._known) > FAILURES_ADDRESSES_MAX:
+            self._known.pop(next(iter(self._known)))
+
+    def _key(self, address: str) -> str:
+        return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
 
     def _count(self, key: str, seconds: float) -> float:
         count, at = self._failures.get(key, (0.0, 0.0))
@@ -4969,8 +5070,8 @@ class Gate:
         self._store = store
         self._owners = token_owners(config)
         self._proxies = parse_networks(config)
-        self._hosts = {"localhost", config.host.lower(), *(one.lower() for one in comma_list(config.hosts))}
-        self._origins = frozenset(comma_list(config.cors_origins))
+        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
+        self._origins = parse_origins(config)
         self._sessions: dict[str, Session] = {}
         self._throttle = Throttle()
 
@@ -4986,6 +5087,7 @@ class Gate:
         """Raises Forbidden, Unauthorized, RateLimited."""
         self._check_host(scope)
         self._check_origin(scope)
+        self._check_forwarded(scope)
         scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
         if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS:
             raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
@@ -4997,15 +5099,29 @@ class Gate:
             raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
 
     def _check_origin(self, scope: Scope) -> None:
-        """A browser says which page a write comes from; a program says nothing, and cannot be made to write by one."""
-        if scope["method"] in SAFE_METHODS:
-            return
+        """A browser says which page a request comes from; a program says nothing, and cannot be made to write by one.
+
+        A foreign page may link here. Anything else of it is refused, reading too: a backup or a search costs something
+        even if the page is not shown what came.
+        """
         origin = header_of(scope, b"origin")
         if origin in self._origins:
             return
-        same = origin.partition("://")[2].lower() == header_of(scope, b"host").lower() if origin else True
-        if not same or header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site"):
+        if scope["method"] in SAFE_METHODS:
+            refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
+        else:
+            same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
+            refused = is_foreign(scope) or not same
+        if refused:
             raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+
+    def _check_forwarded(self, scope: Scope) -> None:
+        """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
+        if self.is_open and not self._is_proxy(peer_of(scope)) and any(name in FORWARDING_HEADERS for name, _ in scope["headers"]):
+            raise Forbidden(
+                "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
+                " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
+            )
 
     def cross_origin_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """The headers that let a listed origin's page read the answer; none for all others."""
@@ -5028,9 +5144,10 @@ class Gate:
             return self.owner_of_token(scope, token.strip())
         cookie = cookie_of(scope)
         session = self._sessions.get(hash_secret(cookie)) if cookie else None
-        if session is None or session.expires_at_ms <= now_ms() or self._owners.get(session.token_hash) != session.owner:
+        if session is None or session.expires_at_ms <= now_ms():
             return None
-        return session.owner
+        known = (bind_token(cookie, token_hash) for token_hash, name in self._owners.items() if name == session.owner)
+        return session.owner if any(hmac.compare_digest(one, session.token_hash) for one in known) else None
 
     def owner_of_token(self, scope: Scope, token: str) -> str:
         """Raises Unauthorized; RateLimited after too many of those."""
@@ -5045,30 +5162,33 @@ class Gate:
             self._throttle.fail(address)
             log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
             raise Unauthorized("the token is not right")
+        self._throttle.succeed(address)
         return owner
 
     def address_of(self, scope: Scope) -> str:
         """The client's address: the newest that no trusted proxy vouches for."""
-        address = scope["client"][0] if scope.get("client") else ""
+        address = peer_of(scope)
         for hop in reversed(comma_list(header_of(scope, b"x-forwarded-for"))):
-            if not self._is_proxy(address):
+            if not self._is_proxy(address) or not bare_address(hop):
                 break
-            address = hop
+            address = bare_address(hop)
         return address
 
     def _is_proxy(self, address: str) -> bool:
-        return is_address(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+        return bool(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
 
     def is_encrypted(self, scope: Scope) -> bool:
-        client = scope["client"][0] if scope.get("client") else ""
-        return scope["scheme"] == "https" or (self._is_proxy(client) and header_of(scope, b"x-forwarded-proto") == "https")
+        """Whether the browser speaks TLS: to us, to a proxy that we trust, or as the Origin of its own page says."""
+        said = header_of(scope, b"x-forwarded-proto").rpartition(",")[2].strip().lower()
+        of_page = header_of(scope, b"origin").lower().startswith("https://")
+        return scope["scheme"] == "https" or of_page or (self._is_proxy(peer_of(scope)) and said == "https")
 
     async def sign_in(self, scope: Scope, token: str) -> str:
         """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
         owner = self.owner_of_token(scope, token)
         cookie = secrets.token_urlsafe(32)
         expires_at_ms = now_ms() + self._config.session_days * 86_400_000
-        session = Session(hash_secret(cookie), owner, hash_secret(token), expires_at_ms)
+        session = Session(hash_secret(cookie), owner, bind_token(cookie, hash_secret(token)), expires_at_ms)
         await self._store.write(insert_session, session, durable=True)
         self._sessions[session.cookie_hash] = session
         attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
@@ -5080,6 +5200,16 @@ class Gate:
         await self._store.write(delete_session, cookie_hash, durable=True)
         self._sessions.pop(cookie_hash, None)
         return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
 
 
 def cookie_of(scope: Scope) -> str:
@@ -5229,15 +5359,15 @@ class GenerationList(Struct):
 
 
 class HealthAnswer(Struct):
-    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503."""
+    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503. Strangers get nothing else."""
 
     status: str
-    version: str
-    database_writable: bool
-    running_generations: int
-    subscribers: int
-    last_flush_ms: float
-    uptime_seconds: float
+    version: str | UnsetType = UNSET
+    database_writable: bool | UnsetType = UNSET
+    running_generations: int | UnsetType = UNSET
+    subscribers: int | UnsetType = UNSET
+    last_flush_ms: float | UnsetType = UNSET
+    uptime_seconds: float | UnsetType = UNSET
 
 
 class ProviderHelp(Struct):
@@ -5313,17 +5443,21 @@ async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BY
 async def read_body(request: Request, bytes_max: int) -> bytes:
     body = bytearray()
     loop = asyncio.get_running_loop()
+    began_at = loop.time()
     try:
         async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
             async for data in request.stream():
-                guard.reschedule(loop.time() + BODY_STALL_SECONDS)
                 body += data
+                slowest = began_at + BODY_STALL_SECONDS + len(body) / BODY_BYTES_PER_SECOND
+                guard.reschedule(min(loop.time() + BODY_STALL_SECONDS, slowest))
                 if len(body) > bytes_max:
                     raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
     except ClientDisconnect as exc:
         raise InvalidRequest("body: the connection was closed before it was whole") from exc
     except TimeoutError as exc:
-        raise InvalidRequest(f"body: nothing of it came for {BODY_STALL_SECONDS} s") from exc
+        raise InvalidRequest(
+            f"body: came too slowly: nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
+        ) from exc
     return bytes(body)
 
 
@@ -5483,12 +5617,17 @@ def cursor_of(request: Request) -> int:
 def error_response(error: LlmchatError, request_id: str, message_id: int | None = None) -> Response:
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
+    return json_response(ErrorAnswer(detail, message_id), error.status, error_headers(error))
+
+
+def error_headers(error: LlmchatError) -> dict[str, str]:
+    """What a client is to know of an error before it reads the words."""
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503 or error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
-    return json_response(ErrorAnswer(detail, message_id), error.status, headers)
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds or 1)))
+    return headers
 
 
 class EventStream(Response):
@@ -5505,19 +5644,19 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
-        if scope["method"] == "HEAD":
-            await send({"type": "http.response.body", "body": b""})
-            return
-        gone = asyncio.ensure_future(self._watch_client(receive))
-        send = scope["server_send"]  # the layers between have nothing to say about a body
-        try:
-            with self._stream as stream:
+        with self._stream as stream:  # refuses before anything is sent
+            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
+            gone = asyncio.ensure_future(self._watch_client(receive))
+            send = scope["server_send"]  # the layers between have nothing to say about a body
+            try:
                 while (data := await stream.read()) is not None:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            gone.cancel()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                gone.cancel()
 
     async def _watch_client(self, receive: Receive) -> None:
         """The server tells of a closed connection only to who asks."""
@@ -5533,6 +5672,7 @@ SECURITY_HEADERS = {
     b"x-frame-options": b"DENY",
     b"referrer-policy": b"no-referrer",
     b"cross-origin-resource-policy": b"same-origin",
+    b"cache-control": b"no-store",  # one URL answers each owner differently; no cache on the way may mix them up
 }
 
 
@@ -5619,6 +5759,7 @@ def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
 async def chat(request: Request) -> Response:
     service, owner = service_of(request), owner_of(request)
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     turns = turns_of(asked.message)
     if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
         raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
@@ -5632,6 +5773,7 @@ async def chat(request: Request) -> Response:
 async def regenerate(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
@@ -5642,12 +5784,19 @@ async def regenerate(request: Request) -> Response:
 async def continue_answer(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
     target = await service.providers.resolve(asked.provider, asked.model)
     started = await service.generations.go_on(owner, message_id, target)
     return await answer_started(request, asked, started, owner)
+
+
+def check_answer(request: Request, asked: Asked | ContinueRequest) -> None:
+    """Refuses what could not be streamed before it is paid for. Raises Overloaded, RateLimited."""
+    if asked.stream and not asked.background:
+        service_of(request).generations.check_streams(owner_of(request))
 
 
 async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
@@ -5776,11 +5925,8 @@ async def remove_conversation(request: Request) -> Response:
 async def get_health(request: Request) -> Response:
     service = service_of(request)
     generations = service.generations
-    try:
-        await service.store.write(touch)
-        writable = True
-    except StoreUnavailable:
-        writable = False
+    is_known = request.scope["owner"] is not None
+    writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
     status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
     answer = HealthAnswer(
         status=status,
@@ -5791,8 +5937,7 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    shown = answer if request.scope["owner"] is not None else {"status": status}
-    return json_response(shown, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    return json_response(answer if is_known else HealthAnswer(status), 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
@@ -5851,7 +5996,8 @@ def html_page(body: str, status: int = 200) -> Response:
     """A page without a script and without another file."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
-    return HTMLResponse(document, status, {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"})
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
 
 
 async def get_sign_in(request: Request) -> Response:
@@ -5859,7 +6005,7 @@ async def get_sign_in(request: Request) -> Response:
     gate = service_of(request).gate
     if gate.is_open:
         return redirect("/")
-    if "token" in request.query_params:
+    if "token" in request.query_params and not is_foreign(request.scope):
         return await sign_in_with(request, request.query_params["token"])
     return sign_in_form(request.query_params.get("next", "/"))
 
@@ -5883,12 +6029,14 @@ async def post_sign_out(request: Request) -> Response:
 
 def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
-    return html_page(
+    page = html_page(
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
         f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
         error.status if error is not None else 200,
     )
+    page.headers.update(error_headers(error) if error is not None else {})
+    return page
 
 
 def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -6074,8 +6222,12 @@ ENDPOINTS = (
 )  # fmt: skip
 
 
+async def sign_in(request: Request) -> Response:
+    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+
+
 SIGN_IN_ROUTES = [
-    Route("/sign-in", lambda request: post_sign_in(request) if request.method == "POST" else get_sign_in(request), methods=["GET", "POST"]),
+    Route("/sign-in", sign_in, methods=["GET", "POST"]),
     Route("/sign-out", post_sign_out, methods=["POST"]),
 ]
 
@@ -6209,13 +6361,19 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
             line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
-            return json.dumps({**line, "trace": trace} if trace else line, ensure_ascii=False, default=str)
+            return printable_json({**line, "trace": trace} if trace else line)
         pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
         return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
 
     def _quote(self, value: Any) -> str:
         text = str(value)
-        return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"=]", text) or not text else text
+        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else printable_json(text)
+
+
+def printable_json(value: Any) -> str:
+    """JSON without any character that a terminal obeys or a log's reader takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isprintable() else json.dumps(value, default=str)
 
 
 def open_log(config: Config) -> None:
@@ -6224,6 +6382,7 @@ def open_log(config: Config) -> None:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
 
 class App(Starlette):
@@ -6273,26 +6432,60 @@ def open_socket(config: Config) -> socket.socket:
     return listener
 
 
+def refusal(is_too_large: bool) -> bytes:
+    """The whole response to what is no request."""
+    status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
+    if is_too_large:
+        status, error = 431, TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+    request_id = f"{random.getrandbits(64):016x}"
+    response = error_response(error, request_id)
+    own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
+    lines = [b"%s: %s\r\n" % pair for pair in [*response.raw_headers, *SECURITY_HEADERS.items(), *own]]
+    return b"HTTP/1.1 %d %s\r\n%s\r\n%s" % (status, HTTPStatus(status).phrase.encode(), b"".join(lines), response.body)
+
+
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there."""
+    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there.
+
+    The timer runs whenever a head is awaited: from the connection's start, from a request's first byte, and from any
+    byte after an answer (blank lines, the rest of a body that nobody read), for uvicorn's own timer ends with such a
+    byte. `_head_bytes` counts what the parser has reported of the head, and of trailers, which are dropped: nothing
+    that comes after a body may pass for a header. `_silent_bytes` counts what it keeps to itself: one endless line.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _silent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        self._silent_bytes += len(data)
         super().data_received(data)
-        if self._head_timer is not None and self._head_bytes > HEAD_BYTES_MAX:
-            self.transport.close()
+        if self._silent_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self.send_400_response("")
 
     def on_message_begin(self) -> None:
+        self._head_bytes = self._silent_bytes = 0
         self._await_head()
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + len(": \r\n"))
+        if self._head_timer is not None:  # else it is a trailer
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._silent_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         self._end_head()
@@ -6306,8 +6499,24 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
 
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        self._silent_bytes = 0
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise TooLarge("the parser hands this on as an error of its own")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
+        running = self.cycle is not None and not self.cycle.response_complete
+        if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
+            self.transport.write(refusal(max(self._head_bytes, self._silent_bytes) > HEAD_BYTES_MAX))
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing is upgraded here, and anybody could fill the log with it."""
+
     def _end_head(self) -> None:
-        self._head_bytes = 0
+        self._silent_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -6405,6 +6614,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
         open_log(config)
+        if is_open_to_others(Path(".env")):
+            log.warning("others on this machine can read .env with the keys in it; chmod 600 .env")
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serve(config))
     except StartError as exc:

@@ -265,7 +265,7 @@ def test_a_key_for_an_unknown_provider_is_told_what_to_set() -> None:
         ("OPENAI_BASE_URL", "ftp://x", "it is an address such as http://127.0.0.1:11434/v1"),
         ("OPENAI_BASE_URL", "http://", "it is an address such as http://127.0.0.1:11434/v1"),
         ("OPENAI_BASE_URL", "http://a b", "it is an address such as http://127.0.0.1:11434/v1"),
-        ("OPENAI_BASE_URL", "http://x/v1?key=1", "it is an address such as http://127.0.0.1:11434/v1"),
+        ("OPENAI_BASE_URL", "http://x:80:90 /", "it is an address such as http://127.0.0.1:11434/v1"),
         ("OPENAI_DIALECT", "grpc", "it is one of openai, anthropic"),
     ],
 )
