@@ -1716,7 +1716,7 @@ class RepetitionGuard:
 # imported at first use, so that a service that has nothing to render stays small.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
+MARKDOWN_NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
 BRACKETS_MAX = 16  # open at once in one paragraph, item or cell
 OPENER_COST_MAX = 4_000_000  # characters × openers of one paragraph, item or cell: `<http://<http://…` costs that
 HIGHLIGHT_CHARACTERS_MAX = 100_000  # of a code block; a longer one is not highlighted
@@ -1724,7 +1724,7 @@ HIGHLIGHT_SECONDS_MAX = 0.5  # of a code block; many lexers can be made to take 
 LATEX_CHARACTERS_MAX = 1_000  # of a formula: the converter recurses natively, up to 2 KB of stack per character
 LATEX_LINES_MAX = 50  # of a formula that stands by itself; bounds the search for its end
 OPEN_BLOCK_SECONDS_MAX = 0.2  # an open block that takes longer to render is shown as plain text
-assert NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
+assert MARKDOWN_NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
 
 _RETURN = re.compile(r"\r\n?")
 _SAFE_URL = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
@@ -1989,7 +1989,7 @@ def _parser() -> MarkdownIt:
         def validateLink(self, url: str) -> bool:
             return _SAFE_URL.match(url) is not None
 
-    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": NESTING_MAX, "xhtmlOut": False}
+    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": MARKDOWN_NESTING_MAX, "xhtmlOut": False}
     parser = Parser("commonmark", options).enable(["linkify", "strikethrough", "table"])
     assert parser.linkify is not None
     parser.linkify.set({"fuzzy_link": False, "fuzzy_email": False})  # `main.py` is no link
