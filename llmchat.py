@@ -5873,7 +5873,7 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
         "  <PROVIDER>_MODELS (comma list) and <PROVIDER>_DIALECT (openai | anthropic) say more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", nargs="?", choices=("backup",), help="copies the database, beside a running server too")
+    parser.add_argument("command", nargs="?", choices=("backup",), help="copies the database, also while it runs")
     parser.add_argument("file", nargs="?", help="where the backup goes; nothing is overwritten")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", help="TCP port to listen on")
