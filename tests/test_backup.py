@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +121,31 @@ def test_a_backup_is_one_moment_however_much_is_written_meanwhile(tmp_path: Path
             thread.join()
 
 
+def test_no_write_makes_a_copy_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "llmchat.db")
+    llmchat.prepare_database(path, suspect=False)
+    connect = llmchat.connect
+
+    class WrittenMeanwhile:
+        """A connection whose every backup is overtaken by a commit of somebody else."""
+
+        def __init__(self, location: str, *, read_only: bool) -> None:
+            self._connection = connect(location, read_only=read_only)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._connection, name)
+
+        def backup(self, *arguments: Any, **options: Any) -> None:
+            with contextlib.closing(connect(path, read_only=False)) as writer:
+                writer.execute("CREATE TABLE later (x)")
+            self._connection.backup(*arguments, **options)
+
+    monkeypatch.setattr(llmchat, "connect", WrittenMeanwhile)
+    llmchat.copy_database(path, str(tmp_path / "copy.db"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'later'").fetchone()[0] == 0
+
+
 def test_the_command_copies_beside_a_running_server_and_without_one(server: Server, tmp_path: Path) -> None:
     answered(server, "Hello")
     beside = backup_command(server, "beside.sqlite")
@@ -196,7 +222,8 @@ def test_two_backups_at_once_are_refused_and_a_client_that_goes_leaves_nothing(s
         connection.commit()
     with server.client.stream("GET", "/api/v1/backup") as held:
         assert held.status_code == 200
-        next(held.iter_raw(1000))
+        body = held.iter_raw(1000)  # as long as it lives, the connection does
+        assert next(body)
         refused = server.get("/api/v1/backup")
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded"
         assert left_over(tmp_path) == [], "the copy that is being sent has no name"
