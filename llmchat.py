@@ -69,6 +69,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import socket
 import sqlite3
 import sys
@@ -82,7 +83,8 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from urllib.parse import quote
 
 import aiosqlite
 import msgspec
@@ -162,6 +164,11 @@ TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search 
 LIST_LIMIT_MAX = 200  # conversations in one answer
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
+
+CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
+CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
+BACKUP_STEP_PAGES = 256  # of one step of a copy, 1 MB: between two steps it can be given up
+DOWNLOAD_BYTES = 256 * 1024  # of one send of a file
 
 assert FRAME_CHARACTERS_MAX * 6 <= 64 * 1024, "a frame must fit what proxies pass on at once"
 assert FRAME_CHARACTERS_MAX * 6 <= RING_BYTES_MAX, "the ring must hold at least one event"
@@ -3032,10 +3039,11 @@ async def open_database(path: str, *, read_only: bool) -> Database:
     return database
 
 
-def prepare_database(path: str) -> int:
+def prepare_database(path: str, *, suspect: bool) -> int:
     """Creates or migrates the file and ends what a dead process left running. Returns how many messages that were.
 
-    Raises StartError with one line for everything that a file can be and a database cannot.
+    `suspect`: nobody knows how its last process ended, so it is checked first. Raises StartError with one line for
+    everything that a file can be and a database cannot.
     """
     if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
         raise StartError(f"SQLite {sqlite3.sqlite_version} is too old; llmchat needs 3.37 or later")
@@ -3044,11 +3052,14 @@ def prepare_database(path: str) -> int:
     try:
         create_private(path)
         with contextlib.closing(connect(path, read_only=False)) as connection:
+            if suspect:
+                check_database(connection, path)
             migrate(connection, path)
             connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
     except sqlite3.Error as exc:
-        raise StartError(f"database {path}: {reason_of(exc)}") from exc
+        damaged = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+        raise StartError(f"database {path}: {reason_of(exc)}{DAMAGED_ADVICE if damaged else ''}") from exc
     except OSError as exc:
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
 
@@ -3057,6 +3068,29 @@ def create_private(path: str) -> None:
     """The file, made for its owner alone if it is not there; what SQLite puts beside it takes the same mode."""
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+DAMAGED_ADVICE = "; start on a backup with --db, or save what can be read: sqlite3 DAMAGED .recover | sqlite3 NEW"
+
+
+def check_database(connection: sqlite3.Connection, path: str) -> None:
+    """Looks for damage, as a power cut or a broken disk leaves it. Raises StartError.
+
+    A big file is checked without its indexes, and a check that takes too long is given up: it is a net, not a gate.
+    """
+    pragma = "integrity_check" if os.path.getsize(path) <= CHECK_BYTES_MAX else "quick_check"
+    deadline = time.monotonic() + CHECK_SECONDS_MAX
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+    try:
+        found = connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
+    except sqlite3.OperationalError as exc:
+        if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
+            raise
+    else:
+        if found != "ok":
+            raise StartError(f"database {path}: is damaged ({' '.join(found.split())}){DAMAGED_ADVICE}")
+    finally:
+        connection.set_progress_handler(None, 0)
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -3098,6 +3132,97 @@ def back_up(connection: sqlite3.Connection, path: str) -> None:
     create_private(path)
     with contextlib.closing(sqlite3.connect(path)) as copy:
         connection.backup(copy)
+
+
+def copy_database(path: str, target: str) -> None:
+    """A copy of the database as it is at one moment, also while it is written to, in a single file.
+
+    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
+    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
+    """
+    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    with contextlib.closing(connect(path, read_only=True)) as source:
+        source.execute("BEGIN")
+        if not source.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'conversation'").fetchone()[0]:
+            raise sqlite3.DatabaseError("is not llmchat's")
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
+            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
+
+
+def open_copy(path: str) -> BinaryIO:
+    """A copy of the database in a file beside it that has no name any more: its end is the end of the copy.
+
+    Raises StoreUnavailable, also when the disk has no room for it beside what is being streamed.
+    """
+    folder = Path(path).absolute().parent
+    try:
+        needed = os.path.getsize(path) * 1.1
+        if shutil.disk_usage(folder).free < needed:
+            raise StoreUnavailable(f"a copy of the database takes {needed:,.0f} bytes; the disk has not as many left")
+        name = folder / f".llmchat-copy-{random.getrandbits(64):016x}"
+        try:
+            copy_database(path, str(name))
+            return name.open("rb")
+        finally:
+            name.unlink(missing_ok=True)
+    except sqlite3.Error as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {reason_of(exc)}", retry_after_seconds=5) from exc
+    except OSError as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {exc.strerror}", retry_after_seconds=5) from exc
+
+
+def remove_left_copies(path: str) -> None:
+    """Copies that a dead process was making."""
+    for name in Path(path).absolute().parent.glob(".llmchat-copy-*"):
+        if re.fullmatch(r"\.llmchat-copy-[0-9a-f]{16}(-journal)?", name.name):
+            name.unlink(missing_ok=True)
+
+
+def save_backup(path: str, target: str) -> int:
+    """What `llmchat backup FILE` does; returns the file's bytes. Raises StartError, also if the file is there already.
+
+    The name is taken first and the copy put in its place when it is whole: never half a backup under that name.
+    """
+    partial_copy = f"{target}.partial"
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as exc:
+        raise StartError(f"backup {target}: is there already; a backup overwrites nothing") from exc
+    except OSError as exc:
+        raise StartError(f"backup {target}: {exc.strerror}") from exc
+    try:
+        copy_database(path, partial_copy)
+        os.replace(partial_copy, target)
+    except BaseException as exc:
+        for name in (partial_copy, f"{partial_copy}-journal", target):
+            Path(name).unlink(missing_ok=True)
+        if isinstance(exc, sqlite3.Error | OSError):
+            raise StartError(f"backup of {path}: {reason_of(exc)}") from exc
+        raise
+    return os.path.getsize(target)
+
+
+NETWORK_FILE_SYSTEMS = re.compile(
+    r"nfs\d?|cifs|smb\w*|9p|afs|ncpfs|ceph|glusterfs|lustre|gfs2?|ocfs2|davfs|virtiofs|vboxsf|"
+    r"fuse\.(sshfs|s3fs|rclone|gcsfuse|grpcfuse|osxfs|glusterfs|ceph\w*|davfs2?|gvfsd-fuse|mergerfs)"
+)
+
+
+def network_file_system(folder: str, mounts: str) -> str | None:
+    """The type of the file system under a folder if it is one that several machines may share; None: it is not.
+
+    `mounts` is /proc/mounts; its paths have spaces and backslashes as octal escapes (man 5 fstab).
+    """
+    best, kind = -1, ""
+    for fields_of_mount in (line.split(" ") for line in mounts.splitlines()):
+        if len(fields_of_mount) < 3:
+            continue
+        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields_of_mount[1])
+        inside = folder == place or folder.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= best:  # of two on the same place, the later one is what is seen
+            best, kind = len(place), fields_of_mount[2]
+    return kind if NETWORK_FILE_SYSTEMS.fullmatch(kind) else None
 
 
 def interrupt_running(connection: sqlite3.Connection) -> int:
@@ -3281,8 +3406,16 @@ def snippet_parts(
     return parts
 
 
-def lock_database(path: str) -> int:
-    """Takes the lock beside the database for as long as the returned descriptor is open. Raises StartError.
+CLEAN = b"ended cleanly\n"  # what the lock file says when nobody holds it; else it has the holder's number
+
+
+class Lock(NamedTuple):
+    descriptor: int
+    suspect: bool  # its last holder did not say that it ended cleanly: it died, or was elsewhere, as after a restore
+
+
+def lock_database(path: str) -> Lock:
+    """Takes the lock beside the database for as long as its descriptor is open. Raises StartError.
 
     A lock of the system's, so that it goes with its process, however that dies; not on the database itself, because
     closing any descriptor of that file would drop SQLite's own locks (https://sqlite.org/howtocorrupt.html, 2.2).
@@ -3293,8 +3426,8 @@ def lock_database(path: str) -> int:
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, b"%d\n" % os.getpid())
+        suspect = os.read(descriptor, len(CLEAN)) != CLEAN
+        mark_lock(descriptor, b"%d\n" % os.getpid())
     except BlockingIOError as exc:
         holder = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
@@ -3303,7 +3436,14 @@ def lock_database(path: str) -> int:
         if descriptor >= 0:
             os.close(descriptor)
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
-    return descriptor
+    return Lock(descriptor, suspect)
+
+
+def mark_lock(descriptor: int, words: bytes) -> None:
+    """Writes into the lock file; on the disk, because a power cut must not leave an older word."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, words, 0)
+    os.fsync(descriptor)
 
 
 # ── operations: what runs in a connection's thread ──────────────────────────────────────────────────────────────────
@@ -3830,9 +3970,11 @@ class Store:
 
     async def open(self) -> int:
         """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
-        self._lock = lock_database(self._path)
+        lock = lock_database(self._path)
+        self._lock = lock.descriptor
         try:
-            interrupted = await asyncio.to_thread(prepare_database, self._path)
+            await asyncio.to_thread(remove_left_copies, self._path)
+            interrupted = await asyncio.to_thread(partial(prepare_database, self._path, suspect=lock.suspect))
             self._writer = await open_database(self._path, read_only=False)
             self._reader = await open_database(self._path, read_only=True)
         except BaseException:
@@ -3853,6 +3995,9 @@ class Store:
             if database is not None:
                 await database.close()
         if self._lock >= 0:
+            if self._task is not None:  # it was open, so what is left behind was not found damaged
+                with contextlib.suppress(OSError):
+                    mark_lock(self._lock, CLEAN)
             os.close(self._lock)
             self._lock = -1
 
@@ -3863,6 +4008,10 @@ class Store:
             return await self._reader.run(operation, *arguments)
         except sqlite3.Error as exc:
             raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
+
+    async def open_copy(self) -> BinaryIO:
+        """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
+        return await asyncio.to_thread(open_copy, self._path)
 
     async def write(self, operation: Callable[..., T], *arguments: Any, durable: bool = False) -> T:
         """Runs an operation in the next group; returns when that is committed. `durable`: and fsynced."""
@@ -5413,6 +5562,7 @@ class Service:
     generations: Generations
     gate: Gate
     started_at: float  # monotonic seconds
+    at_work: set[str] = field(default_factory=set)  # kinds of work that are done once at a time
 
 
 def service_of(request: Request) -> Service:
@@ -5663,6 +5813,52 @@ class EventStream(Response):
         while (await receive())["type"] != "http.disconnect":
             pass
         self._stream.close()
+
+
+class Download(Response):
+    """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
+
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._frames = frames
+        self._close = close
+        self._fields = [
+            (b"content-type", media_type.encode()),
+            (b"content-disposition", attachment(file_name)),
+            (b"cache-control", b"no-store"),
+        ]
+        self._fields += [] if length is None else [(b"content-length", b"%d" % length)]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(self._watch_client(receive))
+        try:
+            async with contextlib.aclosing(self._frames) as frames:
+                await send({"type": "http.response.start", "status": 200, "headers": self._fields})
+                async for data in frames:
+                    if scope["method"] == "HEAD" or gone.done():
+                        break
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+            self._close()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def attachment(file_name: str) -> bytes:
+    """A Content-Disposition: the name in UTF-8 for whoever knows RFC 6266 and 5987, and in ASCII for everybody else."""
+    plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", file_name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}".encode()
+
+
+async def read_chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    while data := await asyncio.to_thread(file.read, DOWNLOAD_BYTES):
+        yield data
 
 
 # Of every response that does not say otherwise. A JSON answer that a browser is made to show as a page can do nothing.
@@ -5959,6 +6155,30 @@ async def provider_help(service: Service, provider: Provider, refresh: bool) -> 
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
+@contextlib.contextmanager
+def alone(service: Service, what: str) -> Iterator[None]:
+    """Holds a kind of work that is done once at a time, for the sake of the disk. Raises Overloaded."""
+    if what in service.at_work:
+        raise Overloaded(f"{what}: there is one on the way already", retry_after_seconds=10)
+    service.at_work.add(what)
+    try:
+        yield
+    finally:
+        service.at_work.discard(what)
+
+
+async def get_backup(request: Request) -> Response:
+    if owner_of(request) != LOCAL_OWNER:
+        raise Forbidden("backup: holds every owner's conversations; on the server: llmchat backup FILE")
+    service = service_of(request)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(service, "backup"))
+        file = stack.enter_context(await service.store.open_copy())
+        name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.db", time.gmtime())
+        close = stack.pop_all().close  # the download does it now
+    return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
+
+
 async def get_root(request: Request) -> Response:
     return await get_health(request)
 
@@ -6163,6 +6383,7 @@ class Endpoint:
     query: tuple[tuple[str, dict[str, Any], str], ...] = ()
     errors: tuple[int, ...] = ()
     curl: str = ""
+    media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
 
 
 WHOLE_NUMBER = {"type": "integer", "minimum": 0}
@@ -6216,9 +6437,13 @@ ENDPOINTS = (
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint(
+        "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
+        errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
+    ),
     Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
-    Endpoint("GET", "/docs", get_docs, "this API, to read"),
+    Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
 
 
@@ -6271,8 +6496,7 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
     if one.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    if one.path == "/docs":
-        content = {"text/html": {"schema": {"type": "string"}}}
+    content.update({media: {"schema": {"type": "string"}} for media in one.media})
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
     if one.body is not None and one.streams:
         started = {"application/json": {"schema": references[StartedAnswer]}}
@@ -6402,6 +6626,7 @@ def create_app(config: Config) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.interrupted = await store.open()
+        warn_of_network(config.db)
         generations.open()
         await gate.open()
         try:
@@ -6414,6 +6639,20 @@ def create_app(config: Config) -> Starlette:
     app = App(routes=[*routes_of(ENDPOINTS), *SIGN_IN_ROUTES], lifespan=lifespan)
     app.state.service = Service(config, store, providers, generations, gate, time.monotonic())
     return app
+
+
+MOUNTS = Path("/proc/mounts")  # Linux
+
+
+def warn_of_network(path: str) -> None:
+    """A line in the log if the database is where SQLite's locks and its shared memory cannot be relied on."""
+    with contextlib.suppress(OSError):
+        folder = os.path.realpath(Path(path).absolute().parent)
+        kind = network_file_system(folder, MOUNTS.read_text(encoding="utf-8", errors="replace"))
+        if kind is not None:
+            advice = "SQLite can lose data there: https://sqlite.org/useovernet.html; put the database on a local disk"
+            fields_of_line = {"type": kind, "folder": folder, "advice": advice}
+            log.warning("database on a network file system", extra={"fields": fields_of_line})
 
 
 def open_socket(config: Config) -> socket.socket:
@@ -6600,19 +6839,28 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
         "  <PROVIDER>_MODELS (comma list) and <PROVIDER>_DIALECT (openai | anthropic) say more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("command", nargs="?", choices=("backup",), help="copies the database, also while it runs")
+    parser.add_argument("file", nargs="?", help="where the backup goes; nothing is overwritten")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", help="TCP port to listen on")
     parser.add_argument("--db", help="path of the SQLite database")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if (parsed.command is None) != (parsed.file is None):
+        parser.error("backup: say where to: llmchat backup FILE")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
     sys.setswitchinterval(SWITCH_SECONDS)
     flags = vars(parse_arguments_of_main(arguments))
+    command, file = flags.pop("command"), flags.pop("file")
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
+        if command == "backup":
+            print(f"backup of {config.db}: {file}, {save_backup(config.db, file):,} bytes")
+            return 0
         open_log(config)
         if is_open_to_others(Path(".env")):
             log.warning("others on this machine can read .env with the keys in it; chmod 600 .env")
