@@ -56,6 +56,7 @@ import base64
 import contextlib
 import email.utils
 import functools
+import gzip
 import hashlib
 import hmac
 import html
@@ -77,7 +78,7 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -5238,7 +5239,7 @@ class Gate:
         self._check_origin(scope)
         self._check_forwarded(scope)
         scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
-        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS:
+        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith("/web/"):
             raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
 
     def _check_host(self, scope: Scope) -> None:
@@ -5563,6 +5564,7 @@ class Service:
     gate: Gate
     started_at: float  # monotonic seconds
     at_work: set[str] = field(default_factory=set)  # kinds of work that are done once at a time
+    web: dict[str, WebFile] = field(default_factory=dict)  # the page's files, read when one is first asked for
 
 
 def service_of(request: Request) -> Service:
@@ -6179,10 +6181,6 @@ async def get_backup(request: Request) -> Response:
     return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
 
 
-async def get_root(request: Request) -> Response:
-    return await get_health(request)
-
-
 async def get_openapi(request: Request) -> Response:
     return json_response(openapi_document())
 
@@ -6365,6 +6363,96 @@ def before_of(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+# ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# The files of web/ and nothing else of the disk: read, hashed and compressed at the first request for any of them, then
+# served from memory. What names them in HTML and in the manifest carries their hash, so a browser keeps each for ever
+# and asks only for the page itself, which is usually 304. Streams and API answers are never compressed.
+
+WEB = Path(__file__).resolve().parent / "web"
+WEB_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webmanifest": "application/manifest+json",
+}
+PAGE_HEADERS = {  # of every file of the page; same-origin, not no-referrer: that would make a form's Origin null
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class WebFile(NamedTuple):
+    """A file of the page as it goes out; `packed` is gzip, or empty where that gains nothing."""
+
+    content: bytes
+    packed: bytes
+    media_type: str
+    digest: str
+
+
+def load_web_files(folder: Path) -> dict[str, WebFile]:
+    """The page's files by name, each one's mentions of the others with their hash."""
+    sources = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
+    files: dict[str, WebFile] = {}
+    for name, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0] == "index.html")):
+        content = re.sub(rb"/web/([\w.-]+)", lambda found: named_with_hash(found, files), source)
+        packed = b"" if name.endswith(".png") else gzip.compress(content, 9, mtime=0)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        files[name] = WebFile(content, packed, WEB_TYPES[Path(name).suffix], digest)
+    return files
+
+
+def named_with_hash(found: re.Match[bytes], files: Mapping[str, WebFile]) -> bytes:
+    file = files.get(found[1].decode())
+    return found[0] if file is None else found[0] + b"?v=" + file.digest.encode()
+
+
+def web_response(request: Request, name: str) -> Response:
+    """A file of the page, or 304. Raises NotFound."""
+    service = service_of(request)
+    if not service.web and WEB.is_dir():
+        service.web.update(load_web_files(WEB))
+    file = service.web.get(name)
+    if file is None:
+        raise NotFound(f"path: there is no file {printable(name, 60)!r} of the page")
+    forever = request.query_params.get("v") == file.digest
+    headers = {
+        **PAGE_HEADERS,
+        "Cache-Control": "public, max-age=31536000, immutable" if forever else "no-cache",
+        "ETag": f'W/"{file.digest}"',
+        "Vary": "Accept, Accept-Encoding",
+    }
+    if file.digest in request.headers.get("if-none-match", ""):
+        return Response(None, 304, headers)
+    if file.packed and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
+        return Response(file.packed, 200, {**headers, "Content-Encoding": "gzip"}, file.media_type)
+    return Response(file.content, 200, headers, file.media_type)
+
+
+async def get_web_file(request: Request) -> Response:
+    return web_response(request, request.path_params["name"])
+
+
+async def get_page(request: Request) -> Response:
+    return web_response(request, "index.html")
+
+
+async def get_root(request: Request) -> Response:
+    """The page to a browser, health to everybody else."""
+    if "text/html" in request.headers.get("accept", ""):
+        return await get_page(request)
+    answer = await get_health(request)
+    answer.headers["Vary"] = "Accept"
+    return answer
+
+
 # ── the table of endpoints, and what is read off it ─────────────────────────────────────────────────────────────────
 
 
@@ -6397,7 +6485,7 @@ REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
 ENDPOINTS = (
-    Endpoint("GET", "/", get_root, "the state of the service", HealthAnswer, errors=(503,)),
+    Endpoint("GET", "/", get_root, "the page to a browser, the state of the service to everybody else", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=(REFRESH,)),
     Endpoint(
@@ -6451,7 +6539,9 @@ async def sign_in(request: Request) -> Response:
     return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
 
 
-SIGN_IN_ROUTES = [
+PAGE_ROUTES = [
+    Route("/c/{id}", get_page, methods=["GET"]),
+    Route("/web/{name}", get_web_file, methods=["GET"]),
     Route("/sign-in", sign_in, methods=["GET", "POST"]),
     Route("/sign-out", post_sign_out, methods=["POST"]),
 ]
@@ -6636,7 +6726,7 @@ def create_app(config: Config) -> Starlette:
             await providers.close()
             await store.close()
 
-    app = App(routes=[*routes_of(ENDPOINTS), *SIGN_IN_ROUTES], lifespan=lifespan)
+    app = App(routes=[*routes_of(ENDPOINTS), *PAGE_ROUTES], lifespan=lifespan)
     app.state.service = Service(config, store, providers, generations, gate, time.monotonic())
     return app
 
