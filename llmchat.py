@@ -74,7 +74,7 @@ import sys
 import time
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -1287,7 +1287,7 @@ class OpenAIDecoder(Decoder):
             self._calls.append(call)
             if indexed:
                 self._positions[index] = len(self._calls) - 1
-        call.identity, call.name = identity or call.identity, name or call.name
+        call.identity, call.name = call.identity or identity, call.name or name
         return call
 
     def _decode_extras(self, chunk: ChatChunk) -> None:
@@ -1555,7 +1555,8 @@ class AnthropicDecoder(Decoder):
                 if block.get("type") == "thinking" and block.get("signature"):
                     deltas.append(self._signature({"signature": str(block["signature"])}))
                 self._stop_block(index, deltas)
-        self._mend(deltas, 0)
+        deltas[:] = [Delta(delta.kind, without_halves(delta.text)) for delta in deltas]
+        self._mending = False
         self._count(event.usage)
         if isinstance(event.stop_reason, str):
             self.finish_reason = finish_reason_of(event.stop_reason)
@@ -1748,6 +1749,7 @@ class RepetitionGuard:
     def __init__(self, count: int, characters: int) -> None:
         self._count = count
         self._characters = characters
+        self._is_on = bool(count and characters)
         self._delta = ""
         self._delta_count = 0
         self._pending = ""  # not looked at yet: less than a step
@@ -1757,22 +1759,23 @@ class RepetitionGuard:
 
     def feed(self, text: str) -> str | None:
         """Takes a delta; returns the period once the text goes round in circles, else None."""
-        if not text or not self._count or not self._characters:
+        if not text or not self._is_on:
             return None
-        return self._repeated_delta(text) or self._repeated_period(text)
+        self._pending += text
+        if text != self._delta:
+            self._delta, self._delta_count = text, 1
+        elif repeated := self._repeated_delta(text):
+            return repeated
+        return self._repeated_period() if len(self._pending) >= REPETITION_STEP_CHARACTERS else None
 
     def _repeated_delta(self, delta: str) -> str | None:
-        self._delta_count = self._delta_count + 1 if delta == self._delta else 1
-        self._delta = delta
+        self._delta_count += 1
         if self._delta_count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
             return None
         letters = sum(map(str.isalpha, set(delta)))
         return delta if letters >= REPETITION_DELTA_LETTERS_MIN else None
 
-    def _repeated_period(self, text: str) -> str | None:
-        self._pending += text
-        if len(self._pending) < REPETITION_STEP_CHARACTERS:
-            return None
+    def _repeated_period(self) -> str | None:
         pending, step = self._pending, REPETITION_STEP_CHARACTERS
         end = len(pending) - len(pending) % step
         self._pending = pending[end:]
@@ -2403,59 +2406,86 @@ class Answer:
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
         self.heard_at, self.grown_at = time.monotonic(), 0.0
         self._response = response
+        self._receive = body_reader(response)
+        self._sse = SseDecoder()
+        self._document: bytearray | None = None  # of an answer that is no stream
+        self._is_sniffed = False
+        self._whole_at: float | None = None  # loop time since which nothing more has to come
+        self._failure: GenerationError | None = None
+        self._is_ended = False
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What each read of the socket brings. Raises GenerationError, after the deltas that came before it."""
-        async with contextlib.aclosing(self._read_bytes()) as stream:
-            head = b""
-            async for data in stream:
-                if head := data.lstrip(b" \t\r\n\xef\xbb\xbf"):  # DeepSeek sends blank lines while one waits
-                    break
-            # By its first character, not by its type: a stream is asked for, and what comes instead is mislabelled too.
-            whole = head.startswith((b"{", b"[", b"<"))
-            async with contextlib.aclosing(self._read_document(head, stream) if whole else self._read_events(head, stream)) as batches:
-                async for deltas, failure in batches:
-                    if deltas:
-                        yield deltas
-                    if failure is not None:
-                        raise failure
+    async def read(self) -> list[Delta] | None:
+        """What the next read of the socket brings, which may be nothing; None once the answer is whole.
 
-    async def _read_events(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
-        sse = SseDecoder()
-        whole_at: float | None = None  # loop time since which nothing more has to come
-        while data is not None and not self.decoder.done:
-            deltas: list[Delta] = []
-            failure = self._decode(sse, data, deltas)
-            yield deltas, failure
-            if self.decoder.done or (self.decoder.finish_reason is not None and (deltas or whole_at is None)):
-                whole_at = asyncio.get_running_loop().time()
-            data = await self._read_more(stream, whole_at)
-        deltas = []
-        yield deltas, self._decode_end(sse, deltas)
+        Raises GenerationError, after the deltas that came before it. One call per read and no generator on the way:
+        this is where a stream spends its time.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._is_ended:
+            return None
+        data = await self._read_bytes()
+        deltas: list[Delta] = []
+        self._failure = self._decode(data, deltas) if data else self._decode_end(deltas)
+        if not data:
+            self._is_ended = True
+        elif self.decoder.done or (self.decoder.finish_reason is not None and (deltas or self._whole_at is None)):
+            self._whole_at = asyncio.get_running_loop().time()
+        if self._failure is not None and not deltas:
+            raise self._failure
+        return deltas
 
-    async def _read_more(self, stream: AsyncGenerator[bytes, None], whole_at: float | None) -> bytes | None:
-        """The next bytes; None at the end. An answer that is whole does not wait for its connection to end.
+    async def _read_bytes(self) -> bytes:
+        """The next bytes; none at the end. Raises ProviderTruncated if the connection breaks before that."""
+        try:
+            if self._whole_at is not None:
+                data = await self._read_after_end(self._whole_at)
+            else:
+                data = await self._receive()
+                if not self._is_sniffed:
+                    data = await self._sniff(data)
+        except connection_errors() as exc:
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            raise ProviderTruncated(words, transient=True) from exc
+        self.heard_at = time.monotonic()
+        return data
+
+    async def _sniff(self, data: bytes) -> bytes:
+        """The first bytes that say something. By them, not by a label, an answer is a stream or one document: a stream
+        is asked for, and what comes instead is mislabelled too."""
+        while data and not (head := data.lstrip(b" \t\r\n\xef\xbb\xbf")):  # DeepSeek sends blank lines while one waits
+            self.heard_at = time.monotonic()
+            data = await self._receive()
+        if data and head.startswith((b"{", b"[", b"<")):
+            self._document = bytearray()
+        self._is_sniffed = True
+        return head if data else b""
+
+    async def _read_after_end(self, whole_at: float) -> bytes:
+        """What comes after the answer is whole, which does not wait for its connection to end.
 
         A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
         its end can be used again.
         """
-        if whole_at is None:
-            return await anext(stream, None)
         patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
-        try:
+        with contextlib.suppress(TimeoutError, *connection_errors()):
             async with asyncio.timeout_at(whole_at + patience):
-                data = await anext(stream, None)
-                while data is not None and self.decoder.done:
-                    data = await anext(stream, None)
+                data = await self._receive()
+                while data and self.decoder.done:
+                    data = await self._receive()
                 return data
-        except (TimeoutError, ProviderTruncated):
-            return None
+        return b""
 
-    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> GenerationError | None:
+    def _decode(self, data: bytes, deltas: list[Delta]) -> GenerationError | None:
         """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        if self._document is not None:
+            self._document += data
+            too_large = len(self._document) > PROVIDER_EVENT_BYTES_MAX
+            words = f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit"
+            return ProviderProtocol(words) if too_large else None
         held_characters = self.decoder.held_characters
         try:
-            for name, payload in sse.feed(data):
+            for name, payload in self._sse.feed(data):
                 self.decoder.decode(name, payload, deltas)
         except GenerationError as exc:
             return exc
@@ -2463,17 +2493,26 @@ class Answer:
             self.grown_at = self.heard_at
         return None
 
-    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> GenerationError | None:
+    def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
         try:
+            if self._document is not None:
+                self._decode_document(bytes(self._document), deltas)
             with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
-                for name, payload in sse.end():
+                for name, payload in self._sse.end():
                     self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
         except ProviderTruncated as exc:
-            return self._strange_error(bytes(sse.strange)) if sse.strange else exc
+            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
         except GenerationError as exc:
             return exc
         return None
+
+    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
+        if body.startswith(b"<"):
+            words, _ = body_words("text/html", body)
+            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        self.decoder.decode_document(body, deltas)
 
     def _strange_error(self, body: bytes) -> ProviderError:
         """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
@@ -2482,37 +2521,18 @@ class Answer:
         words, _ = body_words(self._response.headers.get("content-type", ""), body)
         return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
 
-    async def _read_document(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
-        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
-        body = bytearray()
-        while data is not None:
-            body += data
-            if len(body) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
-            data = await anext(stream, None)
-        if body.startswith(b"<"):
-            words, _ = body_words("text/html", bytes(body))
-            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
-        deltas: list[Delta] = []
-        try:
-            self.decoder.decode_document(bytes(body), deltas)
-            self.decoder.end(deltas)
-        except GenerationError as exc:
-            yield deltas, exc
-        else:
-            yield deltas, None
 
-    async def _read_bytes(self) -> AsyncGenerator[bytes, None]:
-        """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
-        encoded = self._response.headers.get("content-encoding", "identity") != "identity"
-        stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
-        try:
-            async for data in stream:
-                self.heard_at = time.monotonic()
-                yield data
-        except connection_errors() as exc:
-            words = f"the connection to {self.provider.name} broke before the answer was finished"
-            raise ProviderTruncated(words, transient=True) from exc
+def body_reader(response: httpx.Response) -> Callable[[], Awaitable[bytes]]:
+    """What gives the next bytes of a body, and none at its end: aiohttp's own reader where there is nothing to decode."""
+    reader = response.extensions.get("reader")
+    if reader is not None and response.headers.get("content-encoding", "identity") == "identity":
+        return cast("Callable[[], Awaitable[bytes]]", reader.readany)
+    stream = response.aiter_bytes()
+
+    async def read() -> bytes:
+        return await anext(stream, b"")
+
+    return read
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2595,11 +2615,8 @@ class Providers:
     def _open_client(self) -> httpx.AsyncClient:
         if self._client is None:
             import httpx
-            from httpx_aiohttp import AiohttpTransport
-
             limits = httpx.Limits(max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15)
-            transport = AiohttpTransport(limits=limits)
-            transport.client = open_session(limits, transport.ssl_context)
+            transport = open_transport(limits)
             self._client = httpx.AsyncClient(
                 transport=transport,
                 mounts={f"all://{DEMO_HOST}": open_demo_transport()},
@@ -2790,6 +2807,23 @@ def models_of(document: Any) -> list[str]:
     return [name.removeprefix("models/") for name in names if isinstance(name, str)]
 
 
+def open_transport(limits: httpx.Limits) -> Any:
+    """httpx's transport over aiohttp, which also hands out the reader of each body."""
+    from httpx_aiohttp import AiohttpTransport
+    from httpx_aiohttp.transport import AiohttpResponseStream
+
+    class Transport(AiohttpTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            response = await super().handle_async_request(request)
+            assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
+            response.extensions["reader"] = response.stream._aiohttp_response.content
+            return response
+
+    transport = Transport(limits=limits)
+    transport.client = open_session(limits, transport.ssl_context)
+    return transport
+
+
 def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
     """The aiohttp session under httpx: no cookies between users, proxies as the environment names them."""
     import aiohttp
@@ -2955,13 +2989,7 @@ class Session(NamedTuple):
     expires_at_ms: int
 
 
-class Row(NamedTuple):
-    """A delta as it is stored."""
-
-    message_id: int
-    offset: int
-    kind: str
-    text: str
+Row = tuple[int, int, str, str]  # a delta as it is stored: message_id, offset, kind, text
 
 
 @dataclass(frozen=True)
@@ -3232,31 +3260,53 @@ def commit_together(connection: sqlite3.Connection, operations: Sequence[Callabl
     """Runs the operations in one transaction. Returns the value, or the exception, of each.
 
     `durable`: the commit is fsynced. Raises sqlite3.Error if the transaction as a whole could not be committed; then
-    nothing of it is stored.
+    nothing of it is stored. As few statements as can be: after each, this thread waits for the interpreter.
     """
-    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-    connection.execute("BEGIN IMMEDIATE")
+    if durable:
+        connection.execute("PRAGMA synchronous=FULL")
     try:
-        outcomes = [run_in_savepoint(connection, operation) for operation in operations]
-        connection.execute("COMMIT")
+        connection.execute("BEGIN IMMEDIATE")
+        run = run_alone if len(operations) == 1 else run_in_savepoint
+        outcomes = [run(connection, operation) for operation in operations]
+        if connection.in_transaction:
+            connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:  # a full disk has rolled it back already
             connection.execute("ROLLBACK")
         raise
+    finally:
+        if durable:
+            connection.execute("PRAGMA synchronous=NORMAL")
     return outcomes
+
+
+def run_alone(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
+    """An operation that has the transaction to itself: if it is refused, there is nothing else to keep."""
+    try:
+        return operation(connection)
+    except Exception as exc:
+        if is_disk_error(exc):
+            raise
+        connection.execute("ROLLBACK")
+        return exc
 
 
 def run_in_savepoint(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
     connection.execute("SAVEPOINT operation")
     try:
         value = operation(connection)
-    except sqlite3.OperationalError:  # the disk, not the operation
-        raise
     except Exception as exc:
+        if is_disk_error(exc):
+            raise
         connection.execute("ROLLBACK TO operation")
         value = exc
     connection.execute("RELEASE operation")
     return value
+
+
+def is_disk_error(exc: Exception) -> bool:
+    """Whether the disk or the file is to blame (full, locked, unreadable, corrupt), not the operation."""
+    return isinstance(exc, sqlite3.OperationalError) or type(exc) is sqlite3.DatabaseError
 
 
 def touch(connection: sqlite3.Connection) -> None:
@@ -3452,14 +3502,29 @@ def insert_content(connection: sqlite3.Connection, message_id: int, content: Ite
     rows, offset = [], 0
     for delta in content:
         for piece in split_delta(delta):
-            rows.append(Row(message_id, offset, piece.kind, piece.text))
+            rows.append((message_id, offset, piece.kind, piece.text))
             offset += len(piece.text)
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    insert_rows(connection, rows)
+
+
+def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Stores deltas in one statement, however many: after each, this thread would have to wait for the interpreter,
+    which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
+    encoded = encode_json(rows)
+    if b"\\u0000" in encoded:
+        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    else:
+        connection.execute(
+            "INSERT INTO delta SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),"
+            " json_extract(value, '$[3]') FROM json_each(?)",
+            (encoded.decode(),),
+        )
 
 
 def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
     """A flush: new content of running messages, and the ends of some. The one place that sets a terminal status."""
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    if rows:
+        insert_rows(connection, rows)
     for outcome in outcomes:
         ending = outcome.ending
         connection.execute(
@@ -4122,7 +4187,7 @@ class Flush(NamedTuple):
 
     def rows(self) -> list[Row]:
         message_id = self.generation.message_id
-        return [Row(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+        return [(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
 
 
 class Generation:
@@ -4195,22 +4260,25 @@ class Generation:
             joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
             deltas = [one for one in joined if one.text]
         self.pending += deltas
-        length = sum([len(delta.text) for delta in deltas])
+        length, circle = 0, None
+        for delta in deltas:
+            length += len(delta.text)
+            guard = self._circles.get(delta.kind)
+            circle = circle or (guard.feed(delta.text) if guard is not None else None)
         self.characters += length
         self.pending_characters += length
         if self.pending_characters > PENDING_CHARACTERS_MAX:
             self.room.clear()
         if self.characters > self._characters_max:
             raise TooLong(f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)")
-        for delta in deltas:
-            if delta.kind in MERGED_KINDS and (period := self._circles[delta.kind].feed(delta.text)):
-                raise Repetition(f"the model goes round in circles, repeating {shorten(period, None)!r}")
+        if circle is not None:
+            raise Repetition(f"the model goes round in circles, repeating {shorten(circle, None)!r}")
 
     def take(self) -> Flush:
         """Everything pending, for a flush; with the outcome if this is the last."""
         pieces = []
-        for delta in join_deltas(self.pending):
-            for piece in split_delta(delta):
+        for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
+            for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
                 self.offset += len(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
@@ -4474,12 +4542,12 @@ class Generations:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
                 if started.content:
                     generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
-                async with contextlib.aclosing(generation.answer.deltas()) as batches:
-                    async for deltas in batches:
+                while (deltas := await generation.answer.read()) is not None:
+                    if deltas:
                         generation.receive(deltas)
                         self._mark(generation)
-                        if not generation.room.is_set():
-                            await generation.room.wait()
+                    if not generation.room.is_set():
+                        await generation.room.wait()
         except TimeoutError:
             failure = self._stalled(generation)
         except GenerationError as exc:
@@ -4654,7 +4722,7 @@ class Generations:
                 question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
                 deltas: list[Delta] = []
                 async with self._providers.ask(target, question) as answer:
-                    async for batch in answer.deltas():
+                    while (batch := await answer.read()) is not None:
                         deltas += batch
             title = make_title(text_of(deltas).strip().strip('"'))
             if title:
@@ -4760,7 +4828,8 @@ class Generations:
 
 
 class Stream:
-    """One subscriber's whole life, from its cursor to `end`. `close` may be called at any time, from a callback."""
+    """One subscriber's whole life, from its cursor to `end`; a context, in which it counts for its message's limit and
+    its heart beats. `close` may be called at any time, from a callback."""
 
     def __init__(self, generations: Generations, owner: str, message_id: int, cursor: int, first: bytes) -> None:
         self._generations = generations
@@ -4768,11 +4837,27 @@ class Stream:
         self._message_id = message_id
         self._cursor = cursor
         self._first = first
+        self._source: Generation | Rendering | None = None  # what the subscriber is attached to
         self._subscriber: Subscriber | None = None
         self._closed = False
         self._finished = False
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Stream:
+        self._generations.streams[self._message_id] += 1
+        self._generations.owner_streams[self._owner] += 1
+        self._beat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._detach()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._generations.owner_streams[self._owner] -= 1
+        self._generations.streams[self._message_id] -= 1
+        if not self._generations.streams[self._message_id]:  # there will be many messages
+            del self._generations.streams[self._message_id]
 
     def close(self) -> None:
         """The client is gone: whatever the stream waits for, it ends now."""
@@ -4783,75 +4868,51 @@ class Stream:
         if self._subscriber is not None and self._subscriber.queue.empty():
             self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """What is to be sent, one item per send."""
-        with self._counted():
-            yield self._first
-            while not self._closed and not self._finished:
-                generation = self._generations.running.get(self._message_id)
-                attached = generation.attach(self._cursor) if generation is not None else None
-                if generation is not None and attached is not None:
-                    async with contextlib.aclosing(self._follow(generation, *attached)) as live:
-                        async for data in live:
-                            yield data
-                    continue
-                page = await self._load()
-                if page.pieces:
-                    self._cursor = page.pieces[-1][0]
-                    yield b"".join(encode_delta(delta, offset) for offset, delta in page.pieces)
-                if page.message.status != "running" and self._cursor >= page.length:
-                    self._finished = True
-                    yield encode_end_of(page.message)
-                elif not page.pieces:
-                    await asyncio.sleep(STARTED_WAIT_SECONDS)
+    async def read(self) -> bytes | None:
+        """What is to be sent next, everything that is there in one piece; None: the stream is over."""
+        data, self._first = self._first, b""
+        while not data:
+            if self._closed or self._finished:
+                return None
+            subscriber, source = self._subscriber, self._source
+            if subscriber is None or source is None or subscriber.lagging:
+                self._detach()
+                data = await self._catch_up()
+            elif source.ended.is_set() and subscriber.queue.empty():
+                self._finished = True
+            else:
+                data = await subscriber.get()
+                self._cursor = subscriber.cursor
+        self._sent_at = time.monotonic()
+        return data
+
+    async def _catch_up(self) -> bytes:
+        """What the ring has beyond the cursor, from where the queue goes on; else some of what the store has."""
+        generation = self._generations.running.get(self._message_id)
+        attached = generation.attach(self._cursor) if generation is not None else None
+        if generation is not None and attached is not None:
+            return self._attach(generation, *attached)
+        page = await self._load()
+        frames = [encode_delta(delta, offset) for offset, delta in page.pieces]
+        self._cursor = page.pieces[-1][0] if page.pieces else self._cursor
+        if page.message.status != "running" and self._cursor >= page.length:
+            self._finished = True
+            frames.append(encode_end_of(page.message))
+        if not frames:
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+        return b"".join(frames)
 
     async def _load(self) -> Page:
         return await self._generations.load(self._owner, self._message_id, self._cursor)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """While this stream is open: it counts for its message's limit, and its heart beats."""
-        counts: tuple[tuple[Counter[Any], Any], ...] = (
-            (self._generations.streams, self._message_id),
-            (self._generations.owner_streams, self._owner),
-        )
-        for counter, key in counts:
-            counter[key] += 1
-        self._beat()
-        try:
-            yield
-        finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            for counter, key in counts:
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
+    def _attach(self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes) -> bytes:
+        self._source, self._subscriber, self._cursor = source, subscriber, subscriber.cursor
+        return behind
 
-    async def _follow(
-        self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes
-    ) -> AsyncGenerator[bytes, None]:
-        """What lies behind, then the queue, until the end, or until this stream lags or is closed."""
-        self._subscriber = subscriber
-        try:
-            self._cursor = subscriber.cursor
-            if behind:
-                self._sent_at = time.monotonic()
-                yield behind
-            while not self._closed and not subscriber.lagging:
-                if source.ended.is_set() and subscriber.queue.empty():
-                    self._finished = True
-                    return
-                data = await subscriber.get()
-                if subscriber.lagging:
-                    return
-                self._cursor = subscriber.cursor
-                if data:
-                    self._sent_at = time.monotonic()
-                    yield data
-        finally:
-            self._subscriber = None
-            source.subscribers.discard(subscriber)
+    def _detach(self) -> None:
+        if self._source is not None and self._subscriber is not None:
+            self._source.subscribers.discard(self._subscriber)
+        self._source = self._subscriber = None
 
     def _beat(self) -> None:
         """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
@@ -4866,26 +4927,16 @@ class Stream:
 class HtmlStream(Stream):
     """The same with the text as HTML: `html` events in place of text deltas."""
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        with self._counted():
-            yield self._first
-            while not self._closed and not self._finished:
-                generation = self._generations.running.get(self._message_id)
-                rendering = await self._generations.rendering(generation) if generation is not None else None
-                if rendering is not None:
-                    async with contextlib.aclosing(self._follow(rendering, *rendering.attach())) as live:
-                        async for data in live:
-                            yield data
-                    continue
-                message = await self._generations.load_whole(self._owner, self._message_id)
-                if message.status == "running":
-                    await asyncio.sleep(STARTED_WAIT_SECONDS)
-                    continue
-                self._finished = True
-                yield await self._whole(message)
-
-    async def _whole(self, message: Message) -> bytes:
-        """Everything of a message that has ended."""
+    async def _catch_up(self) -> bytes:
+        generation = self._generations.running.get(self._message_id)
+        rendering = await self._generations.rendering(generation) if generation is not None else None
+        if rendering is not None:
+            return self._attach(rendering, *rendering.attach())
+        message = await self._generations.load_whole(self._owner, self._message_id)
+        if message.status == "running":
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+            return b""
+        self._finished = True
         length = sum(len(delta.text) for delta in message.content)
         others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
         html_text = await self._generations.render_message(message)
@@ -4906,13 +4957,12 @@ class ViewStream(Stream):
         super().__init__(generations, owner, message_id, 0, first)
         self._view = view
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(super().frames()) as frames:
-            async for data in frames:
-                events = filter(None, map(parse_sse_block, data.split(b"\n\n")))
-                translated = b"".join([self._view.translate(*event) for event in events])
-                if translated:
-                    yield translated
+    async def read(self) -> bytes | None:
+        while (data := await super().read()) is not None:
+            events = filter(None, map(parse_sse_block, data.split(b"\n\n")))
+            if translated := b"".join([self._view.translate(*event) for event in events]):
+                return translated
+        return None
 
     async def _load(self) -> Page:
         return await self._generations.load_rows(self._owner, self._message_id, self._cursor)
@@ -5594,9 +5644,10 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
             return
         gone = asyncio.ensure_future(self._watch_client(receive))
+        send = scope["server_send"]  # the layers between have nothing to say about a body
         try:
-            async with contextlib.aclosing(self._stream.frames()) as frames:
-                async for data in frames:
+            with self._stream as stream:
+                while (data := await stream.read()) is not None:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
@@ -5664,6 +5715,7 @@ class EnvelopedSend:
         self.headers: list[tuple[bytes, bytes]] = []
         self._send = send
         self._request_id = scope["request_id"] = find_request_id(scope)
+        scope["server_send"] = send
 
     async def __call__(self, message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
@@ -7240,6 +7292,7 @@ OPENAI_ENDPOINTS = (
 # service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
+SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
 CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
 
 
@@ -7448,6 +7501,7 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     flags = vars(parse_arguments_of_main(arguments))
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)

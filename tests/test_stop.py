@@ -102,7 +102,7 @@ SILENCES: dict[str, Answer | Steps] = {
     "after the headers": [Hang()],
     "after the role": [*openai_text(done=False, finish=None, usage=None), Hang()],
     "after a comment": [Send(b": PROCESSING\n\n"), Hang()],
-    "in the middle of a refusal": Answer(400, {"content-length": "900", "content-type": "application/json"}, [Hang()]),
+    "in the middle of a refusal": Answer(400, {"content-type": "application/json"}, [Send(b'{"error":'), Hang()]),
 }
 
 
