@@ -163,6 +163,8 @@ TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
 QUERY_CHARACTERS_MAX = 500  # of a search
 TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
 LIST_LIMIT_MAX = 200  # conversations in one answer
+SWEPT_MAX = 100  # conversations that one transaction deletes: flushes wait behind it
+SWEEP_SECONDS_MIN = 0.25  # between two of those
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
 
@@ -210,6 +212,10 @@ class InternalError(LlmchatError):
 
 class InvalidRequest(LlmchatError):
     code, status = "invalid_request", 400
+
+
+class ModelNotFound(InvalidRequest):
+    """A request names a model that nobody has."""
 
 
 class Unauthorized(LlmchatError):
@@ -462,6 +468,7 @@ class Config:
     answer_characters_max: int = setting(1_000_000, "characters of one answer", least=1, most=100_000_000)
     repetition_count: int = setting(20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000)
     repetition_characters: int = setting(1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000)
+    unstored_seconds: float = setting(600.0, "how long an answer that its client did not store stays after its end, in seconds", least=1, most=86_400)
     streams_max: int = setting(4096, "open streams in all", least=1, most=1_000_000)
     owner_generations_max: int = setting(64, "generations that run at once for one of several users", least=1, most=100_000)
     owner_streams_max: int = setting(256, "open streams of one of several users", least=1, most=1_000_000)
@@ -851,6 +858,10 @@ class Parameters(Struct, frozen=True, omit_defaults=True):
     top_p: float | None = None
     stop: list[str] | None = None
     response_format: dict[str, Any] | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    parallel_tool_calls: bool | None = None
 
 
 NO_PARAMETERS = Parameters()
@@ -2767,10 +2778,22 @@ class Providers:
         for provider in self._config.providers:
             if wanted in provider.models:
                 return Target(provider, wanted)
+        if found := await self._find_by_model(wanted, name):
+            return found
         if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
             return self._check(Target(self._config.providers[0], wanted), name)
         self._find(prefix if slash else wanted, name)
-        raise InvalidRequest(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+        raise ModelNotFound(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+
+    async def _find_by_model(self, wanted: str, name: str) -> Target | None:
+        """The target of a model without its provider, where only one provider lists it. Raises ModelNotFound."""
+        if len(self._config.providers) == 1 or self._config.provider(wanted):
+            return None
+        listed = await asyncio.gather(*map(self.list_models, self._config.providers))
+        found = [Target(one, wanted) for one, of_one in zip(self._config.providers, listed, strict=True) if wanted in of_one.models]
+        if len(found) > 1:
+            raise ModelNotFound(f"{name}: several providers have {wanted!r}; write one of {', '.join(map(str, found))}")
+        return found[0] if found else None
 
     def _find(self, wanted: str, name: str) -> Provider:
         provider = self._config.provider(wanted)
@@ -2779,13 +2802,13 @@ class Providers:
         configured = ", ".join(one.name for one in self._config.providers)
         known = PROVIDER_FACTS.get(wanted)
         hint = f"; set {known.variables[0]} to switch it on" if known else "; a model is written provider/model"
-        raise InvalidRequest(f"{name}: provider {wanted!r} is not configured; there is {configured}{hint}")
+        raise ModelNotFound(f"{name}: provider {wanted!r} is not configured; there is {configured}{hint}")
 
     def _check(self, target: Target, name: str) -> Target:
         """Refuses a model that is known not to be there: where the list is given, not asked."""
         models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
         if models and target.model not in models:
-            raise InvalidRequest(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
+            raise ModelNotFound(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
         return target
 
     async def _first_model(self, provider: Provider) -> str:
@@ -2951,6 +2974,9 @@ class NewMessage:
     parameters: Parameters
     idempotency_key: str | None = None
     request_hash: str | None = None
+    hidden: bool = False  # a new conversation that is in no list and is deleted some time after it has ended
+    answer_system: str | None = None  # the system prompt of this answer alone; None: the conversation's
+    response: Mapping[str, Any] | None = None  # what a response of section 13 repeats of its request
 
 
 @dataclass(frozen=True)
@@ -2969,6 +2995,7 @@ class Started:
     repeated: bool = False  # an earlier request with the same Idempotency-Key has started it
     status: str = "running"
     is_first: bool = False  # the first answer of its conversation
+    hidden: bool = False
     content: tuple[Delta, ...] = ()
     usage: Usage | None = None
     timing: Timing = NO_TIMING
@@ -3234,6 +3261,11 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
         "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'",
         (now_ms(),),
     )
+    connection.execute(
+        "UPDATE conversation SET updated_at_ms = ? WHERE hidden = 1 AND id IN"
+        " (SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?)))",
+        (now_ms(), json.dumps([message_id for (message_id,) in running])),
+    )
     for (message_id,) in running:
         index_ended(connection, message_id)
     connection.execute("COMMIT")
@@ -3291,7 +3323,8 @@ def index_message(connection: sqlite3.Connection, owner: str, message_id: int, t
 
 def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
     owner = connection.execute(
-        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ?", (message_id,)
+        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ? AND hidden = 0",
+        (message_id,),
     ).fetchone()
     rows = connection.execute(
         "SELECT text FROM delta WHERE message_id = ? AND kind = 'text' AND offset < ? ORDER BY offset",
@@ -3525,21 +3558,23 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
         parent_id = find_parent(connection, conversation_id, parent_id)
     if new.system is not None:
         connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    searched_by = None if new.hidden else new.owner
     for turn in new.turns:
-        parent_id = insert_turn(connection, new.owner, conversation_id, parent_id, turn, created_at_ms)
+        parent_id = insert_turn(connection, searched_by, conversation_id, parent_id, turn, created_at_ms)
     return insert_answer(connection, new, conversation_id, parent_id, created_at_ms)
 
 
 def insert_turn(
-    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
+    connection: sqlite3.Connection, owner: str | None, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
 ) -> int:
-    """Stores a message that is whole; returns its id."""
+    """Stores a message that is whole; returns its id. `owner` is whose search finds it; None: nobody's."""
     params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
     message_id = insert_message(
         connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=encode_json(params).decode()
     )
     insert_content(connection, message_id, turn.content)
-    index_message(connection, owner, message_id, text_of(turn.content))
+    if owner is not None:
+        index_message(connection, owner, message_id, text_of(turn.content))
     return message_id
 
 
@@ -3547,12 +3582,13 @@ def insert_answer(
     connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, created_at_ms: int
 ) -> Started:
     """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
-    row = connection.execute("SELECT system, params_json FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
+    row = connection.execute("SELECT system, params_json, hidden FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
     asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
     message_id = insert_message(
         connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
         provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(asked).decode(),
-        idempotency_key=new.idempotency_key, request_hash=new.request_hash,
+        idempotency_key=new.idempotency_key, request_hash=new.request_hash, system=new.answer_system,
+        response_json=encode_json(new.response).decode() if new.response is not None else None,
     )  # fmt: skip
     connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
     answers = "SELECT count(*) FROM message WHERE conversation_id = ? AND role = 'assistant'"
@@ -3560,10 +3596,11 @@ def insert_answer(
         conversation_id,
         message_id,
         parent_id,
-        row["system"],
+        row["system"] if new.answer_system is None else new.answer_system,
         () if parent_id is None else select_path(connection, parent_id),
         msgspec.convert(asked, Parameters),
-        is_first=connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+        is_first=not row["hidden"] and connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+        hidden=bool(row["hidden"]),
     )
 
 
@@ -3573,7 +3610,7 @@ def regenerate_message(connection: sqlite3.Connection, message_id: int, new: New
         return earlier
     row = select_answer(connection, new.owner, message_id)
     asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
-    new = replace(new, parameters=msgspec.convert(asked, Parameters))
+    new = replace(new, parameters=msgspec.convert(asked, Parameters), answer_system=row["system"])
     return insert_answer(connection, new, row["conversation_id"], row["parent_id"], now_ms())
 
 
@@ -3590,14 +3627,15 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
     )
     rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
     before = message_of(row, [Delta(*one) for one in rows])
-    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()[0]
+    conversation = connection.execute("SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()
     return Started(
         before.conversation_id,
         message_id,
         before.parent_id,
-        system,
+        conversation["system"] if row["system"] is None else row["system"],
         select_path(connection, message_id),
         msgspec.convert(json.loads(row["params_json"]), Parameters),
+        hidden=bool(conversation["hidden"]),
         content=tuple(before.content),
         usage=before.usage,
         timing=before.timing,
@@ -3629,10 +3667,11 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
     title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
     cursor = connection.execute(
-        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms) VALUES (?, ?, ?, ?, ?)",
-        (new.owner, title, new.system or "", created_at_ms, created_at_ms),
+        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms, hidden) VALUES (?, ?, ?, ?, ?, ?)",
+        (new.owner, title, new.system or "", created_at_ms, created_at_ms, new.hidden),
     )
-    index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
+    if not new.hidden:
+        index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
     return cast(int, cursor.lastrowid)
 
 
@@ -3804,8 +3843,16 @@ def reading(connection: sqlite3.Connection) -> Iterator[None]:
         connection.execute("COMMIT")
 
 
-def load_page(connection: sqlite3.Connection, owner: str, message_id: int, cursor: int) -> Page:
-    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row."""
+def load_page(
+    connection: sqlite3.Connection,
+    owner: str,
+    message_id: int,
+    cursor: int,
+    join: Callable[[Iterable[Delta]], list[Delta]] = join_deltas,
+) -> Page:
+    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row.
+
+    `join` may be `list`: then every row is a piece of its own, as it was when it was published."""
     with reading(connection):
         message = message_of(select_message(connection, owner, message_id), ())
         last = connection.execute(
@@ -3824,7 +3871,7 @@ def load_page(connection: sqlite3.Connection, owner: str, message_id: int, curso
             if characters >= FRAME_CHARACTERS_MAX * 4:
                 break
     pieces, offset = [], cursor
-    for delta in join_deltas(found):
+    for delta in join(found):
         for piece in split_delta(delta):
             offset += len(piece.text)
             pieces.append((offset, piece))
@@ -3837,7 +3884,7 @@ def list_conversations(
     """A page of an owner's conversations; `before` is (updated_at_ms, id) of the last one on the page before."""
     rows = connection.execute(
         "SELECT conversation.*, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id)"
-        " AS running FROM conversation WHERE owner = ? AND (updated_at_ms, id) < (?, ?)"
+        " AS running FROM conversation WHERE owner = ? AND hidden = 0 AND (updated_at_ms, id) < (?, ?)"
         " ORDER BY updated_at_ms DESC, id DESC LIMIT ?",
         (owner, *(before or (2**63 - 1, 2**63 - 1)), limit + 1),
     ).fetchall()
@@ -3900,6 +3947,106 @@ def delete_conversation(connection: sqlite3.Connection, owner: str, conversation
         connection.execute(f"DELETE FROM message_fts WHERE rowid IN ({indexed})", (conversation_id,))
         connection.execute("DELETE FROM conversation WHERE id = ?", (conversation_id,))
     return [row[0] for row in running]
+
+
+def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched: Sequence[int]) -> int | None:
+    """Deletes hidden conversations in which nothing has happened since then, unless somebody reads one of the messages
+    `watched`. Returns when the oldest that is left ended; None: there is none."""
+    ended = (
+        "hidden = 1 AND id NOT IN (SELECT conversation_id FROM message WHERE status = 'running'"
+        " UNION ALL SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?1)))"
+    )
+    connection.execute(
+        f"DELETE FROM conversation WHERE id IN (SELECT id FROM conversation WHERE {ended} AND updated_at_ms <= ?2"
+        f" ORDER BY updated_at_ms LIMIT {SWEPT_MAX})",
+        (json.dumps(watched), ended_before_ms),
+    )
+    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", ("[]",)).fetchone()
+    return cast("int | None", oldest[0])
+
+
+# ── what a response of section 13 needs: the answer, what it was asked with, what it follows ──
+
+
+class StoredResponse(NamedTuple):
+    """An answer, and what its response repeats of its request (nothing, for one that the page asked for)."""
+
+    message: Message
+    asked: dict[str, Any]
+
+
+def select_response(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
+    """The row of an answer. Raises NotFound, also for a message of another role."""
+    row = connection.execute(
+        "SELECT message.*, hidden FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE message.id = ? AND owner = ? AND role = 'assistant'",
+        (message_id, owner),
+    ).fetchone()
+    if row is None:
+        raise NotFound(f"response_id: there is no response resp_{message_id}")
+    return cast(sqlite3.Row, row)
+
+
+def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
+    with reading(connection):
+        row = select_response(connection, owner, message_id)
+        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
+        asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
+        return StoredResponse(message_of(row, [Delta(*one) for one in rows]), asked)
+
+
+def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
+    """The ids of the messages that an answer was asked with, newest first."""
+    count = json.loads(row["response_json"] or "{}").get("input_turns", 1)
+    rows = connection.execute(
+        "WITH RECURSIVE path (id, parent_id, depth) AS ("
+        " SELECT id, parent_id, 1 FROM message WHERE id = ?1"
+        " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id"
+        " WHERE depth < ?2) SELECT id FROM path WHERE depth <= ?2 ORDER BY depth",
+        (row["parent_id"], count),
+    )
+    return [message_id for (message_id,) in rows]
+
+
+def load_input(connection: sqlite3.Connection, owner: str, message_id: int) -> list[tuple[int, Turn]]:
+    """What an answer was asked with: (message id, turn), oldest first."""
+    with reading(connection):
+        ids = input_ids(connection, select_response(connection, owner, message_id))
+        turns = select_path(connection, ids[0]) if ids else ()
+    return list(zip(reversed(ids), turns[len(turns) - len(ids) :], strict=True))
+
+
+def load_previous(connection: sqlite3.Connection, owner: str, message_id: int) -> tuple[int, tuple[Turn, ...]]:
+    """The conversation of an answer that another one is to follow, and the turns up to it. Raises NotFound, Conflict."""
+    with reading(connection):
+        row = select_response(connection, owner, message_id)
+        if row["hidden"]:
+            raise NotFound(f"previous_response_id: resp_{message_id} was not stored")
+        if row["status"] == "running":
+            raise Conflict(f"previous_response_id: resp_{message_id} is still in progress")
+        return row["conversation_id"], select_path(connection, message_id)
+
+
+def delete_response(connection: sqlite3.Connection, owner: str, message_id: int) -> bool:
+    """Deletes an answer, and what it was asked with unless another answer has that too; what follows them stays and
+    moves up. An empty conversation goes along. Returns False, and does nothing, while the answer is running."""
+    row = select_response(connection, owner, message_id)
+    if row["status"] == "running":
+        return False
+    doomed, parent_id = [message_id], row["parent_id"]
+    for asked_id in input_ids(connection, row):
+        children = "SELECT count(*) FROM message WHERE parent_id = ?"
+        if connection.execute(children, (asked_id,)).fetchone()[0] > 1:
+            break
+        doomed.append(asked_id)
+        parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (asked_id,)).fetchone()[0]
+    connection.execute("UPDATE message SET parent_id = ? WHERE parent_id = ?", (parent_id, message_id))
+    for table, key in (("message_fts", "rowid"), ("message", "id")):
+        connection.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),))
+    messages = "SELECT count(*) FROM message WHERE conversation_id = ?"
+    if connection.execute(messages, (row["conversation_id"],)).fetchone()[0] == 0:
+        delete_conversation(connection, owner, row["conversation_id"])
+    return True
 
 
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
@@ -4481,14 +4628,18 @@ class Generations:
         self._wake = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
         self._next_flush_at = 0.0
+        self._sweeper: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         self._flusher = asyncio.create_task(self._flush_forever(), name="flusher")
+        self._start_sweep()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
         for generation in list(self.running.values()):
             self._end(generation, Ending("interrupted"))
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         for task in self._tasks:
             task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
@@ -4787,6 +4938,33 @@ class Generations:
             if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
                 self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
 
+            if generation.started.hidden:
+                self._sweep_in(self._config.unstored_seconds)
+
+    def _sweep_in(self, seconds: float) -> None:
+        """Sets the timer of the sweep, which runs only while there is something to delete one day."""
+        loop = asyncio.get_running_loop()
+        if self._sweeper is not None and self._sweeper.when() <= loop.time() + seconds:
+            return
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweeper = loop.call_later(seconds, self._start_sweep)
+
+    def _start_sweep(self) -> None:
+        self._sweeper = None
+        self._keep(asyncio.create_task(self._sweep(), name="sweep"))
+
+    async def _sweep(self) -> None:
+        """Deletes answers that nobody stored, some time after their end: a client that lost its connection, or asks again
+        with the same Idempotency-Key, has that long to come back. Those that somebody still reads wait."""
+        kept_ms = round(self._config.unstored_seconds * 1000)
+        try:
+            oldest = await self._store.write(sweep_unstored, now_ms() - kept_ms, list(self.streams))
+        except StoreUnavailable:
+            oldest = now_ms()
+        if oldest is not None:
+            self._sweep_in(max((oldest + kept_ms - now_ms()) / 1000, SWEEP_SECONDS_MIN))
+
     def _keep(self, task: asyncio.Task[None]) -> None:
         """Owns a task until it has ended; `close` awaits it."""
         self._tasks.add(task)
@@ -4847,6 +5025,11 @@ class Generations:
         about, status, _ = await self._look_at(owner, message_id, 0)
         return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
 
+    async def subscribe_to_view(self, owner: str, message_id: int, view: View) -> ViewStream:
+        """An open stream of all events, translated. Raises NotFound, Overloaded."""
+        about, status, _ = await self._look_at(owner, message_id, 0)
+        return ViewStream(self, owner, message_id, encode_start(start_data(about, message_id, status, 0)), view)
+
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
         """What a new stream is about, its status and its length. Raises NotFound."""
         generation = self.find(owner, message_id)
@@ -4882,6 +5065,9 @@ class Generations:
 
     async def load(self, owner: str, message_id: int, cursor: int) -> Page:
         return await self._store.read(load_page, owner, message_id, cursor)
+
+    async def load_rows(self, owner: str, message_id: int, cursor: int) -> Page:
+        return await self._store.read(load_page, owner, message_id, cursor, list)
 
     async def load_whole(self, owner: str, message_id: int) -> Message:
         return await self._store.read(load_message, owner, message_id)
@@ -4970,7 +5156,7 @@ class Stream:
         attached = generation.attach(self._cursor) if generation is not None else None
         if generation is not None and attached is not None:
             return self._attach(generation, *attached)
-        page = await self._generations.load(self._owner, self._message_id, self._cursor)
+        page = await self._load()
         frames = [encode_delta(delta, offset) for offset, delta in page.pieces]
         self._cursor = page.pieces[-1][0] if page.pieces else self._cursor
         if page.message.status != "running" and self._cursor >= page.length:
@@ -4979,6 +5165,9 @@ class Stream:
         if not frames:
             await asyncio.sleep(STARTED_WAIT_SECONDS)
         return b"".join(frames)
+
+    async def _load(self) -> Page:
+        return await self._generations.load(self._owner, self._message_id, self._cursor)
 
     def _attach(self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes) -> bytes:
         self._source, self._subscriber, self._cursor = source, subscriber, subscriber.cursor
@@ -5016,6 +5205,31 @@ class HtmlStream(Stream):
         others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
         html_text = await self._generations.render_message(message)
         return b"".join([*others, encode_html(Frame(((0, html_text),), "", 0.0), length), encode_end_of(message)])
+
+
+class View(Protocol):
+    """Another wire format for our events, one event in and any number out; it is used by one stream, from its start."""
+
+    def translate(self, name: bytes, data: bytes) -> bytes: ...
+
+
+class ViewStream(Stream):
+    """The same in another wire format. It always begins at the start, and gets every event as it was when it was
+    published, a row of the store each, so that whatever a view counts comes out the same every time."""
+
+    def __init__(self, generations: Generations, owner: str, message_id: int, first: bytes, view: View) -> None:
+        super().__init__(generations, owner, message_id, 0, first)
+        self._view = view
+
+    async def read(self) -> bytes | None:
+        while (data := await super().read()) is not None:
+            events = filter(None, map(parse_sse_block, data.split(b"\n\n")))
+            if translated := b"".join([self._view.translate(*event) for event in events]):
+                return translated
+        return None
+
+    async def _load(self) -> Page:
+        return await self._generations.load_rows(self._owner, self._message_id, self._cursor)
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -5562,6 +5776,7 @@ class Service:
     providers: Providers
     generations: Generations
     gate: Gate
+    endpoints: tuple[Endpoint, ...]
     started_at: float  # monotonic seconds
     at_work: set[str] = field(default_factory=set)  # kinds of work that are done once at a time
     web: dict[str, WebFile] = field(default_factory=dict)  # the page's files, read when one is first asked for
@@ -5877,9 +6092,10 @@ SECURITY_HEADERS = {
 class Envelope:
     """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
 
-    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, render_error: Callable[[LlmchatError, Scope], Response]) -> None:
         self._app = app
         self._gate = gate
+        self._render_error = render_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -5895,17 +6111,17 @@ class Envelope:
                 await self._app(scope, receive, envelope)
                 return
         except Unauthorized as exc:
-            response = error_response(exc, scope["request_id"])
+            response = self._render_error(exc, scope)
             if wants_page(scope):
                 response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
         except LlmchatError as exc:
-            response = error_response(exc, scope["request_id"])
+            response = self._render_error(exc, scope)
         except HTTPException as exc:
-            response = error_response(routing_error(exc, scope), scope["request_id"])
+            response = self._render_error(routing_error(exc, scope), scope)
         except Exception:
             log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
             internal = InternalError("an error of llmchat's own; its log says more under this request id")
-            response = error_response(internal, scope["request_id"])
+            response = self._render_error(internal, scope)
         if not envelope.started:
             await response(scope, receive, envelope)
 
@@ -5959,8 +6175,7 @@ async def chat(request: Request) -> Response:
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
     turns = turns_of(asked.message)
-    if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
-        raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+    refuse_large(body, turns)
     new = await new_message(request, asked, body, turns)
     is_new = asked.conversation_id is None
     system = asked.system if asked.system is not None or not is_new else service.config.system or None
@@ -6008,14 +6223,28 @@ async def answer_started(request: Request, asked: Asked | ContinueRequest, start
     return await finished_message(request, started.message_id)
 
 
-async def finished_message(request: Request, message_id: int) -> Response:
-    """The message once it has ended; a failed one as its error."""
+def refuse_large(body: bytes, turns: Sequence[Turn]) -> None:
+    """Raises TooLarge for a body that only images may fill."""
+    if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
+        raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+
+
+async def ended_message(request: Request, message_id: int) -> tuple[Message, dict[str, Any] | None]:
+    """The message once it has ended, and its error. The generation knows that too when the database is away."""
     service, owner = service_of(request), owner_of(request)
     generation = service.generations.find(owner, message_id)
     if generation is not None:
         await generation.ended.wait()
     message = await service.store.read(load_message, owner, message_id)
-    error = generation.ending.error if generation is not None and generation.ending is not None else message.error
+    if generation is None and message.status == "running":  # a repeat, a moment before what it repeats is known here
+        await asyncio.sleep(STARTED_WAIT_SECONDS)
+        return await ended_message(request, message_id)
+    return message, generation.ending.error if generation is not None and generation.ending is not None else message.error
+
+
+async def finished_message(request: Request, message_id: int) -> Response:
+    """The message once it has ended; a failed one as its error."""
+    message, error = await ended_message(request, message_id)
     if error is None:
         return json_response(message)
     detail = ErrorDetail(error["code"], error["message"], error["retryable"], request.scope["request_id"])
@@ -6142,7 +6371,7 @@ async def get_help(request: Request) -> Response:
     service = service_of(request)
     refresh = request.query_params.get("refresh", "0") not in ("0", "")
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
-    endpoints = [EndpointHelp(one.method, one.path, one.summary) for one in ENDPOINTS]
+    endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
     default = service.config.default_model or next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
     return json_response(HelpAnswer(__version__, default, endpoints, listed, list(service.config.unusable_keys)))
 
@@ -6182,11 +6411,11 @@ async def get_backup(request: Request) -> Response:
 
 
 async def get_openapi(request: Request) -> Response:
-    return json_response(openapi_document())
+    return json_response(openapi_document(service_of(request).endpoints))
 
 
 async def get_docs(request: Request) -> Response:
-    return html_page(docs_page(str(request.base_url).rstrip("/")))
+    return html_page(docs_page(service_of(request).endpoints, str(request.base_url).rstrip("/")))
 
 
 # ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
@@ -6472,6 +6701,14 @@ class Endpoint:
     errors: tuple[int, ...] = ()
     curl: str = ""
     media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
+    error: Any = ErrorAnswer  # the shape of those errors
+    example_id: str = ""
+    id_schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "integer", "minimum": 1})
+
+    @property
+    def shown_path(self) -> str:
+        """The path without the router's own notation."""
+        return self.path.replace(":path}", "}")
 
 
 WHOLE_NUMBER = {"type": "integer", "minimum": 0}
@@ -6565,15 +6802,15 @@ def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[R
     return by_method
 
 
-def openapi_document() -> dict[str, Any]:
+def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
-    types = {kind for one in ENDPOINTS for kind in (one.body, one.answer) if kind is not None} | {ErrorAnswer, StartedAnswer}
+    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {StartedAnswer}
     ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     references = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for one in ENDPOINTS:
-        paths.setdefault(one.path, {})[one.method.lower()] = operation_of(one, references)
+    for one in endpoints:
+        paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
     return {
         "openapi": "3.1.0",
         "info": {"title": "llmchat", "version": __version__, "description": "Answers that survive: streamed, stored, resumed."},
@@ -6588,25 +6825,25 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
         content["text/event-stream"] = {"schema": {"type": "string"}}
     content.update({media: {"schema": {"type": "string"}} for media in one.media})
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is not None and one.streams:
+    if one.body is not None and one.streams and one.error is ErrorAnswer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
     for status in sorted({*one.errors, 500}):
-        shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else ErrorAnswer]
+        shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
     parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
-    if "{id}" in one.path:
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}})
+    if "{id}" in one.shown_path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
     if one.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
     return {**operation, "responses": responses}
 
 
-def docs_page(base_url: str) -> str:
+def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
-    document = openapi_document()
-    sections = "".join(docs_section(one, base_url, document) for one in ENDPOINTS)
+    document = openapi_document(endpoints)
+    sections = "".join(docs_section(one, base_url, document) for one in endpoints)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
         f"<h1>llmchat {__version__}</h1>"
@@ -6624,10 +6861,10 @@ def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> s
     rows = "".join(
         f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}" for name, text in fields_of_body + fields_of_query
     )
-    url = base_url + one.path.replace("{id}", "2" if "messages" in one.path else "1")
+    url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
     curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
     return (
-        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.path)}</code></h2><p>{html.escape(one.summary)}'
+        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2><p>{html.escape(one.summary)}'
         f"<pre>{curl}</pre>{f'<table>{rows}</table>' if rows else ''}"
     )
 
@@ -6647,6 +6884,950 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
     if schema.get("default") is not None:
         text += f", default {json.dumps(schema['default'])}"
     return text + (f" ({schema['description']})" if schema.get("description") and "$ref" not in schema else "")
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 13. OpenAI view
+#
+# The API that everybody's tools speak, as a translation of the same messages: a chat completion and a response are each
+# a message of ours, started, committed, stopped and resumed by section 10 like any other, so both survive a lost
+# connection, and a restart as far as they had come. `chatcmpl-42` and `resp_42` are message 42. There is one
+# translation each way per format: turns of requests, and a View that takes our events one by one (ChatView,
+# ResponseView); a finished response goes through the same view. What a client did not ask to store lies in a hidden
+# conversation, and is swept LLMCHAT_UNSTORED_SECONDS after its end.
+#
+# What the official SDKs need, found by running them: (1) on a stream neither `id:` nor `retry:`, and a heartbeat is a
+# comment with one newline: their decoder hands an event without data on to the JSON parser; (2) a chat stream that ends
+# without a finish_reason passes for whole, so a failure is an error event, then [DONE]; (3) on /v1/responses a
+# top-level error event is raised, so there a failure is `response.failed`; (4) their helper replays from 0 and counts:
+# sequence_number comes from the stored rows alone; (5) they repeat a request after a 5xx, which could be paid twice:
+# x-should-retry says when not to. https://platform.openai.com/docs/api-reference
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+OPENAI_PREFIX = "/v1/"
+OPENAI_MESSAGES_MAX = 4096  # of one request
+OPENAI_HEARTBEAT = b": hb\n"  # (1)
+METADATA_MAX = 16  # pairs, as OpenAI has it
+INPUT_ITEMS_MAX = 100  # of one page
+
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Where OpenAI's status or code for the same is another than ours, so that SDKs raise what their users catch.
+OPENAI_STATUSES = {**ERROR_STATUSES, "provider_rejected": 400, "provider_rate_limited": 429}
+OPENAI_CODES = {
+    "unauthorized": "invalid_api_key",
+    "rate_limited": "rate_limit_exceeded",
+    "provider_rate_limited": "rate_limit_exceeded",
+}
+
+
+class OpenAIErrorDetail(Struct):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class OpenAIErrorAnswer(Struct, omit_defaults=True):
+    """Every error on /v1. `message_id`: the failed message, when there is one."""
+
+    error: OpenAIErrorDetail
+    message_id: int | None = None
+
+
+def openai_error(code: str, message: str, status: int) -> OpenAIErrorDetail:
+    """An error in OpenAI's words. Our messages begin with the field that they are about."""
+    field_name = re.match(r"([a-zA-Z_][\w.-]*): ", message) if status < 500 else None
+    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "server_error"
+    if status < 500:
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    return OpenAIErrorDetail(message, kind, field_name[1] if field_name else None, OPENAI_CODES.get(code, code))
+
+
+def render_error(error: LlmchatError, scope: Scope) -> Response:
+    """An error in the shape that its path promises. Nothing was started, so a repeat costs nothing (5)."""
+    plain = error_response(error, scope["request_id"])
+    if not scope["path"].startswith(OPENAI_PREFIX):
+        return plain
+    status, code = OPENAI_STATUSES[error.code], error.code
+    if isinstance(error, ModelNotFound):
+        status, code = 404, "model_not_found"
+    headers = {name: plain.headers[name] for name in ("www-authenticate", "retry-after") if name in plain.headers}
+    headers["x-should-retry"] = "true" if error.retryable else "false"
+    return json_response(OpenAIErrorAnswer(openai_error(code, error.message, status)), status, headers)
+
+
+def openai_failure(message_id: int, error: Mapping[str, Any]) -> Response:
+    """The error of an answer that was started: a repeated request would be paid again, so no SDK shall (5)."""
+    status = OPENAI_STATUSES.get(error["code"], 500)
+    detail = openai_error(error["code"], error["message"], status)
+    return json_response(OpenAIErrorAnswer(detail, message_id), status, {"x-should-retry": "false"})
+
+
+INTERRUPTED = {"code": "server_error", "message": "llmchat was stopped before the answer was finished; its text is kept"}
+
+# ── requests: chat completions ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Clients send many fields that they do not need: what is unknown is ignored, and what is known is checked. What would
+# change the answer's shape and cannot be had is refused, by `refuse_unsupported`.
+
+
+class OpenAIText(Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ImageUrl(Struct):
+    url: Annotated[str, Meta(description="a data URL; an address is not fetched")]
+
+
+class OpenAIImage(Struct, tag_field="type", tag="image_url"):
+    image_url: ImageUrl | str
+
+
+class OpenAIRefusal(Struct, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+class CalledFunction(Struct):
+    name: str
+    arguments: str = ""
+
+
+class OpenAIToolCall(Struct):
+    id: str
+    function: CalledFunction
+
+
+class SystemMessage(Struct, tag_field="role", tag="system"):
+    content: str | list[OpenAIText]
+
+
+class DeveloperMessage(Struct, tag_field="role", tag="developer"):
+    content: str | list[OpenAIText]
+
+
+class UserMessage(Struct, tag_field="role", tag="user"):
+    content: str | list[OpenAIText | OpenAIImage]
+
+
+class AssistantMessage(Struct, tag_field="role", tag="assistant"):
+    content: str | list[OpenAIText | OpenAIRefusal] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[OpenAIToolCall] | None = None
+
+
+class ToolMessage(Struct, tag_field="role", tag="tool"):
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    content: str | list[OpenAIText]
+
+
+OpenAIMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class Sampling(Struct):
+    """What both of OpenAI's requests may say about how a model is to answer."""
+
+    model: ModelName | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    stream: bool | None = None
+
+
+class ChatCompletionRequest(Sampling, kw_only=True):
+    """OpenAI's chat completion. Unknown fields are ignored; `store`: keep it as a conversation."""
+
+    messages: Annotated[list[OpenAIMessage], Meta(min_length=1, max_length=OPENAI_MESSAGES_MAX)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    stop: str | Annotated[list[str], Meta(max_length=16)] | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=20)] | None = None
+    seed: int | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    n: int | None = None
+    store: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    modalities: list[str] | None = None
+    functions: Any = None
+
+
+def refuse_unsupported(asked: ChatCompletionRequest) -> None:
+    """Raises InvalidRequest for what no answer of ours could hold."""
+    if asked.n not in (None, 1):
+        raise InvalidRequest(f"n: {asked.n} is not accepted; a request has 1 answer")
+    if asked.logprobs:
+        raise InvalidRequest("logprobs: true is not accepted; probabilities are not kept")
+    if asked.modalities and asked.modalities != ["text"]:
+        raise InvalidRequest(f"modalities: {printable(', '.join(asked.modalities), 60)} is not accepted; there is text")
+    if asked.functions:
+        raise InvalidRequest("functions: is not accepted; it is called tools")
+
+
+OpenAIParts = Sequence[OpenAIText | OpenAIImage | OpenAIRefusal]
+
+
+def content_of(content: str | OpenAIParts | None, name: str) -> tuple[Delta, ...]:
+    """A message's content as deltas; texts that were parts of their own stay paragraphs of their own."""
+    parts = [OpenAIText(content)] if isinstance(content, str) else content or []
+    deltas: list[Delta] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, OpenAIImage):
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            deltas.append(image_of(ImagePart(url), f"{name}.{index}"))
+            continue
+        text = part.refusal if isinstance(part, OpenAIRefusal) else part.text
+        if text and deltas and deltas[-1].kind == "text":
+            deltas.append(Delta("text", "\n\n"))
+        deltas += [Delta("text", text)] if text else []
+    return tuple(join_deltas(deltas))
+
+
+def turn_of(message: OpenAIMessage, name: str) -> Turn:
+    """One message of a client's history as a turn."""
+    content = content_of(message.content, f"{name}.content")
+    if isinstance(message, ToolMessage):
+        return Turn("tool", content, tool_call_id=message.tool_call_id)
+    if isinstance(message, UserMessage):
+        return Turn("user", content)
+    if not isinstance(message, AssistantMessage):
+        return Turn("system", content)
+    reasoning = [Delta("reasoning", message.reasoning_content)] if message.reasoning_content else []
+    calls = [called_delta(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return Turn("assistant", (*reasoning, *content, *calls))
+
+
+def called_delta(identity: str, name: str, arguments: str) -> Delta:
+    return Delta("tool_call", encode_json({"id": identity, "name": name, "arguments": arguments}).decode())
+
+
+async def create_chat_completion(request: Request) -> Response:
+    asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
+    refuse_unsupported(asked)
+    turns = [turn_of(message, f"messages.{index}") for index, message in enumerate(asked.messages)]
+    refuse_large(body, turns)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("messages: are empty; there is at least one character that is not a space")
+    leading = len(list(itertools.takewhile(lambda turn: turn.role == "system", turns)))
+    own = Asked(
+        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_completion_tokens or asked.max_tokens,
+        reasoning_effort=cast(Any, asked.reasoning_effort), tools=asked.tools, tool_choice=asked.tool_choice,
+    )  # fmt: skip
+    new = await new_message(request, own, body, tuple(turns[leading:]))
+    parameters = msgspec.structs.replace(
+        new.parameters, top_p=asked.top_p, stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop,
+        response_format=asked.response_format, seed=asked.seed, frequency_penalty=asked.frequency_penalty or None,
+        presence_penalty=asked.presence_penalty or None, parallel_tool_calls=asked.parallel_tool_calls,
+    )  # fmt: skip
+    system = "\n\n".join(text_of(turn.content) for turn in turns[:leading])
+    new = replace(new, parameters=parameters, system=system, hidden=not asked.store)
+    started = await service_of(request).generations.start(new)
+    return await answer_chat_completion(request, asked, started.message_id)
+
+
+# ── answers: chat completions ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def answer_chat_completion(request: Request, asked: ChatCompletionRequest, message_id: int) -> Response:
+    """The chat completion as a stream from its start, or whole."""
+    if asked.stream:
+        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        view = ChatView(message_id, with_usage)
+        return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+    message, error = await ended_message(request, message_id)
+    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
+    return json_response(chat_completion(message)) if error is None else openai_failure(message_id, error)
+
+
+def chat_completion(message: Message) -> dict[str, Any]:
+    calls = [openai_tool_call(json.loads(delta.text)) for delta in message.content if delta.kind == "tool_call"]
+    reasoning = "".join(delta.text for delta in message.content if delta.kind == "reasoning")
+    said = {
+        "role": "assistant", "content": message.text if message.text or not calls else None, "refusal": None,
+        **({"reasoning_content": reasoning} if reasoning else {}), **({"tool_calls": calls} if calls else {}),
+    }  # fmt: skip
+    return {
+        "id": f"chatcmpl-{message.id}",
+        "object": "chat.completion",
+        "created": message.created_at_ms // 1000,
+        "model": f"{message.provider}/{message.model}",
+        "choices": [{"index": 0, "message": said, "logprobs": None, "finish_reason": message.finish_reason or "stop"}],
+        "usage": chat_usage(message.usage),
+    }
+
+
+def chat_usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+decode_delta = msgspec.json.Decoder(Delta).decode
+
+
+class EndData(Struct):
+    """The data of an `end` event."""
+
+    status: str
+    finish_reason: str | None
+    usage: Usage | None
+    timing: Timing
+    error: dict[str, Any] | None
+
+
+decode_end = msgspec.json.Decoder(EndData).decode
+
+
+class ChatView:
+    """Our events as chunks of a chat completion. The first chunk names the role, as every client expects."""
+
+    def __init__(self, message_id: int, with_usage: bool) -> None:
+        self._message_id = message_id
+        self._with_usage = with_usage
+        self._calls = 0
+        self._head = b""
+        self._tail = b""
+
+    def translate(self, name: bytes, data: bytes) -> bytes:
+        if name == b"delta":
+            return self._delta(decode_delta(data))
+        if name == b"heartbeat":
+            return OPENAI_HEARTBEAT
+        if name == b"start":
+            return self._start(decode_json(data))
+        return self._end(decode_end(data)) if name == b"end" else b""
+
+    def _start(self, start: Mapping[str, Any]) -> bytes:
+        shape = {
+            "id": f"chatcmpl-{self._message_id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": f"{start['provider']}/{start['model']}",
+        }
+        self._head = b"data: " + encode_json(shape)[:-1]
+        self._tail = b',"usage":null}\n\n' if self._with_usage else b"}\n\n"
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _chunk(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> bytes:
+        choice = encode_json({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
+        return b'%s,"choices":[%s]%s' % (self._head, choice, self._tail)
+
+    def _delta(self, delta: Delta) -> bytes:
+        if delta.kind == "text":
+            return self._chunk({"content": delta.text})
+        if delta.kind == "reasoning":
+            return self._chunk({"reasoning_content": delta.text})
+        if delta.kind == "tool_call":
+            call = {"index": self._calls, **openai_tool_call(json.loads(delta.text))}
+            self._calls += 1
+            return self._chunk({"tool_calls": [call]})
+        return b""
+
+    def _end(self, end: EndData) -> bytes:
+        error = INTERRUPTED if end.status == "interrupted" else end.error
+        if error is not None:
+            detail = openai_error(error["code"], error["message"], OPENAI_STATUSES.get(error["code"], 500))
+            last = b"data: %s\n\n" % encode_json(OpenAIErrorAnswer(detail))
+        else:
+            last = self._chunk({}, end.finish_reason or "stop")
+            if self._with_usage:
+                last += b'%s,"choices":[],"usage":%s}\n\n' % (self._head, encode_json(chat_usage(end.usage)))
+        return last + b"data: [DONE]\n\n"
+
+
+# ── requests: responses ─────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Input is a list of items, and so is output: a message, reasoning, a call, the result of one. Ours are messages with
+# runs of deltas; an item's id says which message and which run of it, so a client may send the item back, or its id.
+
+
+class InputText(Struct, tag_field="type", tag="input_text"):
+    text: str
+
+
+class OutputText(Struct, tag_field="type", tag="output_text"):
+    text: str
+
+
+class InputImage(Struct, tag_field="type", tag="input_image"):
+    image_url: Annotated[str, Meta(description="a data URL; an address is not fetched")]
+
+
+class InputMessage(Struct):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText | InputImage | OpenAIRefusal]
+
+
+class InputCall(Struct):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    name: str
+    arguments: str = ""
+
+
+class InputCallOutput(Struct):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    output: str | list[InputText]
+
+
+class ReasoningText(Struct):
+    text: str
+
+
+class InputReasoning(Struct):
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
+
+
+class ItemReference(Struct):
+    id: str
+
+
+INPUT_ITEMS: dict[str, type[Struct]] = {
+    "message": InputMessage,
+    "function_call": InputCall,
+    "function_call_output": InputCallOutput,
+    "reasoning": InputReasoning,
+    "item_reference": ItemReference,
+}
+
+
+class ReasoningOptions(Struct):
+    effort: Annotated[str, Meta(max_length=20)] | None = None
+
+
+class TextOptions(Struct):
+    format: dict[str, Any] | None = None
+
+
+class ResponseRequest(Sampling, kw_only=True):
+    """OpenAI's response. Unknown fields are ignored. `instructions` are for this response alone; without `store` it is
+    deleted some time after its end; it survives a lost connection with or without `background`."""
+
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=OPENAI_MESSAGES_MAX)] = ""
+    instructions: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | None = None
+    previous_response_id: Annotated[str, Meta(max_length=100)] | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=METADATA_MAX)] | None = None
+    max_output_tokens: MaxTokens | None = None
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+
+def message_id_of(response_id: str, name: str) -> int:
+    """Raises NotFound for what is no id of a response."""
+    match = re.fullmatch(r"resp_([0-9]{1,15})", response_id)
+    if match is None:
+        raise NotFound(f"{name}: there is no response {printable(response_id, 60)!r}")
+    return int(match[1])
+
+
+def convert_item(item: dict[str, Any], name: str) -> Struct:
+    """An item of the input as its type. Raises InvalidRequest."""
+    kind = item.get("type") or "message"
+    wanted = INPUT_ITEMS.get(kind) if isinstance(kind, str) else None
+    if wanted is None:
+        accepted = ", ".join(INPUT_ITEMS)
+        raise InvalidRequest(f"{name}.type: {printable(json.dumps(kind), 60)} is not accepted; there is {accepted}")
+    try:
+        return msgspec.convert(item, wanted)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"{name}.{explain_validation(exc, item, wanted)}") from exc
+
+
+def chat_part(part: InputText | OutputText | InputImage | OpenAIRefusal) -> OpenAIText | OpenAIImage | OpenAIRefusal:
+    """A part of a response's input as a chat completion has it."""
+    if isinstance(part, InputImage):
+        return OpenAIImage(part.image_url)
+    return OpenAIText(part.text) if isinstance(part, InputText | OutputText) else part
+
+
+async def turn_of_item(request: Request, item: Struct, name: str) -> Turn:
+    """An item of the input as a turn. Raises InvalidRequest, NotFound."""
+    if isinstance(item, InputMessage):
+        parts = item.content if isinstance(item.content, str) else [chat_part(one) for one in item.content]
+        return Turn("system" if item.role == "developer" else item.role, content_of(parts, f"{name}.content"))
+    if isinstance(item, InputCall):
+        return Turn("assistant", (called_delta(item.call_id, item.name, item.arguments),))
+    if isinstance(item, InputCallOutput):
+        texts = item.output if isinstance(item.output, str) else [OpenAIText(one.text) for one in item.output]
+        return Turn("tool", content_of(texts, f"{name}.output"), tool_call_id=item.call_id)
+    if isinstance(item, InputReasoning):
+        text = "\n\n".join(one.text for one in item.content or item.summary or ())
+        return Turn("assistant", (Delta("reasoning", text),) if text else ())
+    assert isinstance(item, ItemReference), "every type of INPUT_ITEMS is here"
+    return await referenced_turn(request, item.id, name)
+
+
+async def referenced_turn(request: Request, item_id: str, name: str) -> Turn:
+    """What an item's id stands for. Raises NotFound."""
+    match = re.fullmatch(r"(msg|rs|fc)_([0-9]{1,15})_([0-9]{1,6})", item_id)
+    if match is not None:
+        with contextlib.suppress(NotFound):
+            message = await service_of(request).store.read(load_message, owner_of(request), int(match[2]))
+            items = group_items(message.content) if message.role == "assistant" else [message.content]
+            if message.role != "tool" and int(match[3]) < len(items):
+                return Turn(message.role, tuple(items[int(match[3])]))
+    raise NotFound(f"{name}.id: there is no item {printable(item_id, 60)!r}")
+
+
+def group_items(content: Iterable[Delta]) -> list[list[Delta]]:
+    """An answer's content by output item. A signature belongs to the reasoning before it, and is no item."""
+    groups: list[list[Delta]] = []
+    for delta in join_deltas(content):
+        if delta.kind != "signature":
+            groups.append([delta])
+        elif groups:
+            groups[-1].append(delta)
+    return groups
+
+
+async def turns_of_input(request: Request, given: str | Sequence[dict[str, Any]]) -> tuple[Turn, ...]:
+    """A response's input as turns; neighbouring items of an assistant are one."""
+    if isinstance(given, str):
+        return (Turn("user", (Delta("text", given),)),) if given.strip() else ()
+    turns: list[Turn] = []
+    for index, one in enumerate(given):
+        turn = await turn_of_item(request, convert_item(one, f"input.{index}"), f"input.{index}")
+        if turns and turn.role == turns[-1].role == "assistant":
+            turns[-1] = replace(turns[-1], content=turns[-1].content + turn.content)
+        else:
+            turns.append(turn)
+    return tuple(turns)
+
+
+def response_format_of(options: TextOptions | None) -> dict[str, Any] | None:
+    """The `text.format` of a response as a chat completion has it: its schema one level further in."""
+    form = options.format if options is not None else None
+    if form is None or form.get("type") == "text":
+        return None
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
+
+
+def tool_choice_of(choice: Any) -> Any:
+    """The `tool_choice` of a response as a chat completion has it."""
+    if isinstance(choice, dict) and choice.get("type") == "function" and "name" in choice:
+        return {"type": "function", "function": {"name": choice["name"]}}
+    return choice
+
+
+async def new_response(request: Request, asked: ResponseRequest, body: bytes) -> NewMessage:
+    """What a request for a response means. Raises InvalidRequest, NotFound, Conflict."""
+    for name in ("conversation", "prompt"):
+        if getattr(asked, name) is not None:
+            raise InvalidRequest(f"{name}: is not accepted; use previous_response_id, instructions and input")
+    turns = await turns_of_input(request, asked.input)
+    refuse_large(body, turns)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("input: is empty; there is at least one character that is not a space")
+    own = Asked(
+        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_output_tokens, tools=asked.tools,
+        reasoning_effort=cast(Any, asked.reasoning.effort if asked.reasoning is not None else None),
+        tool_choice=tool_choice_of(asked.tool_choice),
+    )  # fmt: skip
+    new = await new_message(request, own, body, turns)
+    parameters = msgspec.structs.replace(
+        new.parameters, top_p=asked.top_p, response_format=response_format_of(asked.text),
+        parallel_tool_calls=asked.parallel_tool_calls,
+    )  # fmt: skip
+    echoed = {name: value for name in RESPONSE_ECHOES if (value := getattr(asked, name)) is not None}
+    echoed |= {"model": str(new.targets[0]), "input_turns": len(turns)}
+    new = replace(new, parameters=parameters, answer_system=asked.instructions, response=echoed)
+    return await following(request, replace(new, hidden=asked.store is False), asked.previous_response_id)
+
+
+async def following(request: Request, new: NewMessage, previous_response_id: str | None) -> NewMessage:
+    """The new message behind another response: in its conversation if it is stored, else in one with a copy."""
+    if previous_response_id is None:
+        return new
+    message_id = message_id_of(previous_response_id, "previous_response_id")
+    conversation_id, turns = await service_of(request).store.read(load_previous, owner_of(request), message_id)
+    if new.hidden:
+        return replace(new, turns=turns + new.turns)
+    return replace(new, conversation_id=conversation_id, parent_id=message_id)
+
+
+# ── answers: responses ──────────────────────────────────────────────────────────────────────────────────────────────
+
+RESPONSE_ECHOES = (
+    "background", "metadata", "previous_response_id", "max_output_tokens", "temperature", "top_p", "tools",
+    "tool_choice", "parallel_tool_calls", "reasoning", "text",
+)  # fmt: skip
+RESPONSE_STATUSES = {
+    "running": "in_progress",
+    "completed": "completed",
+    "stopped": "cancelled",
+    "failed": "failed",
+    "interrupted": "failed",
+}
+INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
+RESPONSE_ERROR_CODES = {"provider_rate_limited": "rate_limit_exceeded", "provider_rejected": "invalid_prompt"}
+TERMINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed"}  # else response.incomplete
+
+
+def response_shape(stored: StoredResponse) -> dict[str, Any]:
+    """Everything of a response object that is known when it is created, and repeats its request."""
+    message, asked = stored
+    defaults = {
+        "background": False, "metadata": {}, "previous_response_id": None, "instructions": None, "temperature": None,
+        "max_output_tokens": None, "top_p": None, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
+        "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}, "store": True,
+        "model": f"{message.provider}/{message.model}",
+    }  # fmt: skip
+    return {
+        "id": f"resp_{message.id}",
+        "object": "response",
+        "created_at": message.created_at_ms // 1000,
+        **{name: asked.get(name, value) for name, value in defaults.items()},
+        "truncation": "disabled",
+    }
+
+
+def response_outcome(created_at_ms: int, end: EndData) -> dict[str, Any]:
+    """Everything of a response object that its end decides."""
+    status, error, incomplete = RESPONSE_STATUSES[end.status], end.error, None
+    if end.status == "completed" and end.finish_reason in INCOMPLETE_REASONS:
+        status, incomplete = "incomplete", {"reason": INCOMPLETE_REASONS[end.finish_reason]}
+    if end.status == "interrupted":
+        error = INTERRUPTED
+    if error is not None:
+        error = {"code": RESPONSE_ERROR_CODES.get(error["code"], "server_error"), "message": error["message"]}
+    completed_at = (created_at_ms + (end.timing.total_ms or 0)) // 1000 if status == "completed" else None
+    return {
+        "status": status,
+        "completed_at": completed_at,
+        "error": error,
+        "incomplete_details": incomplete,
+        "usage": response_usage(end.usage),
+    }
+
+
+def response_usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+
+
+class ResponseView:
+    """Our events as those of a response, and its output items.
+
+    Every event is numbered, and the numbers follow from the stored rows alone: two at the start, one for each row, and
+    those that open and close an item where the kind of content changes. Those up to `after` are left out. Once rows
+    were merged there are fewer: whoever then asks for what is after a number beyond the end gets the end.
+    """
+
+    def __init__(self, stored: StoredResponse, after: int = -1) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._shape = response_shape(stored)
+        self._created_at_ms = stored.message.created_at_ms
+        self._message_id = stored.message.id
+        self._after = after
+        self._number = 0
+        self._kind = ""  # of the open item; none is open at first
+        self._texts: list[str] = []  # of the open item
+
+    def translate(self, name: bytes, data: bytes) -> bytes:
+        if name == b"delta":
+            return self.take(decode_delta(data))
+        if name == b"heartbeat":
+            return OPENAI_HEARTBEAT
+        if name == b"start":
+            begun = {**self._shape, **UNFINISHED, "output": []}
+            return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+        return self._end(decode_end(data)) if name == b"end" else b""
+
+    def response(self, message: Message) -> dict[str, Any]:
+        """The response object of a message as it is now."""
+        for delta in message.content:
+            self.take(delta)
+        if message.status == "running":
+            self.close("in_progress")
+            return {**self._shape, **UNFINISHED, "output": self.items}
+        end = EndData(message.status, message.finish_reason, message.usage, message.timing, message.error)
+        return self._finished(end)
+
+    def take(self, delta: Delta) -> bytes:
+        """The events of a piece of content."""
+        if delta.kind != self._kind or delta.kind not in MERGED_KINDS:
+            events = self.close("completed") + self._open(delta)
+        else:
+            events = b""
+        if delta.kind not in ITEM_EVENTS:
+            return events
+        text = delta.text if delta.kind in MERGED_KINDS else self.items[-1]["arguments"]
+        self._texts.append(text)
+        position = {} if delta.kind == "tool_call" else {"content_index": 0}
+        extra: dict[str, Any] = {"logprobs": []} if delta.kind == "text" else {}
+        return events + self._item_event(f"{ITEM_EVENTS[delta.kind]}.delta", **position, delta=text, **extra)
+
+    def close(self, status: str) -> bytes:
+        """The events that end the open item, if there is one."""
+        if not self._kind:
+            return b""
+        kind, self._kind = self._kind, ""
+        item, text, name = self.items[-1], "".join(self._texts), ITEM_EVENTS[kind]
+        item["status"] = status
+        self._texts.clear()
+        if kind == "tool_call":
+            events = self._item_event(f"{name}.done", name=item["name"], arguments=text)
+        else:
+            part = {**CONTENT_PARTS[kind], "text": text}
+            item["content"] = [part]
+            extra: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+            events = self._item_event(f"{name}.done", content_index=0, text=text, **extra)
+            events += self._item_event("response.content_part.done", content_index=0, part=part)
+        return events + self._event("response.output_item.done", output_index=len(self.items) - 1, item=item)
+
+    def _open(self, delta: Delta) -> bytes:
+        """The events that begin an item; signatures and the like are none."""
+        if delta.kind not in ITEM_EVENTS:
+            return b""
+        self._kind = delta.kind
+        item = output_item(f"{self._message_id}_{len(self.items)}", delta)
+        self.items.append(item)
+        begun = {**item, "arguments": ""} if delta.kind == "tool_call" else item
+        events = self._event("response.output_item.added", output_index=len(self.items) - 1, item=begun)
+        if delta.kind != "tool_call":
+            part = {**CONTENT_PARTS[delta.kind], "text": ""}
+            events += self._item_event("response.content_part.added", content_index=0, part=part)
+        return events
+
+    def _end(self, end: EndData) -> bytes:
+        status = response_outcome(self._created_at_ms, end)["status"]
+        events = self.close("completed" if status == "completed" else "incomplete")
+        if self._after > self._number:
+            self._after = self._number - 1
+        return events + self._event(TERMINAL_EVENTS.get(status, "response.incomplete"), response=self._finished(end))
+
+    def _finished(self, end: EndData) -> dict[str, Any]:
+        outcome = response_outcome(self._created_at_ms, end)
+        self.close("completed" if outcome["status"] == "completed" else "incomplete")
+        return {**self._shape, **outcome, "output": self.items}
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        number = self._number
+        self._number += 1
+        if number <= self._after:
+            return b""
+        data = encode_json({"type": kind, "sequence_number": number, **fields})
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
+
+
+UNFINISHED = {"status": "in_progress", "completed_at": None, "error": None, "incomplete_details": None, "usage": None}
+ITEM_EVENTS = {
+    "text": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "tool_call": "response.function_call_arguments",
+}
+CONTENT_PARTS: dict[str, dict[str, Any]] = {
+    "text": {"type": "output_text", "annotations": [], "logprobs": []},
+    "reasoning": {"type": "reasoning_text"},
+}
+
+
+def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
+    """A new item of a response's output; the content of a call is complete, of the others it is still to come."""
+    if delta.kind == "text":
+        return {"id": f"msg_{suffix}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+    if delta.kind == "reasoning":
+        return {"id": f"rs_{suffix}", "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
+    call = json.loads(delta.text)
+    named = {"call_id": call["id"], "name": call["name"], "arguments": call["arguments"] or "{}"}
+    return {"id": f"fc_{suffix}", "type": "function_call", **named, "status": "in_progress"}
+
+
+# ── handlers: responses and models ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def create_response(request: Request) -> Response:
+    asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
+    new = await new_response(request, asked, body)
+    started = await service_of(request).generations.start(new)
+    if asked.stream:
+        return await stream_response(request, started.message_id, -1)
+    if asked.background:
+        stored = await load_stored(request, started.message_id)
+        shown = ResponseView(stored).response(stored.message)
+        return json_response({**shown, "status": "queued"} if shown["status"] == "in_progress" else shown)
+    message, error = await ended_message(request, started.message_id)
+    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
+    if error is not None:
+        return openai_failure(started.message_id, error)
+    return await answer_response(request, started.message_id)
+
+
+async def load_stored(request: Request, message_id: int) -> StoredResponse:
+    return await service_of(request).store.read(load_response, owner_of(request), message_id)
+
+
+async def answer_response(request: Request, message_id: int) -> Response:
+    """The response object as it is now."""
+    stored = await load_stored(request, message_id)
+    return json_response(ResponseView(stored).response(stored.message))
+
+
+async def stream_response(request: Request, message_id: int, after: int) -> Response:
+    view = ResponseView(await load_stored(request, message_id), after)
+    return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+
+
+def response_of_path(request: Request) -> int:
+    return message_id_of(request.path_params["id"], "response_id")
+
+
+async def get_response(request: Request) -> Response:
+    message_id = response_of_path(request)
+    after = query_integer(request, "starting_after", -1, -1, 2**53)
+    if request.query_params.get("stream", "false").lower() in ("true", "1"):
+        return await stream_response(request, message_id, after)
+    return await answer_response(request, message_id)
+
+
+async def cancel_response(request: Request) -> Response:
+    message_id = response_of_path(request)
+    await service_of(request).generations.stop(owner_of(request), message_id)
+    return await answer_response(request, message_id)
+
+
+async def remove_response(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), response_of_path(request)
+    while not await service.store.write(delete_response, owner, message_id, durable=True):
+        await service.generations.stop(owner, message_id)
+    return json_response({"id": f"resp_{message_id}", "object": "response", "deleted": True})
+
+
+def input_items_of(message_id: int, turn: Turn) -> list[dict[str, Any]]:
+    """A turn of a response's input as items; what an assistant said has the shape that it had as output."""
+    if turn.role == "tool":
+        output = {"call_id": turn.tool_call_id, "output": text_of(turn.content)}
+        return [{"id": f"fco_{message_id}_0", "type": "function_call_output", **output, "status": "completed"}]
+    if turn.role != "assistant":
+        said = {"role": turn.role, "content": [input_part(delta) for delta in turn.content]}
+        return [{"id": f"msg_{message_id}_0", "type": "message", **said, "status": "completed"}]
+    items = [output_item(f"{message_id}_{index}", group[0]) for index, group in enumerate(group_items(turn.content))]
+    for item, group in zip(items, group_items(turn.content), strict=True):
+        item["status"] = "completed"
+        if group[0].kind in CONTENT_PARTS:
+            item["content"] = [{**CONTENT_PARTS[group[0].kind], "text": group[0].text}]
+    return items
+
+
+def input_part(delta: Delta) -> dict[str, Any]:
+    if delta.kind != "image":
+        return {"type": "input_text", "text": delta.text}
+    image = json.loads(delta.text)
+    return {"type": "input_image", "detail": "auto", "image_url": f"data:{image['media_type']};base64,{image['data']}"}
+
+
+async def list_input_items(request: Request) -> Response:
+    """A page of what a response was asked with, newest first unless `order=asc`."""
+    limit = query_integer(request, "limit", 20, 1, INPUT_ITEMS_MAX)
+    order, after = request.query_params.get("order", "desc"), request.query_params.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order: {printable(order, 40)!r} is not accepted; there is asc and desc")
+    turns = await service_of(request).store.read(load_input, owner_of(request), response_of_path(request))
+    items = [item for message_id, turn in turns for item in input_items_of(message_id, turn)]
+    ordered = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in ordered]
+    if after is not None and after not in ids:
+        raise InvalidRequest(f"after: there is no item {printable(after, 60)!r} in this response's input")
+    first = 0 if after is None else ids.index(after) + 1
+    page = ordered[first : first + limit]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return json_response({"object": "list", "data": page, **ends, "has_more": first + limit < len(items)})
+
+
+async def list_openai_models(request: Request) -> Response:
+    service = service_of(request)
+    listed = await asyncio.gather(*map(service.providers.list_models, service.config.providers))
+    pairs = zip(service.config.providers, listed, strict=True)
+    data = [openai_model(Target(provider, model)) for provider, of_one in pairs for model in of_one.models]
+    return json_response({"object": "list", "data": data})
+
+
+async def get_openai_model(request: Request) -> Response:
+    providers = service_of(request).providers
+    target = await providers.resolve(None, request.path_params["id"])
+    listed = await providers.list_models(target.provider)
+    if listed.models and target.model not in listed.models:
+        raise ModelNotFound(f"model: {target.provider.name} has no model {printable(target.model, 60)!r}")
+    return json_response(openai_model(target))
+
+
+def openai_model(target: Target) -> dict[str, Any]:
+    return {"id": str(target), "object": "model", "created": 0, "owned_by": target.provider.name}
+
+
+# ── the table of these endpoints ────────────────────────────────────────────────────────────────────────────────────
+
+RESPONSE_ID = {"type": "string", "pattern": "^resp_[0-9]+$"}
+STREAM = ("stream", {"type": "boolean", "default": False}, "true: the events, live or long finished")
+STARTING_AFTER = ("starting_after", WHOLE_NUMBER, "only events with a greater sequence_number")
+ITEMS_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": INPUT_ITEMS_MAX, "default": 20}, "at most so many")
+ITEMS_ORDER = ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}, "by age")
+ITEMS_AFTER = ("after", {"type": "string"}, "the last_id of the page before")
+OpenAIEndpoint = partial(Endpoint, error=OpenAIErrorAnswer)
+OfResponse = partial(OpenAIEndpoint, id_schema=RESPONSE_ID, example_id="resp_2")
+
+OPENAI_ENDPOINTS = (
+    OpenAIEndpoint("GET", "/v1/models", list_openai_models, "for OpenAI clients: the models of all providers"),
+    OpenAIEndpoint(
+        "GET", "/v1/models/{id:path}", get_openai_model, "one of them",
+        errors=(404,), id_schema={"type": "string"}, example_id="demo/demo",
+    ),
+    OpenAIEndpoint(
+        "POST", "/v1/chat/completions", create_chat_completion, "OpenAI's chat completion, with any model",
+        body=ChatCompletionRequest, streams=True, errors=(400, 404, 409, 413, 429, 502, 503, 504),
+        curl=JSON_CURL + """'{"messages": [{"role": "user", "content": "Hello"}]}'""",
+    ),
+    OpenAIEndpoint(
+        "POST", "/v1/responses", create_response, "OpenAI's response, with any model",
+        body=ResponseRequest, streams=True, errors=(400, 404, 409, 413, 429, 502, 503, 504),
+        curl=JSON_CURL + """'{"input": "Hello"}'""",
+    ),
+    OfResponse(
+        "GET", "/v1/responses/{id}", get_response, "a response, or its events once more", streams=True,
+        query=(STREAM, STARTING_AFTER), errors=(400, 404, 503),
+    ),
+    OfResponse(
+        "DELETE", "/v1/responses/{id}", remove_response, "deletes a response and what it was asked with",
+        errors=(404,), curl="-X DELETE",
+    ),
+    OfResponse(
+        "POST", "/v1/responses/{id}/cancel", cancel_response, "ends a running response", errors=(404,), curl="-X POST",
+    ),
+    OfResponse(
+        "GET", "/v1/responses/{id}/input_items", list_input_items, "what a response was asked with",
+        query=(ITEMS_LIMIT, ITEMS_ORDER, ITEMS_AFTER), errors=(400, 404),
+    ),
+)  # fmt: skip
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -6703,7 +7884,7 @@ class App(Starlette):
     """Starlette with our envelope in place of its layers: one error renderer, and little between a stream and its socket."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Envelope(self.router, self.state.service.gate)
+        return Envelope(self.router, self.state.service.gate, render_error)
 
 
 def create_app(config: Config) -> Starlette:
@@ -6726,8 +7907,9 @@ def create_app(config: Config) -> Starlette:
             await providers.close()
             await store.close()
 
-    app = App(routes=[*routes_of(ENDPOINTS), *PAGE_ROUTES], lifespan=lifespan)
-    app.state.service = Service(config, store, providers, generations, gate, time.monotonic())
+    endpoints = (*ENDPOINTS, *OPENAI_ENDPOINTS)
+    app = App(routes=[*routes_of(endpoints), *PAGE_ROUTES], lifespan=lifespan)
+    app.state.service = Service(config, store, providers, generations, gate, endpoints, time.monotonic())
     return app
 
 
