@@ -129,7 +129,7 @@ def test_a_bad_flag_is_named_by_its_setting(tmp_path: Path) -> None:
 
 
 def test_an_unknown_flag_is_refused_without_a_traceback(tmp_path: Path) -> None:
-    status, output, errors = run("--prot", "1", folder=tmp_path)
+    status, output, errors = run("--prot=1", folder=tmp_path)
     assert (status, output) == (2, "") and "unrecognized arguments: --prot" in errors and "Traceback" not in errors
 
 
