@@ -1842,7 +1842,7 @@ class Answer:
     async def _read_events(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
         sse = SseDecoder()
         whole_at: float | None = None  # loop time since which nothing more has to come
-        while data is not None and not self.decoder.done:
+        while data is not None:
             deltas: list[Delta] = []
             failure = self._decode(sse, data, deltas)
             yield deltas, failure
