@@ -10,8 +10,7 @@
 #   "aiosqlite>=0.22,<0.23",
 #   "anyio>=4.6,<5",
 #   "msgspec>=0.20,<0.23",
-#   "markdown-it-py>=4.0,<5",
-#   "mdit-py-plugins>=0.5,<0.8",
+#   "markdown-it-py>=4.3,<5",
 #   "linkify-it-py>=2.0.3,<3",
 #   "Pygments>=2.19,<3",
 # ]
@@ -53,27 +52,40 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import email.utils
+import functools
+import gzip
 import hashlib
+import hmac
 import html
+import importlib
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
+import secrets
+import shutil
 import socket
 import sqlite3
 import sys
 import time
-from collections import deque
+import unicodedata
+import urllib.parse
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from urllib.parse import quote
 
 import aiosqlite
 import msgspec
@@ -86,9 +98,15 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
     import httpx
+    from markdown_it import MarkdownIt
+    from markdown_it.rules_block import StateBlock
+    from markdown_it.rules_core import StateCore
+    from markdown_it.rules_inline import StateInline
+    from markdown_it.token import Token
 
 __version__ = "0.1.0"
 __all__ = ["Config", "create_app", "load_config", "main"]
@@ -104,6 +122,16 @@ T = TypeVar("T")
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 REQUEST_BYTES_MAX = 1_000_000  # a request's body: some 200,000 words, more than any model's context takes
+IMAGE_REQUEST_BYTES_MAX = 20_000_000  # the same, when there are images in it
+IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
+SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
+NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
+SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
+HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
+HEAD_SECONDS = 20  # for them to come
+BODY_STALL_SECONDS = 30  # between two pieces of a body
+BODY_BYTES_PER_SECOND = 2_000  # of a body, at least, on the whole
+HEALTH_SECONDS = 1  # how long strangers are told the same of the database: each look at it is a write
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -132,9 +160,18 @@ FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
+QUERY_CHARACTERS_MAX = 500  # of a search
+TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
 LIST_LIMIT_MAX = 200  # conversations in one answer
+SWEPT_MAX = 100  # conversations that one transaction deletes: flushes wait behind it
+SWEEP_SECONDS_MIN = 0.25  # between two of those
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
+
+CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
+CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
+BACKUP_STEP_PAGES = 256  # of one step of a copy, 1 MB: between two steps it can be given up
+DOWNLOAD_BYTES = 256 * 1024  # of one send of a file
 
 assert FRAME_CHARACTERS_MAX * 6 <= 64 * 1024, "a frame must fit what proxies pass on at once"
 assert FRAME_CHARACTERS_MAX * 6 <= RING_BYTES_MAX, "the ring must hold at least one event"
@@ -161,7 +198,7 @@ class LlmchatError(Exception):
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = message.encode("utf-8", "replace").decode()  # a provider's words may hold half a surrogate pair
         self.retry_after_seconds = retry_after_seconds
 
     def detail(self) -> dict[str, Any]:
@@ -175,6 +212,10 @@ class InternalError(LlmchatError):
 
 class InvalidRequest(LlmchatError):
     code, status = "invalid_request", 400
+
+
+class ModelNotFound(InvalidRequest):
+    """A request names a model that nobody has."""
 
 
 class Unauthorized(LlmchatError):
@@ -296,7 +337,7 @@ class StartError(Exception):
 def setting(default: Any, meaning: str, *, least: float | None = None, most: float | None = None, choices: str = "") -> Any:
     """A field of Config, read from LLMCHAT_<NAME>; its unit is the end of its name or part of its meaning."""
     bounds = {"meaning": meaning, "least": least, "most": most, "choices": tuple(choices.split())}
-    return field(default=default, metadata=bounds)
+    return field(default=default, metadata=bounds, repr=not meaning.startswith("secret"))
 
 
 @dataclass(frozen=True)
@@ -328,9 +369,11 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any"),
+    "mistral": facts(
+        "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any", "prefill_prefix"
+    ),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
-    "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
     "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
     "xai": facts("https://api.x.ai/v1", "XAI_API_KEY", "repeated_reasoning"),
     "fireworks": facts("https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY FIREWORKS_AI_API_KEY"),
@@ -339,7 +382,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     "cohere": facts("https://api.cohere.ai/compatibility/v1", "COHERE_API_KEY CO_API_KEY", "no_stream_options"),
     "nvidia": facts("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY NVIDIA_NIM_API_KEY"),
     "sambanova": facts("https://api.sambanova.ai/v1", "SAMBANOVA_API_KEY"),
-    "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY"),
+    "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", "prefill_partial"),
     "zai": facts("https://api.z.ai/api/paas/v4", "ZAI_API_KEY ZHIPU_API_KEY ZHIPUAI_API_KEY"),
     "dashscope": facts(
         "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY QWENCLOUD_API_KEY"
@@ -373,7 +416,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     "azure": facts(None, "AZURE_OPENAI_API_KEY AZURE_API_KEY", "api_key_header", "max_completion_tokens"),
     "ollama": facts("https://ollama.com/v1", "OLLAMA_API_KEY"),
     "lmstudio": facts("http://127.0.0.1:1234/v1", "LMSTUDIO_API_KEY LM_STUDIO_API_KEY", local=True),
-    "llamacpp": facts("http://127.0.0.1:8080/v1", "LLAMACPP_API_KEY", local=True),
+    "llamacpp": facts("http://127.0.0.1:8080/v1", "LLAMACPP_API_KEY", "prefill", local=True),
     "vllm": facts("http://127.0.0.1:8000/v1", "VLLM_API_KEY HOSTED_VLLM_API_KEY", local=True),
     "litellm": facts("http://127.0.0.1:4000/v1", "LITELLM_API_KEY", local=True),
     "transformers": facts("http://127.0.0.1:8000/v1", "TRANSFORMERS_API_KEY", local=True),
@@ -407,6 +450,8 @@ class Config:
     db: str = setting("llmchat.db", "path of the SQLite database")
     default_model: str = setting("", "`provider/model` when a request names none; empty: the first one that is found")
     fallbacks: str = setting("", "comma list of `provider/model`, tried in order when a model fails before its first delta")
+    system: str = setting("", "system prompt of new conversations")
+    title_model: str = setting("", "`provider/model` that names a conversation after its first answer; empty: its first line does")
     log_level: str = setting("info", "what is logged", choices="debug info warning error")
     log_format: str = setting("text", "how it is logged", choices="text json")
     flush_interval_ms: int = setting(20, "shortest time between two flushes, in ms", least=0, most=250)
@@ -423,6 +468,16 @@ class Config:
     answer_characters_max: int = setting(1_000_000, "characters of one answer", least=1, most=100_000_000)
     repetition_count: int = setting(20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000)
     repetition_characters: int = setting(1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000)
+    unstored_seconds: float = setting(600.0, "how long an answer that its client did not store stays after its end, in seconds", least=1, most=86_400)
+    streams_max: int = setting(4096, "open streams in all", least=1, most=1_000_000)
+    owner_generations_max: int = setting(64, "generations that run at once for one of several users", least=1, most=100_000)
+    owner_streams_max: int = setting(256, "open streams of one of several users", least=1, most=1_000_000)
+    token: str = setting("", "secret that clients show; needed, and else made, when listening beyond this machine")
+    users: str = setting("", "secret list `name:token,…`: several users, each with conversations of their own")
+    session_days: int = setting(30, "how long the page stays signed in, in days", least=1, most=3650)
+    hosts: str = setting("", "comma list of names under which the service is reached, beside addresses and localhost; * is any")
+    cors_origins: str = setting("", "comma list of origins whose pages may use the API with a token")
+    trusted_proxies: str = setting("", "comma list of addresses or networks whose X-Forwarded-For and -Proto are believed")
     providers: tuple[Provider, ...] = ()
     unusable_keys: tuple[str, ...] = ()  # one sentence each: the variable, and what to set
 
@@ -450,7 +505,7 @@ def parse_setting(one: Any, text: str) -> Any:
     if bounds["choices"] and text.lower() in bounds["choices"]:
         return text.lower()
     if bounds["choices"]:
-        raise StartError(f"{name}: {text!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
+        raise StartError(f"{name}: {text[:60]!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -458,7 +513,7 @@ def parse_setting(one: Any, text: str) -> Any:
         if bounds["least"] <= value <= bounds["most"]:
             return value
     what = "a whole number" if kind is int else "a number"
-    raise StartError(f"{name}: {text!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
+    raise StartError(f"{name}: {text[:60]!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
 
 
 def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -507,7 +562,7 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         name=name,
         dialect=dialect,
         base_url=check_base_url(f"{prefix}_BASE_URL", address),
-        key=environment[variable].strip() if variable else None,
+        key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
         models_url=known.models_url if known and base_url is None else None,
@@ -515,10 +570,18 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
     )
 
 
+def check_key(variable: str, text: str) -> str:
+    """A key that an HTTP header can carry. Raises StartError, which does not show it."""
+    if found := re.search(r"[^!-~]", text.strip()):
+        raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
+    return text.strip()
+
+
 def check_base_url(variable: str, text: str) -> str:
     """An http(s) URL without its last slash. A path is kept as it is given: /v1 is never put in."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text.strip()):
-        raise StartError(f"{variable}: {text!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
+        shown = re.sub(r"(?s)[^/]*@|[?#].*", "…", text)  # what stands there may be a password or a key
+        raise StartError(f"{variable}: {shown[:200]!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
     return text.strip().rstrip("/")
 
 
@@ -540,6 +603,14 @@ def read_dotenv(path: Path) -> dict[str, str]:
             raise StartError(f".env: line {number} is not NAME=value")
         variables[match[1]] = unquote(match[2])
     return variables
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether anybody but a file's owner may read it; where the system has no such modes, no."""
+    try:
+        return os.name == "posix" and bool(path.stat().st_mode & 0o077)
+    except FileNotFoundError:
+        return False
 
 
 def unquote(text: str) -> str:
@@ -586,6 +657,21 @@ class Timing(Struct, frozen=True):
 
     first_delta_ms: int | None
     total_ms: int | None
+
+
+NO_TIMING = Timing(None, None)
+
+
+def add_usage(one: Usage | None, other: Usage | None) -> Usage | None:
+    if one is None or other is None:
+        return one or other
+    return Usage(
+        one.input_tokens + other.input_tokens,
+        one.output_tokens + other.output_tokens,
+        one.estimated or other.estimated,
+        one.cached_tokens + other.cached_tokens,
+        one.reasoning_tokens + other.reasoning_tokens,
+    )
 
 
 class Ending(NamedTuple):
@@ -772,6 +858,13 @@ class Parameters(Struct, frozen=True, omit_defaults=True):
     top_p: float | None = None
     stop: list[str] | None = None
     response_format: dict[str, Any] | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    parallel_tool_calls: bool | None = None
+
+
+NO_PARAMETERS = Parameters()
 
 
 @dataclass(frozen=True)
@@ -782,6 +875,7 @@ class Question:
     system: str
     turns: tuple[Turn, ...]
     parameters: Parameters
+    continues: bool = False  # the last turn is an answer that broke off; the new one goes on with it
 
 
 class AnswerDecoder(Protocol):
@@ -813,6 +907,7 @@ class Dialect(Protocol):
 
     def path(self, provider: Provider) -> str: ...
     def headers(self, provider: Provider) -> dict[str, str]: ...
+    def prefills(self, quirks: frozenset[str]) -> bool: ...
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]: ...
     def decoder(self, provider: Provider) -> AnswerDecoder: ...
 
@@ -865,6 +960,20 @@ def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if isinstance(tool.get("function"), dict):
         return cast("Mapping[str, Any]", tool["function"])
     return tool if tool.get("type") in (None, "function", "custom") else None
+
+
+CONTINUE_PROMPT = (
+    "Your last answer was cut off. Continue it exactly where it stopped, beginning with the very next character. "
+    "Do not repeat any of it, do not start again, and do not comment on this."
+)
+
+
+def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> list[Turn]:
+    """The turns as they go out: a broken-off answer at their end is continued as a prefill where that works, else by
+    asking."""
+    if question.continues and turns and turns[-1].role == "assistant" and not prefills:
+        return [*turns, Turn("user", (Delta("text", CONTINUE_PROMPT),))]
+    return turns
 
 
 # What providers call the end, and ours. The last row: their word for an answer that broke.
@@ -1273,8 +1382,15 @@ class OpenAIDialect:
         if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
             asked["tool_choice"] = "any"
         system = [{"role": "system", "content": question.system}] if question.system else []
-        turns = [self._message(turn, quirks) for turn in alternate(answered(question.turns))]
+        outgoing = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
+        turns = [self._message(turn, quirks) for turn in outgoing]
+        if question.continues and turns and turns[-1]["role"] == "assistant":
+            turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
+            turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
+
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return bool(quirks & {"prefill", "prefill_prefix", "prefill_partial"}) and "no_prefill" not in quirks
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
@@ -1496,10 +1612,16 @@ class AnthropicDialect:
         parameters = question.parameters
         turns = [tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
+        outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
+        messages = [self._message(turn) for turn in outgoing]
+        prefilled = bool(messages) and messages[-1]["role"] == "assistant"
+        if prefilled and messages[-1]["content"][-1]["type"] == "text":
+            last = messages[-1]["content"][-1]
+            last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
         body: dict[str, Any] = {
             "model": question.model,
             "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
-            "messages": [self._message(turn) for turn in alternate(turns)],
+            "messages": messages,
             "stream": True,
         }
         if any(systems):
@@ -1513,11 +1635,15 @@ class AnthropicDialect:
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
             body |= anthropic_tool_choice(parameters.tool_choice)
-        if budget := THINKING_TOKENS.get(parameters.reasoning_effort or ""):
+        budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
+        if budget and not prefilled:  # a prefill and thinking exclude each other
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
             body["max_tokens"] += budget  # the budget counts as output
             body.pop("temperature", None)  # may not be set beside thinking
         return body
+
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return "no_prefill" not in quirks
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
@@ -1645,6 +1771,7 @@ class RepetitionGuard:
     def __init__(self, count: int, characters: int) -> None:
         self._count = count
         self._characters = characters
+        self._is_on = bool(count and characters)
         self._delta = ""
         self._delta_count = 0
         self._pending = ""  # not looked at yet: less than a step
@@ -1654,22 +1781,23 @@ class RepetitionGuard:
 
     def feed(self, text: str) -> str | None:
         """Takes a delta; returns the period once the text goes round in circles, else None."""
-        if not text or not self._count or not self._characters:
+        if not text or not self._is_on:
             return None
-        return self._repeated_delta(text) or self._repeated_period(text)
+        self._pending += text
+        if text != self._delta:
+            self._delta, self._delta_count = text, 1
+        elif repeated := self._repeated_delta(text):
+            return repeated
+        return self._repeated_period() if len(self._pending) >= REPETITION_STEP_CHARACTERS else None
 
     def _repeated_delta(self, delta: str) -> str | None:
-        self._delta_count = self._delta_count + 1 if delta == self._delta else 1
-        self._delta = delta
+        self._delta_count += 1
         if self._delta_count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
             return None
         letters = sum(map(str.isalpha, set(delta)))
         return delta if letters >= REPETITION_DELTA_LETTERS_MIN else None
 
-    def _repeated_period(self, text: str) -> str | None:
-        self._pending += text
-        if len(self._pending) < REPETITION_STEP_CHARACTERS:
-            return None
+    def _repeated_period(self) -> str | None:
         pending, step = self._pending, REPETITION_STEP_CHARACTERS
         end = len(pending) - len(pending) % step
         self._pending = pending[end:]
@@ -1693,6 +1821,484 @@ class RepetitionGuard:
         if "\n" in period:
             enough_characters = 2 * (enough_characters - REPETITION_STEP_CHARACTERS)  # twice, with the lag
         return period if self._run_characters >= enough_characters else None
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 7. Markdown
+#
+# An answer becomes HTML here, not in the page: one implementation, no script from elsewhere, and safe by construction:
+# no HTML passes through, links go to three schemes, nothing is loaded, no element carries a style.
+#
+# While an answer grows, a MarkdownStream parses only its tail. A block that begins after a blank line, and whose first
+# line is complete, neither continues what stands before it nor changes it. So everything before the last such block is
+# settled: sent once, then left alone (a reader may be selecting in it). Two things need care. A reference definition,
+# `[label]: url`, reaches back: each block remembers the labels it asked for and is rendered again when one of them
+# changes. And a code block is highlighted once, when it closes: on every frame would cost the square of its length.
+#
+# Deliberately absent: raw HTML and footnotes, which reach across blank lines. A new rule must not do so either, nor put
+# content into HTML unescaped; the tests hold every prefix of every document against render_growing(). The libraries are
+# imported at first use, so that a service that has nothing to render stays small.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+MARKDOWN_NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
+BRACKETS_MAX = 16  # open at once in one paragraph, item or cell
+OPENER_COST_MAX = 4_000_000  # characters × openers of one paragraph, item or cell: `<http://<http://…` costs that
+HIGHLIGHT_CHARACTERS_MAX = 100_000  # of a code block; a longer one is not highlighted
+HIGHLIGHT_SECONDS_MAX = 0.5  # of a code block; many lexers can be made to take the square of the length
+LATEX_CHARACTERS_MAX = 1_000  # of a formula: the converter recurses natively, up to 2 KB of stack per character
+LATEX_LINES_MAX = 50  # of a formula that stands by itself; bounds the search for its end
+OPEN_BLOCK_SECONDS_MAX = 0.2  # an open block that takes longer to render is shown as plain text
+assert MARKDOWN_NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
+
+_RETURN = re.compile(r"\r\n?")
+_SAFE_URL = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
+_BRACKET = re.compile(r"[\[\]]")
+_OPENER = re.compile(r"[\[(<:]")
+_SLOW_CODE = re.compile(r"[^\n]{1000}|\s{300}")  # one match of a lexer's pattern could take seconds, uninterrupted
+
+_TO_DOLLAR = rf"(?:[^$`\\]|\\.){{1,{LATEX_CHARACTERS_MAX}}}+"
+_TO_BRACKET = rf".{{1,{LATEX_CHARACTERS_MAX}}}?"
+_BLOCK_MATH = re.compile(
+    rf"(?:\$\$(?P<dollars>{_TO_DOLLAR})\$\$|\\\[(?P<brackets>{_TO_BRACKET})\\\])[ \t]*(?:\n|\Z)", re.DOTALL
+)
+_INLINE_MATH = re.compile(  # "from $5 to $10" is none: a closing $ has no space before it and no digit after it
+    rf"\$\$(?P<dollars>{_TO_DOLLAR})\$\$|\$(?!\s)(?P<dollar>{_TO_DOLLAR})(?<!\s)\$(?!\d)"
+    rf"|\\\((?P<parentheses>{_TO_BRACKET})\\\)",
+    re.DOTALL,
+)
+_MATHML_ALIGNMENT = re.compile(r' style="text-align: (left|right)[^"]*"')
+_MATHML_DROPPED = re.compile(r' (?:style|id)="[^"]*"')
+_MATHML = re.compile(
+    r"<math[ >](?:[^<]|</?m[a-z]+(?: (?:accent|accentunder|class|columnspan|depth|display|displaystyle|fence|form"
+    r"|height|largeop|linethickness|lspace|mathvariant|maxsize|minsize|movablelimits|notation|rspace|scriptlevel"
+    r'|separator|stretchy|symmetric|voffset|width)="[^"<>]*")*/?>)*+'
+)
+
+
+def _line_count(text: str) -> int:
+    return text.count("\n") + (not text.endswith("\n"))
+
+
+# Code
+
+
+@functools.lru_cache(maxsize=64)
+def _lexer(language: str) -> Any:
+    """The Pygments lexer of a language, or None. It strips no newlines, for code is copied from the page."""
+    from pygments.lexers import get_lexer_by_name  # type: ignore[import-untyped]
+    from pygments.util import ClassNotFound  # type: ignore[import-untyped]
+
+    try:
+        return get_lexer_by_name(language, stripnl=False)
+    except ClassNotFound:
+        return None
+
+
+class _TooSlow(Exception):
+    """Highlighting takes too long."""
+
+
+def _until(deadline: float, clock: Callable[[], float], tokens: Iterable[Any]) -> Iterator[Any]:
+    for token in tokens:
+        if clock() > deadline:
+            raise _TooSlow
+        yield token
+
+
+def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
+    """Code as spans with Pygments' classes; as text if its language is unknown, or it is too long or too slow."""
+    is_lit = language and len(code) <= HIGHLIGHT_CHARACTERS_MAX and not _SLOW_CODE.search(code)
+    lexer = _lexer(language) if is_lit else None
+    if lexer is None:
+        return html.escape(code)
+    from pygments import format as format_tokens  # type: ignore[import-untyped]
+    from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
+
+    tokens = _until(clock() + HIGHLIGHT_SECONDS_MAX, clock, lexer.get_tokens(code))
+    try:
+        return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
+    except _TooSlow:
+        return html.escape(code)
+
+
+def _figure(code: str, language: str) -> str:
+    name = html.escape(language or "text")
+    return (
+        f'<figure class="code" data-language="{name}"><figcaption>{name}</figcaption>'
+        f'<button type="button" class="copy">Copy</button><pre><code>{code}</code></pre></figure>\n'
+    )
+
+
+def _render_fence(_: object, tokens: Sequence[Token], index: int, options: object, environment: dict[str, Any]) -> str:
+    """A code block, highlighted unless it has not ended yet: unclosed, up to the last line of a growing answer."""
+    fence = tokens[index]
+    language = (fence.info.split() or [""])[0]
+    first_line, end_line = fence.map or (0, 0)
+    is_closed = end_line - first_line == 2 + (_line_count(fence.content) if fence.content else 0)
+    if not is_closed and end_line == environment.get("growing_line"):
+        return _figure(html.escape(fence.content), language)
+    highlighted: dict[tuple[str, str], str] = environment["highlighted"]
+    key = (language, fence.content)
+    if key not in highlighted:
+        highlighted[key] = _highlight(fence.content, language.lower(), environment["clock"])
+    return _figure(highlighted[key], language)
+
+
+def _render_indented_code(_: object, tokens: Sequence[Token], index: int, *rest: object) -> str:
+    return _figure(html.escape(tokens[index].content), "")
+
+
+# Formulas. `$…$`, `$$…$$` and the `\(…\)`, `\[…\]` that many models prefer, if the package math-core is installed.
+
+
+@functools.cache
+def _mathml_converter() -> Any:
+    """math-core's converter, or None without the package. It answers an error with HTML, which is not MathML."""
+    try:
+        return importlib.import_module("math_core").LatexToMathML(continue_on_error=True)
+    except ImportError:
+        return None
+
+
+def _parse_inline_math(state: StateInline, silent: bool) -> bool:
+    match = _INLINE_MATH.match(state.src, state.pos, state.posMax)
+    if match is None:
+        return False
+    if not silent:
+        _push_math(state, "math_inline", match)
+    state.pos = match.end()
+    return True
+
+
+def _parse_block_math(state: StateBlock, first_line: int, end_line: int, silent: bool) -> bool:
+    start = state.bMarks[first_line] + state.tShift[first_line]
+    if state.is_code_block(first_line) or not state.src.startswith(("$$", "\\["), start):
+        return False
+    line, end_line = first_line, min(end_line, first_line + LATEX_LINES_MAX)
+    while line < end_line and not state.isEmpty(line) and state.sCount[line] >= state.blkIndent:
+        line += 1
+    match = _BLOCK_MATH.match(state.getLines(first_line, line, state.blkIndent, False).lstrip(" "))
+    if match is None:
+        return False
+    if not silent:
+        state.line = first_line + _line_count(match.group())
+        _push_math(state, "math_block", match).map = [first_line, state.line]
+    return True
+
+
+def _push_math(state: StateBlock | StateInline, kind: str, match: re.Match[str]) -> Token:
+    token = state.push(kind, "math", 0)
+    token.content = match.group(str(match.lastgroup))
+    token.markup = match.group().strip()
+    return token
+
+
+def _render_math(_: object, tokens: Sequence[Token], index: int, *rest: object) -> str:
+    """A formula as MathML; as its source if it has an error, or if the result holds anything that is not MathML."""
+    token = tokens[index]
+    is_display = token.markup.startswith(("$$", "\\["))
+    mathml = _mathml_converter().convert_with_local_state(token.content, displaystyle=is_display)
+    mathml = _MATHML_DROPPED.sub("", _MATHML_ALIGNMENT.sub(r' class="align-\1"', mathml))
+    if not _MATHML.fullmatch(mathml):
+        mathml = f'<code class="math">{html.escape(token.markup)}</code>'
+    return mathml if token.type == "math_inline" else f'<p class="math">{mathml}</p>\n'
+
+
+# Tables, links and images
+
+
+def _parse_table(state: StateBlock, first_line: int, end_line: int, silent: bool) -> bool:
+    """A table, unless it has more cells than characters: missing cells are filled in, hundreds for two bytes."""
+    from markdown_it.rules_block import table
+
+    if first_line < state.env["no_table_before_line"] or not table(state, first_line, end_line, True):
+        return False
+    columns = state.src.count("|", state.bMarks[first_line], state.eMarks[first_line]) + 1
+    last_line = first_line
+    while last_line + 1 < end_line and not state.isEmpty(last_line + 1):
+        last_line += 1
+    if columns * (last_line - first_line + 1) > state.eMarks[last_line] - state.bMarks[first_line]:
+        state.env["no_table_before_line"] = last_line + 1  # or each of its lines would be looked at again
+        return False
+    return silent or table(state, first_line, end_line, False)
+
+
+def _render_table_edge(renderer: Any, tokens: Sequence[Token], index: int, options: Any, environment: Any) -> str:
+    tag: str = renderer.renderToken(tokens, index, options, environment)
+    return f'<div class="table">{tag}' if tokens[index].nesting == 1 else f"{tag}</div>\n"
+
+
+def _alternative(image: Token) -> Iterator[Token]:
+    """The content of an image's alternative text, without the links and images in it."""
+    for token in image.children or ():
+        if token.type == "image":
+            yield from _alternative(token)
+        elif token.type not in ("link_open", "link_close"):
+            yield token
+
+
+def _image_as_link(image: Token) -> list[Token]:
+    from markdown_it.token import Token
+
+    url = str(image.attrs["src"])
+    content = list(_alternative(image)) or [Token("text", "", 0, content=url)]
+    return [Token("link_open", "a", 1, attrs={"class": "image", "href": url}), *content, Token("link_close", "a", -1)]
+
+
+def _finish_inline(tokens: list[Token]) -> Iterator[Token]:
+    """Inline tokens whose links open elsewhere, none inside another, and no images: to load one tells who reads."""
+    is_shown: list[bool] = []  # of each link that is open
+    for token in itertools.chain.from_iterable(_image_as_link(t) if t.type == "image" else [t] for t in tokens):
+        if token.type == "link_open":
+            is_shown.append(bool(token.attrs["href"]) and not any(is_shown))
+            token.attrs |= {"rel": "noopener noreferrer nofollow", "target": "_blank"}
+        if token.type not in ("link_open", "link_close") or is_shown[-1]:
+            yield token
+        if token.type == "link_close":
+            is_shown.pop()
+
+
+def _finish_tokens(state: StateCore) -> None:
+    for token in state.tokens:
+        if token.children:
+            token.children = list(_finish_inline(token.children))
+        elif style := token.attrs.pop("style", ""):  # only cells have one: "text-align:right"
+            token.attrs["class"] = str(style).replace("text-align:", "align-")
+
+
+# The parser
+
+
+class _References(dict[str, Any]):
+    """Reference definitions by label, which remember the labels that were asked for."""
+
+    asked: set[str]
+
+    def get(self, label: Any, default: Any = None, /) -> Any:
+        self.asked.add(label)
+        return super().get(label, default)
+
+
+def _is_too_costly(text: str) -> bool:
+    """Whether inline parsing could take the square of the length: what opens something is sought an end for."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket == "[" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest > BRACKETS_MAX or len(_OPENER.findall(text)) * len(text) > OPENER_COST_MAX
+
+
+def _parse_inlines(state: StateCore) -> None:
+    """Parse the text of each block, unless that is too costly, and note the labels that it asks for."""
+    from markdown_it.token import Token
+
+    references: _References = state.env["references"]
+    for token in state.tokens:
+        if token.type != "inline":
+            continue
+        references.asked = token.meta["labels"] = set()
+        token.children = []
+        if _is_too_costly(token.content):
+            token.children.append(Token("text", "", 0, content=token.content))
+        else:
+            state.md.inline.parse(token.content, state.md, state.env, token.children)
+
+
+@functools.cache
+def _parser() -> MarkdownIt:
+    """CommonMark with tables, strikethrough, task lists, links from full URLs, and formulas if they can be shown."""
+    from markdown_it import MarkdownIt
+
+    class Parser(MarkdownIt):
+        def validateLink(self, url: str) -> bool:
+            return _SAFE_URL.match(url) is not None
+
+    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": MARKDOWN_NESTING_MAX, "xhtmlOut": False}
+    parser = Parser("commonmark", options).enable(["linkify", "strikethrough", "table"])
+    assert parser.linkify is not None
+    parser.linkify.set({"fuzzy_link": False, "fuzzy_email": False})  # `main.py` is no link
+    parser.core.ruler.at("inline", _parse_inlines)
+    parser.core.ruler.push("finish_tokens", _finish_tokens)
+    parser.block.ruler.at("table", _parse_table, {"alt": ["paragraph", "reference"]})
+    if _mathml_converter() is not None:
+        parser.inline.ruler.before("escape", "math_inline", _parse_inline_math)
+        interrupted = ["paragraph", "reference", "blockquote", "list"]
+        parser.block.ruler.before("fence", "math_block", _parse_block_math, {"alt": interrupted})
+    rules: dict[str, Callable[..., str]] = {
+        "fence": _render_fence,
+        "code_block": _render_indented_code,
+        "table_open": _render_table_edge,
+        "table_close": _render_table_edge,
+        "math_inline": _render_math,
+        "math_block": _render_math,
+    }
+    for name, rule in rules.items():
+        parser.add_render_rule(name, rule)
+    return parser
+
+
+# Rendering
+
+
+def _environment(definitions: dict[str, Any], clock: Callable[[], float]) -> dict[str, Any]:
+    """What the rules above share during one parse."""
+    return {"references": _References(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
+
+
+def _html(tokens: Sequence[Token], environment: dict[str, Any]) -> str:
+    parser = _parser()
+    return str(parser.renderer.render(tokens, parser.options, environment))
+
+
+def render(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
+    """The HTML of a finished answer. Every text has one; what is too costly to parse is shown as text."""
+    environment = _environment({}, clock)
+    return _html(_parser().parse(text, environment), environment)
+
+
+def render_growing(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
+    """The HTML of an answer that still grows: render(), but with a last fence that has no end yet not highlighted."""
+    text = _RETURN.sub("\n", text)
+    environment = _environment({}, clock) | {"growing_line": _line_count(text)}
+    return _html(_parser().parse(text, environment), environment)
+
+
+def _render_plain(text: str) -> str:
+    return f'<pre class="plain">{html.escape(text)}</pre>\n' if text else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What changed since the last frame.
+
+    `settled` pairs block numbers with HTML: a number that is new is appended, in order, and one that is known is
+    replaced. `open` is the HTML after the settled blocks, in place of the last. `seconds` is what the frame took.
+    """
+
+    settled: tuple[tuple[int, str], ...]
+    open: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A settled block: its source, which can be parsed alone, and the reference labels that it asks for."""
+
+    source: str
+    labels: frozenset[str]
+    html: str
+
+
+def _block(source: str, tokens: Sequence[Token], environment: dict[str, Any]) -> _Block:
+    labels = frozenset[str]().union(*(token.meta["labels"] for token in tokens if token.type == "inline"))
+    return _Block(source, labels, _html(tokens, environment))
+
+
+def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
+    """Where text may be cut without changing what it means: (index of a token, offset in the text), first (0, 0)."""
+    offsets = [0, *(match.end() for match in re.finditer("\n", text))]
+    cuts = [(0, 0)]
+    for index, token in enumerate(tokens):
+        if index and token.level == 0 and token.map:
+            line = token.map[0]
+            is_complete = line + 1 < len(offsets)
+            if is_complete and not text[offsets[line - 1] : offsets[line]].strip(" \t\n"):
+                cuts.append((index, offsets[line]))
+    return cuts
+
+
+class MarkdownStream:
+    """render_growing(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it.
+
+    A frame costs what its open block costs. A caller that pauses for ten times `Frame.seconds` bounds the share of a
+    core; an open block that is too slow all the same is plain text, tried again each time it has doubled. Blocks and
+    their numbers depend on the text alone, not on when frames were taken.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._blocks: list[_Block] = []
+        self._tail = ""
+        self._open = ""
+        self._follows_return = False
+        self._plain_below = 0  # characters of a tail that is not parsed
+        self._definitions: dict[str, Any] = {}  # made by settled blocks
+        self._targets: dict[str, tuple[str, str]] = {}  # URL and title of each label in the last frame
+        self._highlighted: dict[tuple[str, str], str] = {}  # of the open block
+
+    def feed(self, text: str) -> None:
+        """Append characters, cut anywhere, even within "\\r\\n"."""
+        if text:
+            rest = text.removeprefix("\n") if self._follows_return else text
+            self._follows_return = text.endswith("\r")
+            self._tail += _RETURN.sub("\n", rest)
+
+    def frame(self) -> Frame:
+        """What changed, and the open block as it stands."""
+        started = self._clock()
+        settled: list[tuple[int, str]] = []
+        is_slow = len(self._tail) < self._plain_below
+        if not is_slow:
+            environment = self._environment() | {"growing_line": _line_count(self._tail)}
+            tokens = _parser().parse(self._tail, environment)
+            cuts = _cuts(self._tail, tokens)
+            settled = self._settle(tokens, cuts, environment)
+            self._open = _html(tokens[cuts[-1][0] :], environment)
+            is_slow = not settled and self._clock() - started > OPEN_BLOCK_SECONDS_MAX
+            self._plain_below = 2 * len(self._tail) if is_slow else 0
+        if is_slow:
+            self._open = _render_plain(self._tail)
+        return Frame(tuple(settled), self._open, self._clock() - started)
+
+    def finish(self) -> Frame:
+        """What changed, with nothing left open: the blocks, joined, are then equal to render(). No frame follows."""
+        started = self._clock()
+        environment = self._environment()
+        tokens = _parser().parse(self._tail, environment)
+        cuts = [*_cuts(self._tail, tokens), (len(tokens), len(self._tail))]
+        settled = self._settle(tokens, cuts, environment)
+        self._open = ""
+        return Frame(tuple(settled), self._open, self._clock() - started)
+
+    def snapshot(self) -> Frame:
+        """Everything up to the last frame, for a reader who comes later."""
+        return Frame(tuple(enumerate(block.html for block in self._blocks)), self._open, 0.0)
+
+    def _environment(self) -> dict[str, Any]:
+        return _environment(self._definitions, self._clock) | {"highlighted": self._highlighted}
+
+    def _settle(
+        self, tokens: list[Token], cuts: list[tuple[int, int]], environment: dict[str, Any]
+    ) -> list[tuple[int, str]]:
+        """Settle what lies between the cuts and keep the rest as the tail; returns the new and the changed blocks."""
+        references: _References = environment["references"]
+        changed = self._render_again(references)
+        for (first, start), (last, end) in itertools.pairwise(cuts):
+            block = _block(self._tail[start:end], tokens[first:last], environment)
+            changed.append((len(self._blocks), block.html))
+            self._blocks.append(block)
+        cut = cuts[-1][1]
+        if cut:
+            cut_line = self._tail.count("\n", 0, cut)
+            self._definitions |= {label: made for label, made in references.items() if made["map"][0] < cut_line}
+            self._tail = self._tail[cut:]
+            self._highlighted.clear()
+        return changed
+
+    def _render_again(self, references: _References) -> list[tuple[int, str]]:
+        """The settled blocks that look different because a label they ask for has a new meaning."""
+        targets = {label: (made["href"], made["title"]) for label, made in references.items()}
+        labels = {label for label, _ in targets.items() ^ self._targets.items()}
+        self._targets = targets
+        changed = []
+        for number, old in enumerate(self._blocks if labels else ()):
+            if not labels.isdisjoint(old.labels):
+                environment = _environment(references, self._clock)
+                block = _block(old.source, _parser().parse(old.source, environment), environment)
+                self._blocks[number] = block
+                if block.html != old.html:
+                    changed.append((number, block.html))
+        return changed
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1822,59 +2428,86 @@ class Answer:
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
         self.heard_at, self.grown_at = time.monotonic(), 0.0
         self._response = response
+        self._receive = body_reader(response)
+        self._sse = SseDecoder()
+        self._document: bytearray | None = None  # of an answer that is no stream
+        self._is_sniffed = False
+        self._whole_at: float | None = None  # loop time since which nothing more has to come
+        self._failure: GenerationError | None = None
+        self._is_ended = False
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What each read of the socket brings. Raises GenerationError, after the deltas that came before it."""
-        async with contextlib.aclosing(self._read_bytes()) as stream:
-            head = b""
-            async for data in stream:
-                if head := data.lstrip(b" \t\r\n\xef\xbb\xbf"):  # DeepSeek sends blank lines while one waits
-                    break
-            # By its first character, not by its type: a stream is asked for, and what comes instead is mislabelled too.
-            whole = head.startswith((b"{", b"[", b"<"))
-            async with contextlib.aclosing(self._read_document(head, stream) if whole else self._read_events(head, stream)) as batches:
-                async for deltas, failure in batches:
-                    if deltas:
-                        yield deltas
-                    if failure is not None:
-                        raise failure
+    async def read(self) -> list[Delta] | None:
+        """What the next read of the socket brings, which may be nothing; None once the answer is whole.
 
-    async def _read_events(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
-        sse = SseDecoder()
-        whole_at: float | None = None  # loop time since which nothing more has to come
-        while data is not None:
-            deltas: list[Delta] = []
-            failure = self._decode(sse, data, deltas)
-            yield deltas, failure
-            if self.decoder.done or (self.decoder.finish_reason is not None and (deltas or whole_at is None)):
-                whole_at = asyncio.get_running_loop().time()
-            data = await self._read_more(stream, whole_at)
-        deltas = []
-        yield deltas, self._decode_end(sse, deltas)
+        Raises GenerationError, after the deltas that came before it. One call per read and no generator on the way:
+        this is where a stream spends its time.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._is_ended:
+            return None
+        data = await self._read_bytes()
+        deltas: list[Delta] = []
+        self._failure = self._decode(data, deltas) if data else self._decode_end(deltas)
+        if not data:
+            self._is_ended = True
+        elif self.decoder.done or (self.decoder.finish_reason is not None and (deltas or self._whole_at is None)):
+            self._whole_at = asyncio.get_running_loop().time()
+        if self._failure is not None and not deltas:
+            raise self._failure
+        return deltas
 
-    async def _read_more(self, stream: AsyncGenerator[bytes, None], whole_at: float | None) -> bytes | None:
-        """The next bytes; None at the end. An answer that is whole does not wait for its connection to end.
+    async def _read_bytes(self) -> bytes:
+        """The next bytes; none at the end. Raises ProviderTruncated if the connection breaks before that."""
+        try:
+            if self._whole_at is not None:
+                data = await self._read_after_end(self._whole_at)
+            else:
+                data = await self._receive()
+                if not self._is_sniffed:
+                    data = await self._sniff(data)
+        except connection_errors() as exc:
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            raise ProviderTruncated(words, transient=True) from exc
+        self.heard_at = time.monotonic()
+        return data
+
+    async def _sniff(self, data: bytes) -> bytes:
+        """The first bytes that say something. By them, not by a label, an answer is a stream or one document: a stream
+        is asked for, and what comes instead is mislabelled too."""
+        while data and not (head := data.lstrip(b" \t\r\n\xef\xbb\xbf")):  # DeepSeek sends blank lines while one waits
+            self.heard_at = time.monotonic()
+            data = await self._receive()
+        if data and head.startswith((b"{", b"[", b"<")):
+            self._document = bytearray()
+        self._is_sniffed = True
+        return head if data else b""
+
+    async def _read_after_end(self, whole_at: float) -> bytes:
+        """What comes after the answer is whole, which does not wait for its connection to end.
 
         A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
         its end can be used again.
         """
-        if whole_at is None:
-            return await anext(stream, None)
         patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
-        try:
+        with contextlib.suppress(TimeoutError, *connection_errors()):
             async with asyncio.timeout_at(whole_at + patience):
-                data = await anext(stream, None)
-                while data is not None and self.decoder.done:
-                    data = await anext(stream, None)
+                data = await self._receive()
+                while data and self.decoder.done:
+                    data = await self._receive()
                 return data
-        except (TimeoutError, ProviderTruncated):
-            return None
+        return b""
 
-    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> GenerationError | None:
+    def _decode(self, data: bytes, deltas: list[Delta]) -> GenerationError | None:
         """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        if self._document is not None:
+            self._document += data
+            too_large = len(self._document) > PROVIDER_EVENT_BYTES_MAX
+            words = f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit"
+            return ProviderProtocol(words) if too_large else None
         held_characters = self.decoder.held_characters
         try:
-            for name, payload in sse.feed(data):
+            for name, payload in self._sse.feed(data):
                 self.decoder.decode(name, payload, deltas)
         except GenerationError as exc:
             return exc
@@ -1882,17 +2515,26 @@ class Answer:
             self.grown_at = self.heard_at
         return None
 
-    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> GenerationError | None:
+    def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
         try:
+            if self._document is not None:
+                self._decode_document(bytes(self._document), deltas)
             with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
-                for name, payload in sse.end():
+                for name, payload in self._sse.end():
                     self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
         except ProviderTruncated as exc:
-            return self._strange_error(bytes(sse.strange)) if sse.strange else exc
+            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
         except GenerationError as exc:
             return exc
         return None
+
+    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
+        if body.startswith(b"<"):
+            words, _ = body_words("text/html", body)
+            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        self.decoder.decode_document(body, deltas)
 
     def _strange_error(self, body: bytes) -> ProviderError:
         """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
@@ -1901,37 +2543,18 @@ class Answer:
         words, _ = body_words(self._response.headers.get("content-type", ""), body)
         return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
 
-    async def _read_document(self, data: bytes | None, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[Batch, None]:
-        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
-        body = bytearray()
-        while data is not None:
-            body += data
-            if len(body) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
-            data = await anext(stream, None)
-        if body.startswith(b"<"):
-            words, _ = body_words("text/html", bytes(body))
-            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
-        deltas: list[Delta] = []
-        try:
-            self.decoder.decode_document(bytes(body), deltas)
-            self.decoder.end(deltas)
-        except GenerationError as exc:
-            yield deltas, exc
-        else:
-            yield deltas, None
 
-    async def _read_bytes(self) -> AsyncGenerator[bytes, None]:
-        """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
-        encoded = self._response.headers.get("content-encoding", "identity") != "identity"
-        stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
-        try:
-            async for data in stream:
-                self.heard_at = time.monotonic()
-                yield data
-        except connection_errors() as exc:
-            words = f"the connection to {self.provider.name} broke before the answer was finished"
-            raise ProviderTruncated(words, transient=True) from exc
+def body_reader(response: httpx.Response) -> Callable[[], Awaitable[bytes]]:
+    """What gives the next bytes of a body, and none at its end: aiohttp's own reader where there is nothing to decode."""
+    reader = response.extensions.get("reader")
+    if reader is not None and response.headers.get("content-encoding", "identity") == "identity":
+        return cast("Callable[[], Awaitable[bytes]]", reader.readany)
+    stream = response.aiter_bytes()
+
+    async def read() -> bytes:
+        return await anext(stream, b"")
+
+    return read
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -1990,7 +2613,11 @@ def retry_delay(error: ProviderError, attempt: int) -> float | None:
 
 
 # What a provider's refusal can teach: words in its 400 or 422, and the quirk that the next try then has.
-LEARNT_QUIRKS = {b"stream_options": "no_stream_options", b"max_completion_tokens": "max_completion_tokens"}
+LEARNT_QUIRKS = {
+    b"stream_options": "no_stream_options",
+    b"max_completion_tokens": "max_completion_tokens",
+    b"prefill": "no_prefill",
+}
 
 
 class Providers:
@@ -2010,11 +2637,8 @@ class Providers:
     def _open_client(self) -> httpx.AsyncClient:
         if self._client is None:
             import httpx
-            from httpx_aiohttp import AiohttpTransport
-
             limits = httpx.Limits(max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15)
-            transport = AiohttpTransport(limits=limits)
-            transport.client = open_session(limits, transport.ssl_context)
+            transport = open_transport(limits)
             self._client = httpx.AsyncClient(
                 transport=transport,
                 mounts={f"all://{DEMO_HOST}": open_demo_transport()},
@@ -2045,6 +2669,10 @@ class Providers:
             yield Answer(provider, response)
         finally:
             await response.aclose()
+
+    def prefills(self, provider: Provider) -> bool:
+        """Whether a broken-off answer is continued by a prefill, not by asking."""
+        return DIALECTS[provider.dialect].prefills(self._quirks(provider))
 
     def _quirks(self, provider: Provider) -> frozenset[str]:
         return provider.quirks | self._learnt.get(provider.name, frozenset())
@@ -2150,10 +2778,22 @@ class Providers:
         for provider in self._config.providers:
             if wanted in provider.models:
                 return Target(provider, wanted)
+        if found := await self._find_by_model(wanted, name):
+            return found
         if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
             return self._check(Target(self._config.providers[0], wanted), name)
         self._find(prefix if slash else wanted, name)
-        raise InvalidRequest(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+        raise ModelNotFound(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+
+    async def _find_by_model(self, wanted: str, name: str) -> Target | None:
+        """The target of a model without its provider, where only one provider lists it. Raises ModelNotFound."""
+        if len(self._config.providers) == 1 or self._config.provider(wanted):
+            return None
+        listed = await asyncio.gather(*map(self.list_models, self._config.providers))
+        found = [Target(one, wanted) for one, of_one in zip(self._config.providers, listed, strict=True) if wanted in of_one.models]
+        if len(found) > 1:
+            raise ModelNotFound(f"{name}: several providers have {wanted!r}; write one of {', '.join(map(str, found))}")
+        return found[0] if found else None
 
     def _find(self, wanted: str, name: str) -> Provider:
         provider = self._config.provider(wanted)
@@ -2162,13 +2802,13 @@ class Providers:
         configured = ", ".join(one.name for one in self._config.providers)
         known = PROVIDER_FACTS.get(wanted)
         hint = f"; set {known.variables[0]} to switch it on" if known else "; a model is written provider/model"
-        raise InvalidRequest(f"{name}: provider {wanted!r} is not configured; there is {configured}{hint}")
+        raise ModelNotFound(f"{name}: provider {wanted!r} is not configured; there is {configured}{hint}")
 
     def _check(self, target: Target, name: str) -> Target:
         """Refuses a model that is known not to be there: where the list is given, not asked."""
         models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
         if models and target.model not in models:
-            raise InvalidRequest(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
+            raise ModelNotFound(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
         return target
 
     async def _first_model(self, provider: Provider) -> str:
@@ -2187,6 +2827,23 @@ def models_of(document: Any) -> list[str]:
     items = listed if isinstance(listed, list) else []
     names = [item.get("id") or item.get("name") if isinstance(item, dict) else item for item in items]
     return [name.removeprefix("models/") for name in names if isinstance(name, str)]
+
+
+def open_transport(limits: httpx.Limits) -> Any:
+    """httpx's transport over aiohttp, which also hands out the reader of each body."""
+    from httpx_aiohttp import AiohttpTransport
+    from httpx_aiohttp.transport import AiohttpResponseStream
+
+    class Transport(AiohttpTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            response = await super().handle_async_request(request)
+            assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
+            response.extensions["reader"] = response.stream._aiohttp_response.content
+            return response
+
+    transport = Transport(limits=limits)
+    transport.client = open_session(limits, transport.ssl_context)
+    return transport
 
 
 def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
@@ -2256,23 +2913,41 @@ class Message(Struct):
     timing: Timing
     attempts: list[dict[str, Any]]
     created_at_ms: int
+    html: str | UnsetType = UNSET  # of an ended answer, with ?render=html
 
 
-class ConversationSummary(Struct):
-    """A conversation in a list. `running`: one of its messages is being generated."""
+class SnippetPart(Struct, frozen=True):
+    """A piece of a snippet; `mark`: this is what was searched for."""
+
+    text: str
+    mark: bool
+
+
+class Match(Struct, frozen=True):
+    """Where a search found a conversation; `message_id` null: in its title."""
+
+    message_id: int | None
+    snippet: list[SnippetPart]
+
+
+class ConversationSummary(Struct, omit_defaults=True):
+    """A conversation in a list. `running`: one of its messages is being generated. `match` only in a search."""
 
     id: int
     title: str
     system: str
+    parameters: Parameters
     created_at_ms: int
     updated_at_ms: int
     running: bool
+    match: Match | None = None
 
 
-class Conversation(ConversationSummary):
-    """A conversation with its tree: messages by id, each with its parent_id."""
+class Conversation(ConversationSummary, kw_only=True):
+    """A conversation with its tree: messages by id, siblings in order; `path` leads to the newest leaf."""
 
     messages: list[Message]
+    path: list[int]
 
 
 class ConversationList(Struct):
@@ -2287,39 +2962,57 @@ class NewMessage:
     """What a request adds to a conversation: a user's content, and the answer that is to come.
 
     `conversation_id` None: a new conversation. `parent_id` UNSET: the newest leaf; None: a new first message.
+    `turns` are a user's content or the results of tools; empty when an answer is generated once more.
     """
 
     owner: str
     conversation_id: int | None
     parent_id: int | UnsetType | None
-    content: tuple[Delta, ...]
+    turns: tuple[Turn, ...]
     system: str | None
     targets: tuple[Target, ...]  # whom to ask, and then the fallbacks
     parameters: Parameters
     idempotency_key: str | None = None
     request_hash: str | None = None
+    hidden: bool = False  # a new conversation that is in no list and is deleted some time after it has ended
+    answer_system: str | None = None  # the system prompt of this answer alone; None: the conversation's
+    response: Mapping[str, Any] | None = None  # what a response of section 13 repeats of its request
 
 
 @dataclass(frozen=True)
 class Started:
-    """A committed question. `turns` lead from the root to it; `repeated`: an earlier request with the same key."""
+    """A committed question, and all that its generation begins with. `turns` lead from the root to the question.
+
+    `content` and what follows it are an answer's that is continued; there `turns` end with that answer.
+    """
 
     conversation_id: int
     message_id: int
     parent_id: int | None
-    created_at_ms: int
     system: str = ""
     turns: tuple[Turn, ...] = ()
-    repeated: bool = False
+    parameters: Parameters = NO_PARAMETERS
+    repeated: bool = False  # an earlier request with the same Idempotency-Key has started it
+    status: str = "running"
+    is_first: bool = False  # the first answer of its conversation
+    hidden: bool = False
+    content: tuple[Delta, ...] = ()
+    usage: Usage | None = None
+    timing: Timing = NO_TIMING
+    attempts: tuple[dict[str, Any], ...] = ()
 
 
-class Row(NamedTuple):
-    """A delta as it is stored."""
+class Session(NamedTuple):
+    """A sign-in of the page, as it is stored. `token_hash` is of cookie and token together: who reads the database or
+    a backup of it has nothing to try guesses at a token on."""
 
-    message_id: int
-    offset: int
-    kind: str
-    text: str
+    cookie_hash: str
+    owner: str
+    token_hash: str
+    expires_at_ms: int
+
+
+Row = tuple[int, int, str, str]  # a delta as it is stored: message_id, offset, kind, text
 
 
 @dataclass(frozen=True)
@@ -2360,8 +3053,14 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     location = f"{Path(path).absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(location, uri=True, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
-    for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
-        connection.execute(f"PRAGMA {pragma}")
+    connection.create_function("segment", 1, segment, deterministic=True)
+    connection.create_function("owner_token", 1, owner_token, deterministic=True)
+    try:
+        for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
+            connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
@@ -2372,24 +3071,58 @@ async def open_database(path: str, *, read_only: bool) -> Database:
     return database
 
 
-def prepare_database(path: str) -> int:
+def prepare_database(path: str, *, suspect: bool) -> int:
     """Creates or migrates the file and ends what a dead process left running. Returns how many messages that were.
 
-    Raises StartError with one line for everything that a file can be and a database cannot.
+    `suspect`: nobody knows how its last process ended, so it is checked first. Raises StartError with one line for
+    everything that a file can be and a database cannot.
     """
     if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
         raise StartError(f"SQLite {sqlite3.sqlite_version} is too old; llmchat needs 3.37 or later")
     if Path(path).is_dir():
         raise StartError(f"database {path}: is a folder")
     try:
+        create_private(path)
         with contextlib.closing(connect(path, read_only=False)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+            if suspect:
+                check_database(connection, path)
             migrate(connection, path)
+            connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
     except sqlite3.Error as exc:
-        raise StartError(f"database {path}: {reason_of(exc)}") from exc
+        damaged = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+        raise StartError(f"database {path}: {reason_of(exc)}{DAMAGED_ADVICE if damaged else ''}") from exc
     except OSError as exc:
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
+
+
+def create_private(path: str) -> None:
+    """The file, made for its owner alone if it is not there; what SQLite puts beside it takes the same mode."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+DAMAGED_ADVICE = "; start on a backup with --db, or save what can be read: sqlite3 DAMAGED .recover | sqlite3 NEW"
+
+
+def check_database(connection: sqlite3.Connection, path: str) -> None:
+    """Looks for damage, as a power cut or a broken disk leaves it. Raises StartError.
+
+    A big file is checked without its indexes, and a check that takes too long is given up: it is a net, not a gate.
+    """
+    pragma = "integrity_check" if os.path.getsize(path) <= CHECK_BYTES_MAX else "quick_check"
+    deadline = time.monotonic() + CHECK_SECONDS_MAX
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+    try:
+        found = connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
+    except sqlite3.OperationalError as exc:
+        if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
+            raise
+    else:
+        if found != "ok":
+            raise StartError(f"database {path}: is damaged ({' '.join(found.split())}){DAMAGED_ADVICE}")
+    finally:
+        connection.set_progress_handler(None, 0)
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -2428,23 +3161,299 @@ def sql_statements(script: str) -> Iterator[str]:
 
 def back_up(connection: sqlite3.Connection, path: str) -> None:
     """A consistent copy of the database, also while it is written to."""
+    create_private(path)
     with contextlib.closing(sqlite3.connect(path)) as copy:
         connection.backup(copy)
+
+
+def copy_database(path: str, target: str) -> None:
+    """A copy of the database as it is at one moment, also while it is written to, in a single file.
+
+    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
+    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
+    """
+    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    with contextlib.closing(connect(path, read_only=True)) as source:
+        source.execute("BEGIN")
+        if not source.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'conversation'").fetchone()[0]:
+            raise sqlite3.DatabaseError("is not llmchat's")
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
+            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
+
+
+def open_copy(path: str) -> BinaryIO:
+    """A copy of the database in a file beside it that has no name any more: its end is the end of the copy.
+
+    Raises StoreUnavailable, also when the disk has no room for it beside what is being streamed.
+    """
+    folder = Path(path).absolute().parent
+    try:
+        needed = os.path.getsize(path) * 1.1
+        if shutil.disk_usage(folder).free < needed:
+            raise StoreUnavailable(f"a copy of the database takes {needed:,.0f} bytes; the disk has not as many left")
+        name = folder / f".llmchat-copy-{random.getrandbits(64):016x}"
+        try:
+            copy_database(path, str(name))
+            return name.open("rb")
+        finally:
+            name.unlink(missing_ok=True)
+    except sqlite3.Error as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {reason_of(exc)}", retry_after_seconds=5) from exc
+    except OSError as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {exc.strerror}", retry_after_seconds=5) from exc
+
+
+def remove_left_copies(path: str) -> None:
+    """Copies that a dead process was making."""
+    for name in Path(path).absolute().parent.glob(".llmchat-copy-*"):
+        if re.fullmatch(r"\.llmchat-copy-[0-9a-f]{16}(-journal)?", name.name):
+            name.unlink(missing_ok=True)
+
+
+def save_backup(path: str, target: str) -> int:
+    """What `llmchat backup FILE` does; returns the file's bytes. Raises StartError, also if the file is there already.
+
+    The name is taken first and the copy put in its place when it is whole: never half a backup under that name.
+    """
+    partial_copy = f"{target}.partial"
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as exc:
+        raise StartError(f"backup {target}: is there already; a backup overwrites nothing") from exc
+    except OSError as exc:
+        raise StartError(f"backup {target}: {exc.strerror}") from exc
+    try:
+        copy_database(path, partial_copy)
+        os.replace(partial_copy, target)
+    except BaseException as exc:
+        for name in (partial_copy, f"{partial_copy}-journal", target):
+            Path(name).unlink(missing_ok=True)
+        if isinstance(exc, sqlite3.Error | OSError):
+            raise StartError(f"backup of {path}: {reason_of(exc)}") from exc
+        raise
+    return os.path.getsize(target)
+
+
+NETWORK_FILE_SYSTEMS = re.compile(
+    r"nfs\d?|cifs|smb\w*|9p|afs|ncpfs|ceph|glusterfs|lustre|gfs2?|ocfs2|davfs|virtiofs|vboxsf|"
+    r"fuse\.(sshfs|s3fs|rclone|gcsfuse|grpcfuse|osxfs|glusterfs|ceph\w*|davfs2?|gvfsd-fuse|mergerfs)"
+)
+
+
+def network_file_system(folder: str, mounts: str) -> str | None:
+    """The type of the file system under a folder if it is one that several machines may share; None: it is not.
+
+    `mounts` is /proc/mounts; its paths have spaces and backslashes as octal escapes (man 5 fstab).
+    """
+    best, kind = -1, ""
+    for fields_of_mount in (line.split(" ") for line in mounts.splitlines()):
+        if len(fields_of_mount) < 3:
+            continue
+        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields_of_mount[1])
+        inside = folder == place or folder.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= best:  # of two on the same place, the later one is what is seen
+            best, kind = len(place), fields_of_mount[2]
+    return kind if NETWORK_FILE_SYSTEMS.fullmatch(kind) else None
 
 
 def interrupt_running(connection: sqlite3.Connection) -> int:
     """Recovery: what still runs in the file belongs to a process that died."""
     connection.execute("BEGIN IMMEDIATE")
-    cursor = connection.execute(
+    running = connection.execute("SELECT id FROM message WHERE status = 'running'").fetchall()
+    connection.execute(
         "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'",
         (now_ms(),),
     )
+    connection.execute(
+        "UPDATE conversation SET updated_at_ms = ? WHERE hidden = 1 AND id IN"
+        " (SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?)))",
+        (now_ms(), json.dumps([message_id for (message_id,) in running])),
+    )
+    for (message_id,) in running:
+        index_ended(connection, message_id)
     connection.execute("COMMIT")
-    return cursor.rowcount
+    return len(running)
 
 
-def lock_database(path: str) -> int:
-    """Takes the lock beside the database for as long as the returned descriptor is open. Raises StartError.
+# ── full text ───────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# One FTS5 table for titles and texts. Its tokenizer knows words between spaces; scripts that have none (Chinese,
+# Japanese, Thai, …) go in character by character and are searched as phrases. Whatever a user types is text: every
+# word of it is quoted, and matches as a prefix.
+
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
+SEARCH_WORDS_MAX = 16  # of one query
+SEARCH_PREFIX_CHARACTERS_MIN = 2  # of a word that matches as a prefix; a single letter begins half of all words
+SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
+SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
+WORD = re.compile(r"[^\W_]+")
+MARK_START, MARK_END = "\x02", "\x03"
+
+
+def segment(text: str | None) -> str:
+    """The text as it is indexed: a space around every character of a script that has none."""
+    return UNSPACED.sub(r" \1 ", text or "")
+
+
+def unsegment(text: str) -> str:
+    """A piece of indexed text as it was before; marks around its words stay."""
+    joined = re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    return joined.replace(MARK_END + MARK_START, "")
+
+
+def fold(word: str) -> str:
+    """A word as the tokenizer compares it: without case, without marks on its letters."""
+    if word.isascii():
+        return word.lower()
+    parts = unicodedata.normalize("NFD", word.lower())
+    return unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
+
+
+def owner_token(owner: str) -> str:
+    """An owner as one word of the index."""
+    return "o" + hashlib.sha256(owner.encode()).hexdigest()[:16]
+
+
+def index_message(connection: sqlite3.Connection, owner: str, message_id: int, text: str) -> None:
+    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (message_id,))
+    if text:
+        values = (message_id, owner_token(owner), segment(text))
+        connection.execute("INSERT INTO message_fts (rowid, owner, text) VALUES (?, ?, ?)", values)
+
+
+def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
+    owner = connection.execute(
+        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ? AND hidden = 0",
+        (message_id,),
+    ).fetchone()
+    rows = connection.execute(
+        "SELECT text FROM delta WHERE message_id = ? AND kind = 'text' AND offset < ? ORDER BY offset",
+        (message_id, INDEXED_CHARACTERS_MAX),
+    )
+    if owner is not None:
+        index_message(connection, owner[0], message_id, "".join(text for (text,) in rows))
+
+
+def index_title(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
+    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (-conversation_id,))
+    values = (-conversation_id, owner_token(owner), segment(title))
+    connection.execute("INSERT INTO message_fts (rowid, owner, title) VALUES (?, ?, ?)", values)
+
+
+class Phrase(NamedTuple):
+    """A word of a query: the tokens that have to follow one another, the last perhaps as a prefix."""
+
+    tokens: tuple[str, ...]
+    is_prefix: bool
+
+    def expression(self) -> str:
+        return f'"{" ".join(self.tokens)}"' + ("*" if self.is_prefix else "")
+
+    def matches(self, words: Sequence[str]) -> bool:
+        """Whether the words begin with this phrase."""
+        *whole, last = self.tokens
+        if len(words) < len(self.tokens) or list(words[: len(whole)]) != whole:
+            return False
+        word = words[len(whole)]
+        return word.startswith(last) if self.is_prefix else word == last
+
+
+def parse_query(query: str) -> list[Phrase]:
+    """The words of a query; whatever is no letter or digit only parts them."""
+    found = [tuple(map(fold, WORD.findall(segment(word)))) for word in query.split()[:SEARCH_WORDS_MAX]]
+    return [Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN) for tokens in found if tokens]
+
+
+def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
+    """The conversations that match, by their titles first, then by their newest matching message; each with a snippet.
+
+    Only the newest matches are looked at, in the index's own order, so that a word that is everywhere costs no more
+    than a rare one: relevance (bm25) would have to count all of them.
+    """
+    phrases = parse_query(query)
+    if not phrases:
+        return ConversationList([], None)
+    words = " AND ".join(phrase.expression() for phrase in phrases)
+    newest = "SELECT rowid FROM message_fts WHERE message_fts MATCH ? AND rowid {} LIMIT ?"
+    mine = f"owner:{owner_token(owner)} AND"
+    titles = connection.execute(newest.format("< 0 ORDER BY rowid"), (f"{mine} title:({words})", limit))
+    found = [(-row, row) for (row,) in titles]
+    texts = connection.execute(newest.format("> 0 ORDER BY rowid DESC"), (f"{mine} text:({words})", SEARCH_MATCHES_MAX))
+    found += [(conversation_of(connection, row), row) for (row,) in texts]
+    best: dict[int, int] = {}
+    for conversation_id, row in found:
+        if len(best) < limit:
+            best.setdefault(conversation_id, row)
+    summaries = []
+    for conversation_id, row in best.items():
+        summary = summary_of(require_conversation(connection, owner, conversation_id))
+        text = connection.execute("SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", (row,)).fetchone()[0]
+        match = Match(row if row > 0 else None, snippet_of(text, phrases))
+        summaries.append(ConversationSummary(**summary, match=match))
+    return ConversationList(summaries, None)
+
+
+def conversation_of(connection: sqlite3.Connection, message_id: int) -> int:
+    return cast(int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0])
+
+
+def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
+    """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
+    spans = [match.span() for match in WORD.finditer(text)]
+    folded = (fold(text[start:end]) for start, end in spans)
+    words: list[str] = []
+    first = 0
+    for words_seen, word in enumerate(folded):
+        words.append(word)
+        if phrases[0].matches(words[-len(phrases[0].tokens) :]):
+            first = words_seen
+            break
+    words += itertools.islice(folded, SNIPPET_WORDS)
+    marked = {
+        index + more
+        for index in range(max(first - SNIPPET_WORDS_BEFORE, 0), len(words))
+        for phrase in phrases
+        if phrase.matches(words[index:])
+        for more in range(len(phrase.tokens))
+    }
+    start = max(first - SNIPPET_WORDS_BEFORE, 0)
+    return snippet_parts(text, spans, start, min(start + SNIPPET_WORDS, len(spans)), marked)
+
+
+def snippet_parts(
+    text: str, spans: Sequence[tuple[int, int]], start: int, end: int, marked: Iterable[int]
+) -> list[SnippetPart]:
+    """The text from word `start` up to word `end`, with the marked words apart."""
+    at = spans[start][0] if start > 0 else 0
+    pieces = ["…" if start > 0 else ""]
+    for index in sorted(one for one in marked if start <= one < end):
+        word_start, word_end = spans[index]
+        pieces += [text[at:word_start], MARK_START, text[word_start:word_end], MARK_END]
+        at = word_end
+    pieces += [text[at : spans[end - 1][1]], "…"] if end < len(spans) else [text[at:]]
+    parts, mark = [], False
+    for piece in re.split(f"([{MARK_START}{MARK_END}])", unsegment("".join(pieces))):
+        if piece in (MARK_START, MARK_END):
+            mark = piece == MARK_START
+        elif piece:
+            parts.append(SnippetPart(piece, mark))
+    return parts
+
+
+CLEAN = b"ended cleanly\n"  # what the lock file says when nobody holds it; else it has the holder's number
+
+
+class Lock(NamedTuple):
+    descriptor: int
+    suspect: bool  # its last holder did not say that it ended cleanly: it died, or was elsewhere, as after a restore
+
+
+def lock_database(path: str) -> Lock:
+    """Takes the lock beside the database for as long as its descriptor is open. Raises StartError.
 
     A lock of the system's, so that it goes with its process, however that dies; not on the database itself, because
     closing any descriptor of that file would drop SQLite's own locks (https://sqlite.org/howtocorrupt.html, 2.2).
@@ -2455,8 +3464,8 @@ def lock_database(path: str) -> int:
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, b"%d\n" % os.getpid())
+        suspect = os.read(descriptor, len(CLEAN)) != CLEAN
+        mark_lock(descriptor, b"%d\n" % os.getpid())
     except BlockingIOError as exc:
         holder = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
@@ -2465,7 +3474,14 @@ def lock_database(path: str) -> int:
         if descriptor >= 0:
             os.close(descriptor)
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
-    return descriptor
+    return Lock(descriptor, suspect)
+
+
+def mark_lock(descriptor: int, words: bytes) -> None:
+    """Writes into the lock file; on the disk, because a power cut must not leave an older word."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, words, 0)
+    os.fsync(descriptor)
 
 
 # ── operations: what runs in a connection's thread ──────────────────────────────────────────────────────────────────
@@ -2475,31 +3491,53 @@ def commit_together(connection: sqlite3.Connection, operations: Sequence[Callabl
     """Runs the operations in one transaction. Returns the value, or the exception, of each.
 
     `durable`: the commit is fsynced. Raises sqlite3.Error if the transaction as a whole could not be committed; then
-    nothing of it is stored.
+    nothing of it is stored. As few statements as can be: after each, this thread waits for the interpreter.
     """
-    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-    connection.execute("BEGIN IMMEDIATE")
+    if durable:
+        connection.execute("PRAGMA synchronous=FULL")
     try:
-        outcomes = [run_in_savepoint(connection, operation) for operation in operations]
-        connection.execute("COMMIT")
+        connection.execute("BEGIN IMMEDIATE")
+        run = run_alone if len(operations) == 1 else run_in_savepoint
+        outcomes = [run(connection, operation) for operation in operations]
+        if connection.in_transaction:
+            connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:  # a full disk has rolled it back already
             connection.execute("ROLLBACK")
         raise
+    finally:
+        if durable:
+            connection.execute("PRAGMA synchronous=NORMAL")
     return outcomes
+
+
+def run_alone(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
+    """An operation that has the transaction to itself: if it is refused, there is nothing else to keep."""
+    try:
+        return operation(connection)
+    except Exception as exc:
+        if is_disk_error(exc):
+            raise
+        connection.execute("ROLLBACK")
+        return exc
 
 
 def run_in_savepoint(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
     connection.execute("SAVEPOINT operation")
     try:
         value = operation(connection)
-    except sqlite3.OperationalError:  # the disk, not the operation
-        raise
     except Exception as exc:
+        if is_disk_error(exc):
+            raise
         connection.execute("ROLLBACK TO operation")
         value = exc
     connection.execute("RELEASE operation")
     return value
+
+
+def is_disk_error(exc: Exception) -> bool:
+    """Whether the disk or the file is to blame (full, locked, unreadable, corrupt), not the operation."""
+    return isinstance(exc, sqlite3.OperationalError) or type(exc) is sqlite3.DatabaseError
 
 
 def touch(connection: sqlite3.Connection) -> None:
@@ -2522,19 +3560,98 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
     else:
         require_conversation(connection, new.owner, conversation_id)
         parent_id = find_parent(connection, conversation_id, parent_id)
-        if new.system is not None:
-            connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
-    question_id = insert_message(connection, conversation_id, parent_id, "user", "completed", created_at_ms)
-    insert_content(connection, question_id, new.content)
+    if new.system is not None:
+        connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    searched_by = None if new.hidden else new.owner
+    for turn in new.turns:
+        parent_id = insert_turn(connection, searched_by, conversation_id, parent_id, turn, created_at_ms)
+    return insert_answer(connection, new, conversation_id, parent_id, created_at_ms)
+
+
+def insert_turn(
+    connection: sqlite3.Connection, owner: str | None, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
+) -> int:
+    """Stores a message that is whole; returns its id. `owner` is whose search finds it; None: nobody's."""
+    params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
     message_id = insert_message(
-        connection, conversation_id, question_id, "assistant", "running", created_at_ms,
-        provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(new.parameters).decode(),
-        idempotency_key=new.idempotency_key, request_hash=new.request_hash,
+        connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=encode_json(params).decode()
+    )
+    insert_content(connection, message_id, turn.content)
+    if owner is not None:
+        index_message(connection, owner, message_id, text_of(turn.content))
+    return message_id
+
+
+def insert_answer(
+    connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, created_at_ms: int
+) -> Started:
+    """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
+    row = connection.execute("SELECT system, params_json, hidden FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
+    asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
+    message_id = insert_message(
+        connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
+        provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(asked).decode(),
+        idempotency_key=new.idempotency_key, request_hash=new.request_hash, system=new.answer_system,
+        response_json=encode_json(new.response).decode() if new.response is not None else None,
     )  # fmt: skip
-    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (conversation_id,)).fetchone()[0]
     connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
-    turns = select_path(connection, question_id)
-    return Started(conversation_id, message_id, question_id, created_at_ms, system, turns)
+    answers = "SELECT count(*) FROM message WHERE conversation_id = ? AND role = 'assistant'"
+    return Started(
+        conversation_id,
+        message_id,
+        parent_id,
+        row["system"] if new.answer_system is None else new.answer_system,
+        () if parent_id is None else select_path(connection, parent_id),
+        msgspec.convert(asked, Parameters),
+        is_first=not row["hidden"] and connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+        hidden=bool(row["hidden"]),
+    )
+
+
+def regenerate_message(connection: sqlite3.Connection, message_id: int, new: NewMessage) -> Started:
+    """Stores a running sibling of an answer. Raises NotFound, InvalidRequest, Conflict."""
+    if new.idempotency_key is not None and (earlier := find_repeated(connection, new)):
+        return earlier
+    row = select_answer(connection, new.owner, message_id)
+    asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
+    new = replace(new, parameters=msgspec.convert(asked, Parameters), answer_system=row["system"])
+    return insert_answer(connection, new, row["conversation_id"], row["parent_id"], now_ms())
+
+
+def continue_message(connection: sqlite3.Connection, owner: str, message_id: int, target: Target) -> Started:
+    """Sets an answer that broke off running again, in place. Raises NotFound, InvalidRequest, Conflict."""
+    row = select_answer(connection, owner, message_id)
+    ended = row["status"] if row["status"] != "completed" else f"completed, with finish_reason {row['finish_reason']}"
+    if row["status"] == "running" or (row["status"] == "completed" and row["finish_reason"] != "length"):
+        raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
+    connection.execute(
+        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
+        " provider = ?, model = ? WHERE id = ?",
+        (target.provider.name, target.model, message_id),
+    )
+    rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
+    before = message_of(row, [Delta(*one) for one in rows])
+    conversation = connection.execute("SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()
+    return Started(
+        before.conversation_id,
+        message_id,
+        before.parent_id,
+        conversation["system"] if row["system"] is None else row["system"],
+        select_path(connection, message_id),
+        msgspec.convert(json.loads(row["params_json"]), Parameters),
+        hidden=bool(conversation["hidden"]),
+        content=tuple(before.content),
+        usage=before.usage,
+        timing=before.timing,
+        attempts=tuple(before.attempts),
+    )
+
+
+def select_answer(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
+    row = select_message(connection, owner, message_id)
+    if row["role"] != "assistant":
+        raise InvalidRequest(f"message_id: message {message_id} is of role {row['role']}; only an answer can be generated")
+    return row
 
 
 def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | None:
@@ -2548,22 +3665,26 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
         return None
     if row["request_hash"] != new.request_hash:
         raise Conflict(f"Idempotency-Key: {new.idempotency_key!r} was used with another request")
-    return Started(row["conversation_id"], row["id"], row["parent_id"], row["created_at_ms"], repeated=True)
+    return Started(row["conversation_id"], row["id"], row["parent_id"], repeated=True, status=row["status"])
 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
-    title = make_title(text_of(new.content))
+    title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
     cursor = connection.execute(
-        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms) VALUES (?, ?, ?, ?, ?)",
-        (new.owner, title, new.system or "", created_at_ms, created_at_ms),
+        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms, hidden) VALUES (?, ?, ?, ?, ?, ?)",
+        (new.owner, title, new.system or "", created_at_ms, created_at_ms, new.hidden),
     )
+    if not new.hidden:
+        index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
     return cast(int, cursor.lastrowid)
 
 
 def make_title(text: str) -> str:
     """The first line that says something, without Markdown's marks, cut at a word."""
-    lines = (re.sub(r"[*_`~]|^[#>\s-]+", "", line).strip() for line in text.split("\n"))
-    title = " ".join(next((line for line in lines if re.search(r"\w", line)), "").split())
+    lines = [line.strip()[:TITLE_LINE_CHARACTERS_MAX] for line in text.split("\n") if line.strip()]
+    bare = (re.sub(r"^(\s|>|[#*+-]+\s)+", "", line) for line in lines if not line.startswith(("```", "~~~")))
+    plain = (re.sub(r"(?<!\w)([*_`~]{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2", line) for line in bare)
+    title = " ".join(next((line for line in plain if re.search(r"\w", line)), lines[0] if lines else "").split())
     if len(title) <= TITLE_CHARACTERS_MAX:
         return title
     cut = title[: TITLE_CHARACTERS_MAX - 1]
@@ -2612,14 +3733,29 @@ def insert_content(connection: sqlite3.Connection, message_id: int, content: Ite
     rows, offset = [], 0
     for delta in content:
         for piece in split_delta(delta):
-            rows.append(Row(message_id, offset, piece.kind, piece.text))
+            rows.append((message_id, offset, piece.kind, piece.text))
             offset += len(piece.text)
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    insert_rows(connection, rows)
+
+
+def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Stores deltas in one statement, however many: after each, this thread would have to wait for the interpreter,
+    which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
+    encoded = encode_json(rows)
+    if b"\\u0000" in encoded:
+        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    else:
+        connection.execute(
+            "INSERT INTO delta SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),"
+            " json_extract(value, '$[3]') FROM json_each(?)",
+            (encoded.decode(),),
+        )
 
 
 def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
     """A flush: new content of running messages, and the ends of some. The one place that sets a terminal status."""
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    if rows:
+        insert_rows(connection, rows)
     for outcome in outcomes:
         ending = outcome.ending
         connection.execute(
@@ -2636,6 +3772,7 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
             " WHERE id = (SELECT conversation_id FROM message WHERE id = ?)",
             (now_ms(), outcome.message_id),
         )
+        index_ended(connection, outcome.message_id)
 
 
 def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
@@ -2645,12 +3782,13 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
         " SELECT id, parent_id, 0 FROM message WHERE id = ?"
         " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id)"
         " SELECT message.id, role, provider, params_json, kind, text FROM path JOIN message USING (id)"
-        " JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
+        " LEFT JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
         (message_id,),
     )
     found: dict[int, tuple[sqlite3.Row, list[Delta]]] = {}
     for row in rows:
-        found.setdefault(row["id"], (row, []))[1].append(Delta(row["kind"], row["text"]))
+        content = found.setdefault(row["id"], (row, []))[1]
+        content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
         Turn(row["role"], tuple(join_deltas(content)), row["provider"], json.loads(row["params_json"]).get("tool_call_id"))
         for row, content in found.values()
@@ -2709,8 +3847,16 @@ def reading(connection: sqlite3.Connection) -> Iterator[None]:
         connection.execute("COMMIT")
 
 
-def load_page(connection: sqlite3.Connection, owner: str, message_id: int, cursor: int) -> Page:
-    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row."""
+def load_page(
+    connection: sqlite3.Connection,
+    owner: str,
+    message_id: int,
+    cursor: int,
+    join: Callable[[Iterable[Delta]], list[Delta]] = join_deltas,
+) -> Page:
+    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row.
+
+    `join` may be `list`: then every row is a piece of its own, as it was when it was published."""
     with reading(connection):
         message = message_of(select_message(connection, owner, message_id), ())
         last = connection.execute(
@@ -2729,7 +3875,7 @@ def load_page(connection: sqlite3.Connection, owner: str, message_id: int, curso
             if characters >= FRAME_CHARACTERS_MAX * 4:
                 break
     pieces, offset = [], cursor
-    for delta in join_deltas(found):
+    for delta in join(found):
         for piece in split_delta(delta):
             offset += len(piece.text)
             pieces.append((offset, piece))
@@ -2742,7 +3888,7 @@ def list_conversations(
     """A page of an owner's conversations; `before` is (updated_at_ms, id) of the last one on the page before."""
     rows = connection.execute(
         "SELECT conversation.*, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id)"
-        " AS running FROM conversation WHERE owner = ? AND (updated_at_ms, id) < (?, ?)"
+        " AS running FROM conversation WHERE owner = ? AND hidden = 0 AND (updated_at_ms, id) < (?, ?)"
         " ORDER BY updated_at_ms DESC, id DESC LIMIT ?",
         (owner, *(before or (2**63 - 1, 2**63 - 1)), limit + 1),
     ).fetchall()
@@ -2753,7 +3899,8 @@ def list_conversations(
 
 def summary_of(row: sqlite3.Row) -> dict[str, Any]:
     names = ("id", "title", "system", "created_at_ms", "updated_at_ms")
-    return {**{name: row[name] for name in names}, "running": bool(row["running"])}
+    parameters = msgspec.json.decode(row["params_json"], type=Parameters)
+    return {**{name: row[name] for name in names}, "parameters": parameters, "running": bool(row["running"])}
 
 
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
@@ -2767,17 +3914,29 @@ def load_conversation(connection: sqlite3.Connection, owner: str, conversation_i
             (conversation_id,),
         ):
             contents[message_id].append(Delta(kind, text))
-    return Conversation(**summary, messages=[message_of(row, contents[row["id"]]) for row in rows])
+    parents = {row["id"]: row["parent_id"] for row in rows}
+    path: list[int] = []
+    leaf = max(parents, default=None)
+    while leaf is not None:
+        path.append(leaf)
+        leaf = parents[leaf]
+    messages = [message_of(row, contents[row["id"]]) for row in rows]
+    return Conversation(**summary, messages=messages, path=path[::-1])
 
 
 def update_conversation(
-    connection: sqlite3.Connection, owner: str, conversation_id: int, changes: Mapping[str, str]
+    connection: sqlite3.Connection, owner: str, conversation_id: int, changes: Mapping[str, Any]
 ) -> ConversationSummary:
-    """Sets title or system; that is no activity, so the conversation keeps its place in the list."""
-    require_conversation(connection, owner, conversation_id)
-    for name, value in changes.items():
-        assert name in ("title", "system")
-        connection.execute(f"UPDATE conversation SET {name} = ? WHERE id = ?", (value, conversation_id))
+    """Sets title, system or parameters; that is no activity, so the conversation keeps its place in the list."""
+    row = require_conversation(connection, owner, conversation_id)
+    title, system = changes.get("title", row["title"]), changes.get("system", row["system"])
+    params = {**json.loads(row["params_json"]), **{name: changes[name] for name in changes if name not in ("title", "system")}}
+    params_json = encode_json({name: value for name, value in params.items() if value is not None}).decode()
+    connection.execute(
+        "UPDATE conversation SET title = ?, system = ?, params_json = ? WHERE id = ?", (title, system, params_json, conversation_id)
+    )
+    if title != row["title"]:
+        index_title(connection, owner, conversation_id, title)
     return ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
 
 
@@ -2788,8 +3947,163 @@ def delete_conversation(connection: sqlite3.Connection, owner: str, conversation
         "SELECT id FROM message WHERE status = 'running' AND conversation_id = ?", (conversation_id,)
     ).fetchall()
     if not running:
+        indexed = "SELECT id FROM message WHERE conversation_id = ?1 UNION ALL SELECT -?1"
+        connection.execute(f"DELETE FROM message_fts WHERE rowid IN ({indexed})", (conversation_id,))
         connection.execute("DELETE FROM conversation WHERE id = ?", (conversation_id,))
     return [row[0] for row in running]
+
+
+def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched: Sequence[int]) -> int | None:
+    """Deletes hidden conversations in which nothing has happened since then, unless somebody reads one of the messages
+    `watched`. Returns when the oldest that is left ended; None: there is none."""
+    ended = (
+        "hidden = 1 AND id NOT IN (SELECT conversation_id FROM message WHERE status = 'running'"
+        " UNION ALL SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?1)))"
+    )
+    connection.execute(
+        f"DELETE FROM conversation WHERE id IN (SELECT id FROM conversation WHERE {ended} AND updated_at_ms <= ?2"
+        f" ORDER BY updated_at_ms LIMIT {SWEPT_MAX})",
+        (json.dumps(watched), ended_before_ms),
+    )
+    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", ("[]",)).fetchone()
+    return cast("int | None", oldest[0])
+
+
+# ── what a response of section 13 needs: the answer, what it was asked with, what it follows ──
+
+
+class StoredResponse(NamedTuple):
+    """An answer, and what its response repeats of its request (nothing, for one that the page asked for)."""
+
+    message: Message
+    asked: dict[str, Any]
+
+
+def select_response(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
+    """The row of an answer. Raises NotFound, also for a message of another role."""
+    row = connection.execute(
+        "SELECT message.*, hidden FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE message.id = ? AND owner = ? AND role = 'assistant'",
+        (message_id, owner),
+    ).fetchone()
+    if row is None:
+        raise NotFound(f"response_id: there is no response resp_{message_id}")
+    return cast(sqlite3.Row, row)
+
+
+def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
+    with reading(connection):
+        row = select_response(connection, owner, message_id)
+        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
+        asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
+        return StoredResponse(message_of(row, [Delta(*one) for one in rows]), asked)
+
+
+def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
+    """The ids of the messages that an answer was asked with, newest first."""
+    count = json.loads(row["response_json"] or "{}").get("input_turns", 1)
+    rows = connection.execute(
+        "WITH RECURSIVE path (id, parent_id, depth) AS ("
+        " SELECT id, parent_id, 1 FROM message WHERE id = ?1"
+        " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id"
+        " WHERE depth < ?2) SELECT id FROM path WHERE depth <= ?2 ORDER BY depth",
+        (row["parent_id"], count),
+    )
+    return [message_id for (message_id,) in rows]
+
+
+def load_input(connection: sqlite3.Connection, owner: str, message_id: int) -> list[tuple[int, Turn]]:
+    """What an answer was asked with: (message id, turn), oldest first."""
+    with reading(connection):
+        ids = input_ids(connection, select_response(connection, owner, message_id))
+        turns = select_path(connection, ids[0]) if ids else ()
+    return list(zip(reversed(ids), turns[len(turns) - len(ids) :], strict=True))
+
+
+def load_previous(connection: sqlite3.Connection, owner: str, message_id: int) -> tuple[int, tuple[Turn, ...]]:
+    """The conversation of an answer that another one is to follow, and the turns up to it. Raises NotFound, Conflict."""
+    with reading(connection):
+        row = select_response(connection, owner, message_id)
+        if row["hidden"]:
+            raise NotFound(f"previous_response_id: resp_{message_id} was not stored")
+        if row["status"] == "running":
+            raise Conflict(f"previous_response_id: resp_{message_id} is still in progress")
+        return row["conversation_id"], select_path(connection, message_id)
+
+
+def delete_response(connection: sqlite3.Connection, owner: str, message_id: int) -> bool:
+    """Deletes an answer, and what it was asked with unless another answer has that too; what follows them stays and
+    moves up. An empty conversation goes along. Returns False, and does nothing, while the answer is running."""
+    row = select_response(connection, owner, message_id)
+    if row["status"] == "running":
+        return False
+    doomed, parent_id = [message_id], row["parent_id"]
+    for asked_id in input_ids(connection, row):
+        children = "SELECT count(*) FROM message WHERE parent_id = ?"
+        if connection.execute(children, (asked_id,)).fetchone()[0] > 1:
+            break
+        doomed.append(asked_id)
+        parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (asked_id,)).fetchone()[0]
+    connection.execute("UPDATE message SET parent_id = ? WHERE parent_id = ?", (parent_id, message_id))
+    for table, key in (("message_fts", "rowid"), ("message", "id")):
+        connection.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),))
+    messages = "SELECT count(*) FROM message WHERE conversation_id = ?"
+    if connection.execute(messages, (row["conversation_id"],)).fetchone()[0] == 0:
+        delete_conversation(connection, owner, row["conversation_id"])
+    return True
+
+
+def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
+    """Sets a title that a model made, unless somebody has set one meanwhile."""
+    first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[0]
+    row = connection.execute("SELECT title FROM conversation WHERE id = ? AND owner = ?", (conversation_id, owner)).fetchone()
+    if first is None or row is None:
+        return
+    question = next(iter(select_path(connection, first)), None)
+    if question is not None and row["title"] == make_title(text_of(question.content)):
+        update_conversation(connection, owner, conversation_id, {"title": title})
+
+
+def load_sessions(connection: sqlite3.Connection) -> list[Session]:
+    """Every session that has not expired, the newest last."""
+    rows = connection.execute("SELECT * FROM session WHERE expires_at_ms > ? ORDER BY expires_at_ms", (now_ms(),))
+    return [Session(*row) for row in rows]
+
+
+def insert_session(connection: sqlite3.Connection, session: Session) -> None:
+    connection.execute("DELETE FROM session WHERE expires_at_ms <= ?", (now_ms(),))
+    connection.execute("INSERT INTO session VALUES (?, ?, ?, ?)", session)
+
+
+def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
+    connection.execute("DELETE FROM session WHERE cookie_hash = ?", (cookie_hash,))
+
+
+class UsageRow(Struct):
+    """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
+
+    day: str
+    provider: str | None
+    model: str | None
+    messages: int
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+
+
+def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[UsageRow]:
+    rows = connection.execute(
+        "SELECT date(message.created_at_ms / 1000, 'unixepoch') AS day, provider, model, count(*),"
+        " sum(json_extract(usage_json, '$.input_tokens')), sum(json_extract(usage_json, '$.output_tokens')),"
+        " max(json_extract(usage_json, '$.estimated')) FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE owner = ? AND usage_json IS NOT NULL AND message.created_at_ms >= ?"
+        " GROUP BY day, provider, model ORDER BY day DESC, provider, model",
+        (owner, now_ms() - days * 86_400_000),
+    )
+    return [
+        UsageRow(day, provider, model, messages, asked, answered, bool(estimated))
+        for day, provider, model, messages, asked, answered, estimated in rows
+    ]
 
 
 class Store:
@@ -2803,12 +4117,16 @@ class Store:
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
+        self._is_writable = True
+        self._touched_at = float("-inf")
 
     async def open(self) -> int:
         """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
-        self._lock = lock_database(self._path)
+        lock = lock_database(self._path)
+        self._lock = lock.descriptor
         try:
-            interrupted = await asyncio.to_thread(prepare_database, self._path)
+            await asyncio.to_thread(remove_left_copies, self._path)
+            interrupted = await asyncio.to_thread(partial(prepare_database, self._path, suspect=lock.suspect))
             self._writer = await open_database(self._path, read_only=False)
             self._reader = await open_database(self._path, read_only=True)
         except BaseException:
@@ -2829,6 +4147,9 @@ class Store:
             if database is not None:
                 await database.close()
         if self._lock >= 0:
+            if self._task is not None:  # it was open, so what is left behind was not found damaged
+                with contextlib.suppress(OSError):
+                    mark_lock(self._lock, CLEAN)
             os.close(self._lock)
             self._lock = -1
 
@@ -2840,6 +4161,10 @@ class Store:
         except sqlite3.Error as exc:
             raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
 
+    async def open_copy(self) -> BinaryIO:
+        """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
+        return await asyncio.to_thread(open_copy, self._path)
+
     async def write(self, operation: Callable[..., T], *arguments: Any, durable: bool = False) -> T:
         """Runs an operation in the next group; returns when that is committed. `durable`: and fsynced."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -2847,6 +4172,17 @@ class Store:
         self._waiting.append((bound, durable, future))
         self._wake.set()
         return await future
+
+    async def is_writable(self, seconds: float) -> bool:
+        """Whether a write goes through; what was found within the last `seconds` is good enough."""
+        if time.monotonic() - self._touched_at > seconds:
+            self._touched_at = time.monotonic()
+            try:
+                await self.write(touch)
+                self._is_writable = True
+            except StoreUnavailable:
+                self._is_writable = False
+        return self._is_writable
 
     async def _write_forever(self) -> None:
         """The only writer: takes all that waits, commits it together, tells each how it went."""
@@ -2892,7 +4228,15 @@ class Store:
 
 log = logging.getLogger("llmchat")
 
+SEAM_CHARACTERS_MAX = 400  # of an answer's end that a continuation may repeat
+SEAM_CHARACTERS_MIN = 4  # a shorter repeat is a coincidence
 QUEUE_EVENTS_MAX = 256  # of one subscriber; beyond it, or beyond SEND_BYTES_MAX, it lags
+TITLE_SECONDS = 60  # for a model to name a conversation
+TITLE_SAMPLE_CHARACTERS = 2_000  # of the question and of the answer that it is shown
+TITLE_PROMPT = (
+    "Give this conversation a title of two to six words, in its own language. Answer with the title alone.\n\n"
+    "User: {question}\n\nAssistant: {answer}"
+)
 FLUSH_BURST_SECONDS = 0.02  # how far the pace may be ahead of itself: a stream at 50 deltas/s is never held up
 
 
@@ -2925,6 +4269,40 @@ def encode_end(ending: Ending, usage: Usage | None, timing: Timing) -> bytes:
             "error": ending.error,
         },
     )
+
+
+def encode_end_of(message: Message) -> bytes:
+    return encode_end(Ending(message.status, message.finish_reason, message.error), message.usage, message.timing)
+
+
+class Seam:
+    """Joins a continued answer to what was there: drops what the model says again.
+
+    Text is held back only while it may still be a repeat. `least` is how many characters make a repeat: models that
+    are asked to go on begin again at a word or a sentence, those that are given a prefill at most with white space.
+    """
+
+    def __init__(self, before: str, prefilled: bool) -> None:
+        self._before = before[len(before.rstrip()) :] if prefilled else before[-SEAM_CHARACTERS_MAX:]
+        self._least = 1 if prefilled else SEAM_CHARACTERS_MIN
+        self._held: str | None = ""
+
+    def feed(self, text: str) -> str:
+        """What of the text is new, as far as that is known yet."""
+        if self._held is None:
+            return text
+        self._held += text
+        longest = range(len(self._held) + 1, len(self._before) + 1)
+        if any(self._before[-length:].startswith(self._held) for length in longest):
+            return ""
+        return self.end()
+
+    def end(self) -> str:
+        """What was held back and is no repeat; from here on, everything passes."""
+        held, self._held = self._held or "", None
+        lengths = range(min(len(held), len(self._before)), self._least - 1, -1)
+        repeat = next((length for length in lengths if self._before.endswith(held[:length])), 0)
+        return held[repeat:]
 
 
 class Subscriber:
@@ -2971,6 +4349,88 @@ class Subscriber:
         return b"".join(frames)
 
 
+RENDER_SECONDS_MIN = 0.1  # between two frames of HTML
+RENDERED_CHARACTERS_MAX = 4_000_000  # of HTML of ended messages that is remembered
+RENDER_COST_RATIO = 10  # rendering takes at most one part in this many of the time
+
+
+class Rendering:
+    """A generation's text as HTML, rendered once for all who asked for it, and only while somebody does.
+
+    Its subscribers get `html` events in place of text deltas: blocks by number that are new or have changed, and the
+    open one. There is no ring and no cursor in HTML: whoever comes, or comes back, gets everything once, and replaces
+    what differs. Markdown is parsed in a thread, so that an expensive answer holds up nobody else's.
+    """
+
+    def __init__(self) -> None:
+        self.subscribers: set[Subscriber] = set()
+        self._stream = MarkdownStream()
+        self.ended = asyncio.Event()  # the `end` event is out
+        self._fed = ""  # text that waits for the next frame
+        self._others: list[Delta] = []  # content that is no text
+        self._end_frame = b""
+        self._wake = asyncio.Event()
+        self.offset = 0  # of what has been fed
+        self._snapshot = Frame((), "", 0.0)
+
+    def feed(self, offset: int, delta: Delta) -> None:
+        """Takes committed content, once. Text goes into the next frame; everything else goes out as the delta it is."""
+        if offset <= self.offset:
+            return
+        self.offset = offset
+        if delta.kind == "text":
+            self._fed += delta.text
+            self._wake.set()
+            return
+        self._others.append(delta)
+        for subscriber in self.subscribers:
+            subscriber.put(offset, encode_delta(delta, offset))
+
+    def end(self, frame: bytes) -> None:
+        """Takes the `end` event: it goes out after the last frame of HTML."""
+        self._end_frame = frame
+        self._wake.set()
+
+    def attach(self) -> tuple[Subscriber, bytes]:
+        """A new subscriber, and everything up to now."""
+        subscriber = Subscriber(self.offset)
+        self.subscribers.add(subscriber)
+        self._wake.set()
+        others = b"".join(encode_delta(delta, self.offset) for delta in join_deltas(self._others))
+        return subscriber, others + encode_html(self._snapshot, self.offset)
+
+    async def render_forever(self) -> None:
+        """Renders what was fed, frame by frame, until the end is out."""
+        is_last = False
+        while not is_last:
+            await self._wake.wait()
+            self._wake.clear()
+            is_last = bool(self._end_frame)
+            if not self.subscribers:
+                continue
+            text, self._fed, offset = self._fed, "", self.offset
+            frame = await asyncio.to_thread(self._render, text, is_last)
+            self._publish(offset, encode_html(frame, offset))
+            if not is_last:
+                await asyncio.sleep(max(RENDER_SECONDS_MIN, RENDER_COST_RATIO * frame.seconds))
+        self.ended.set()
+        self._publish(self.offset, self._end_frame)
+
+    def _render(self, text: str, is_last: bool) -> Frame:
+        self._stream.feed(text)
+        frame = self._stream.finish() if is_last else self._stream.frame()
+        self._snapshot = self._stream.snapshot()
+        return frame
+
+    def _publish(self, offset: int, data: bytes) -> None:
+        for subscriber in self.subscribers:
+            subscriber.put(offset, data)
+
+
+def encode_html(frame: Frame, offset: int) -> bytes:
+    return encode_event("html", {"settled": frame.settled, "open": frame.open}, offset)
+
+
 class Flush(NamedTuple):
     """What one generation gives to a flush: pieces of content with the offset after each, and perhaps its end."""
 
@@ -2980,7 +4440,7 @@ class Flush(NamedTuple):
 
     def rows(self) -> list[Row]:
         message_id = self.generation.message_id
-        return [Row(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+        return [(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
 
 
 class Generation:
@@ -2990,31 +4450,31 @@ class Generation:
     event loop's thread; nothing here waits.
     """
 
-    def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], parameters: Parameters, config: Config) -> None:
+    def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], config: Config) -> None:
         self.owner = owner
+        self.started = started
         self.message_id = started.message_id
         self.conversation_id = started.conversation_id
         self.parent_id = started.parent_id
-        self.created_at_ms = started.created_at_ms
-        self.system, self.turns, self.parameters = started.system, started.turns, parameters
         self.targets = targets
         self.target = targets[0]
         self.task: asyncio.Task[None] | None = None
         self.ending: Ending | None = None
-        self.attempts: list[dict[str, Any]] = []
+        self.attempts = list(started.attempts)
         # content on its way
         self.pending: list[Delta] = []
         self.pending_characters = 0
         self.characters = 0  # of the whole answer
         self.room = asyncio.Event()  # set while pending is below its bound
         self.room.set()
-        self.offset = 0
-        self.published = 0
+        self.seam: Seam | None = None
+        self.offset = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
         self.subscribers: set[Subscriber] = set()
         self.ended = asyncio.Event()  # the `end` event is out
+        self.rendering: Rendering | None = None
         self._ring: deque[tuple[int, bytes]] = deque()
-        self._ring_floor = 0  # the offset before the ring's oldest event
+        self._ring_floor = self.published  # the offset before the ring's oldest event
         self._ring_bytes = 0
         self._ring_events_max = config.ring_events
         # the guards' clocks, monotonic seconds
@@ -3049,23 +4509,29 @@ class Generation:
         self.last_delta_at = time.monotonic()
         if self.first_delta_at is None:
             self.first_delta_at = self.last_delta_at
+        if self.seam is not None:
+            joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
+            deltas = [one for one in joined if one.text]
         self.pending += deltas
-        length = sum([len(delta.text) for delta in deltas])
+        length, circle = 0, None
+        for delta in deltas:
+            length += len(delta.text)
+            guard = self._circles.get(delta.kind)
+            circle = circle or (guard.feed(delta.text) if guard is not None else None)
         self.characters += length
         self.pending_characters += length
         if self.pending_characters > PENDING_CHARACTERS_MAX:
             self.room.clear()
         if self.characters > self._characters_max:
             raise TooLong(f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)")
-        for delta in deltas:
-            if delta.kind in MERGED_KINDS and (period := self._circles[delta.kind].feed(delta.text)):
-                raise Repetition(f"the model goes round in circles, repeating {shorten(period, None)!r}")
+        if circle is not None:
+            raise Repetition(f"the model goes round in circles, repeating {shorten(circle, None)!r}")
 
     def take(self) -> Flush:
         """Everything pending, for a flush; with the outcome if this is the last."""
         pieces = []
-        for delta in join_deltas(self.pending):
-            for piece in split_delta(delta):
+        for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
+            for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
                 self.offset += len(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
@@ -3073,22 +4539,29 @@ class Generation:
         return Flush(self, pieces, self.outcome() if self.ending is not None else None)
 
     def outcome(self) -> Outcome:
+        """What the terminal transaction writes; a continued answer's figures are the sums of its runs."""
         assert self.ending is not None, "only what has ended has an outcome"
-        first = None if self.first_delta_at is None else round((self.first_delta_at - self.started_at) * 1000)
-        total = round((time.monotonic() - self.started_at) * 1000)
+        before = self.started.timing
+        first = before.first_delta_ms
+        if first is None and self.first_delta_at is not None:
+            first = round((self.first_delta_at - self.started_at) * 1000)
+        total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
         unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
-        return Outcome(self.message_id, self.ending, self.target, self.usage(), (*self.attempts, *unfinished), first, total)
+        attempts = (*self.attempts, *unfinished)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total)
 
     def usage(self) -> Usage | None:
-        """As the provider counted, if it came to that: before the end it has said at most what went in."""
+        """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
+        at most what went in. None: nothing was asked that would cost anything."""
         if self.answer is None:
-            return None
+            return self.started.usage
         counted, written = self.answer.decoder.usage, (self.characters + 3) // 4
         if counted is None:
-            return Usage(sum(estimate_tokens(turn.content) for turn in self.turns), written, estimated=True)
-        if self.answer.decoder.finish_reason is None:
-            return msgspec.structs.replace(counted, output_tokens=max(counted.output_tokens, written), estimated=True)
-        return counted
+            counted = Usage(sum(estimate_tokens(turn.content) for turn in self.started.turns), written, estimated=True)
+        elif self.answer.decoder.finish_reason is None:
+            output_tokens = max(counted.output_tokens, written)
+            counted = msgspec.structs.replace(counted, output_tokens=output_tokens, estimated=True)
+        return add_usage(self.started.usage, counted)
 
     def attempt_record(self, error: dict[str, Any] | None) -> dict[str, Any]:
         """The running attempt as it is kept with the message."""
@@ -3145,26 +4618,36 @@ class Generations:
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
         self.running: dict[int, Generation] = {}
         self.draining = False
-        self.streams: dict[int, int] = {}  # open streams per message
+        self.streams: Counter[int] = Counter()  # open streams per message
+        self.owner_streams: Counter[str] = Counter()  # and per owner
         self.flush_ms = 0.0  # what the last flush took
         self._config = config
         self._store = store
         self._providers = providers
-        self._starting = 0
+        self._starting: Counter[str] = Counter()  # by owner: what is being committed and will run
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._rendered: dict[tuple[int, int, str], str] = {}
+        self._rendered_characters = 0
         self._dirty: dict[int, Generation] = {}
         self._wake = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
         self._next_flush_at = 0.0
+        self._sweeper: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         self._flusher = asyncio.create_task(self._flush_forever(), name="flusher")
+        self._start_sweep()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
         for generation in list(self.running.values()):
             self._end(generation, Ending("interrupted"))
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for task in self._tasks:
+            task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         if self._flusher is not None:
             self._flusher.cancel()
@@ -3192,20 +4675,38 @@ class Generations:
 
     async def start(self, new: NewMessage) -> Started:
         """Commits the question and starts its answer. Raises Draining, Overloaded, and what start_message raises."""
+        return await self._start(new.owner, new.targets, start_message, new)
+
+    async def regenerate(self, message_id: int, new: NewMessage) -> Started:
+        """Starts a sibling of an answer. Raises as `start` does."""
+        return await self._start(new.owner, new.targets, regenerate_message, message_id, new)
+
+    async def go_on(self, owner: str, message_id: int, target: Target) -> Started:
+        """Goes on with an answer that broke off, in the same message. Raises as `start` does."""
+        return await self._start(owner, (target,), continue_message, owner, message_id, target)
+
+    async def _start(
+        self, owner: str, targets: tuple[Target, ...], operation: Callable[..., Started], *arguments: Any
+    ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
-        if len(self.running) + self._starting >= self._config.generations_max:
+        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
+        if self._config.users and theirs >= self._config.owner_generations_max:
+            raise RateLimited(
+                f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
+            )
+        if len(self.running) + self._starting.total() >= self._config.generations_max:
             raise Overloaded(
                 f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
                 retry_after_seconds=5,
             )
-        self._starting += 1
+        self._starting[owner] += 1
         try:
-            started = await self._store.write(start_message, new, durable=True)
+            started = await self._store.write(operation, *arguments, durable=True)
         finally:
-            self._starting -= 1
+            self._starting[owner] -= 1
         if not started.repeated:
-            self._launch(Generation(new.owner, started, new.targets, new.parameters, self._config))
+            self._launch(Generation(owner, started, targets, self._config))
         return started
 
     def _launch(self, generation: Generation) -> None:
@@ -3221,12 +4722,17 @@ class Generations:
         return generation if generation is not None and generation.owner == owner else None
 
     async def stop(self, owner: str, message_id: int) -> None:
-        """Ends a running generation; returns when that is durable. On any other message it does nothing."""
+        """Ends a running generation; returns when that is durable. On any other message it does nothing.
+
+        Raises StoreUnavailable if it has ended, but the database could not take it.
+        """
         generation = self.find(owner, message_id)
         if generation is None:
             return
         self._end(generation, Ending("stopped"))
         await generation.ended.wait()
+        if self.running.get(message_id) is generation:
+            raise StoreUnavailable("the answer has ended, but that cannot be stored now", retry_after_seconds=1)
 
     def _end(self, generation: Generation, ending: Ending) -> None:
         """The end of a generation, whoever wants it; the first one counts. Its provider's connection closes now."""
@@ -3285,24 +4791,29 @@ class Generations:
 
     async def _attempt(self, generation: Generation, target: Target) -> GenerationError | None:
         """One question to one model. Returns what went wrong, or None."""
-        question = Question(target.model, generation.system, generation.turns, generation.parameters)
+        started = generation.started
+        question = Question(target.model, started.system, started.turns, started.parameters, continues=bool(started.content))
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
         generation.attempting, generation.answer = True, None
         failure: GenerationError | None = None
         try:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
-                async with contextlib.aclosing(generation.answer.deltas()) as batches:
-                    async for deltas in batches:
+                if started.content:
+                    generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
+                while (deltas := await generation.answer.read()) is not None:
+                    if deltas:
                         generation.receive(deltas)
                         self._mark(generation)
-                        if not generation.room.is_set():
-                            await generation.room.wait()
+                    if not generation.room.is_set():
+                        await generation.room.wait()
         except TimeoutError:
             failure = self._stalled(generation)
         except GenerationError as exc:
             failure = exc
         finally:
             generation.guard = None
+            if generation.seam is not None and (rest := generation.seam.end()):
+                generation.receive([Delta("text", rest)])
         generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
         generation.attempting = False
         return failure
@@ -3358,12 +4869,12 @@ class Generations:
         outcomes = [flush.outcome for flush in batch if flush.outcome is not None]
         try:
             await self._commit(rows, outcomes)
-        except sqlite3.Error:  # the database works, but something in here does not go in: find it, spare the others
+        except Exception:  # the database works, but something in here does not go in: find it, spare the others
             if len(batch) > 1:
                 for flush in batch:
                     await self._flush([flush])
             else:
-                self._abandon(batch[0].generation)
+                await self._abandon(batch[0].generation)
         else:
             for flush in batch:
                 self._publish(flush)
@@ -3386,38 +4897,110 @@ class Generations:
                     log.info("flush works again", extra={"fields": {"after_seconds": seconds}})
                 return
 
-    def _abandon(self, generation: Generation) -> None:
-        """A generation whose rows the database refuses, as when its message was deleted by another program."""
+    async def _abandon(self, generation: Generation) -> None:
+        """A generation whose rows the database refuses, as when its message was deleted by another program.
+
+        What it had in its hands is dropped, so that at least its end can be stored, if there is still a message.
+        """
         log.exception("flush refused", extra={"fields": {"message_id": generation.message_id}})
-        self._end(generation, Ending("failed", error=InternalError("the answer cannot be stored").detail()))
+        self._end(generation, Ending("failed"))
+        generation.ending = Ending("failed", error=InternalError("the answer cannot be stored").detail())
+        outcome = replace(generation.outcome(), usage=None, attempts=())
+        with contextlib.suppress(sqlite3.Error):
+            await self._commit([], [outcome])
         self._dirty.pop(generation.message_id, None)
         self.running.pop(generation.message_id, None)
         if not generation.ended.is_set():
-            self._announce(generation, generation.outcome())
+            self._announce(generation, outcome)
 
     def _give_up(self, error: StoreUnavailable) -> None:
-        """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
+        """The database has been away for too long: everything that runs ends, before all who look on, as failed.
+
+        Also what was just completed or stopped: nobody is told of an end that is not stored.
+        """
+        failed = Ending("failed", error=error.detail())
         for generation in self.running.values():
-            self._end(generation, Ending("failed", error=error.detail()))
+            self._end(generation, failed)
             if not generation.ended.is_set():
+                generation.ending = failed
                 self._announce(generation, generation.outcome())
 
     def _publish(self, flush: Flush) -> None:
         """What was committed, to everyone who looks on."""
         generation = flush.generation
-        for offset, delta in flush.pieces:
-            generation.publish(offset, encode_delta(delta, offset))
+        if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
+            for offset, delta in flush.pieces:
+                generation.publish(offset, encode_delta(delta, offset))
+                if generation.rendering is not None:
+                    generation.rendering.feed(offset, delta)
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
+            if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
+                self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
+
+            if generation.started.hidden:
+                self._sweep_in(self._config.unstored_seconds)
+
+    def _sweep_in(self, seconds: float) -> None:
+        """Sets the timer of the sweep, which runs only while there is something to delete one day."""
+        loop = asyncio.get_running_loop()
+        if self._sweeper is not None and self._sweeper.when() <= loop.time() + seconds:
+            return
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweeper = loop.call_later(seconds, self._start_sweep)
+
+    def _start_sweep(self) -> None:
+        self._sweeper = None
+        self._keep(asyncio.create_task(self._sweep(), name="sweep"))
+
+    async def _sweep(self) -> None:
+        """Deletes answers that nobody stored, some time after their end: a client that lost its connection, or asks again
+        with the same Idempotency-Key, has that long to come back. Those that somebody still reads wait."""
+        kept_ms = round(self._config.unstored_seconds * 1000)
+        try:
+            oldest = await self._store.write(sweep_unstored, now_ms() - kept_ms, list(self.streams))
+        except StoreUnavailable:
+            oldest = now_ms()
+        if oldest is not None:
+            self._sweep_in(max((oldest + kept_ms - now_ms()) / 1000, SWEEP_SECONDS_MIN))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Owns a task until it has ended; `close` awaits it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _title(self, generation: Generation) -> None:
+        """Lets a model name the conversation. Nobody waits for it, and a failure is no more than a line in the log."""
+        try:
+            async with asyncio.timeout(TITLE_SECONDS):
+                target = await self._providers.resolve(None, self._config.title_model, "LLMCHAT_TITLE_MODEL")
+                message = await self._store.read(load_message, generation.owner, generation.message_id)
+                asked = text_of(generation.started.turns[-1].content) if generation.started.turns else ""
+                prompt = TITLE_PROMPT.format(question=asked[:TITLE_SAMPLE_CHARACTERS], answer=message.text[:TITLE_SAMPLE_CHARACTERS])
+                question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
+                deltas: list[Delta] = []
+                async with self._providers.ask(target, question) as answer:
+                    while (batch := await answer.read()) is not None:
+                        deltas += batch
+            title = make_title(text_of(deltas).strip().strip('"'))
+            if title:
+                await self._store.write(title_conversation, generation.owner, generation.conversation_id, title)
+        except (LlmchatError, TimeoutError) as exc:
+            fields = {"conversation_id": generation.conversation_id, "error": reason_of(exc)}
+            log.warning("no title", extra={"fields": fields})
 
     def _announce(self, generation: Generation, outcome: Outcome) -> None:
         timing = Timing(outcome.first_delta_ms, outcome.total_ms)
         generation.ended.set()
-        generation.publish(generation.published, encode_end(outcome.ending, outcome.usage, timing))
+        end = encode_end(outcome.ending, outcome.usage, timing)
+        generation.publish(generation.published, end)
+        if generation.rendering is not None:
+            generation.rendering.end(end)
         fields = {
             "message_id": outcome.message_id,
             "model": str(outcome.target),
@@ -3432,26 +5015,78 @@ class Generations:
     # ── subscribers ──
 
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
-        """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
-        generation = self.find(owner, message_id)
-        about: Generation | Message
-        if generation is None:
-            page = await self._store.read(load_page, owner, message_id, cursor)
-            about, status, length = page.message, page.message.status, page.length
-        else:
-            about, status, length = generation, "running", generation.published
+        """A stream from a cursor on. Raises NotFound, InvalidRequest."""
+        about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
             raise InvalidRequest(f"after: {cursor} is beyond the end of message {message_id}, which is at {length}")
-        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
-            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
-            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
         cursor = 0 if reset else cursor
         first = encode_start(start_data(about, message_id, status, cursor))
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
+    async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
+        """A stream of HTML; it has no cursor. Raises NotFound."""
+        about, status, _ = await self._look_at(owner, message_id, 0)
+        return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
+
+    async def subscribe_to_view(self, owner: str, message_id: int, view: View) -> ViewStream:
+        """An open stream of all events, translated. Raises NotFound, Overloaded."""
+        about, status, _ = await self._look_at(owner, message_id, 0)
+        return ViewStream(self, owner, message_id, encode_start(start_data(about, message_id, status, 0)), view)
+
+    async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
+        """What a new stream is about, its status and its length. Raises NotFound."""
+        generation = self.find(owner, message_id)
+        if generation is not None and cursor <= generation.published:
+            return generation, "running", generation.published
+        page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
+        return page.message, page.message.status, page.length
+
+    def check_streams(self, owner: str, message_id: int = 0) -> None:
+        """Whether one more stream may be opened now, of this message or of one to come. Raises Overloaded, RateLimited."""
+        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
+            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
+            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        if self.owner_streams.total() >= self._config.streams_max:
+            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
+        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
+            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
+            raise RateLimited(limit, retry_after_seconds=5)
+
+    async def rendering(self, generation: Generation) -> Rendering | None:
+        """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
+        rendering = Rendering()
+        while generation.rendering is None and rendering.offset < generation.published:
+            page = await self.load(generation.owner, generation.message_id, rendering.offset)
+            for offset, delta in page.pieces:
+                rendering.feed(offset, delta)
+        if generation.ended.is_set():
+            return None
+        if generation.rendering is None:
+            generation.rendering = rendering
+            self._keep(asyncio.create_task(rendering.render_forever(), name=f"rendering {generation.message_id}"))
+        return generation.rendering
+
     async def load(self, owner: str, message_id: int, cursor: int) -> Page:
         return await self._store.read(load_page, owner, message_id, cursor)
+
+    async def load_rows(self, owner: str, message_id: int, cursor: int) -> Page:
+        return await self._store.read(load_page, owner, message_id, cursor, list)
+
+    async def load_whole(self, owner: str, message_id: int) -> Message:
+        return await self._store.read(load_message, owner, message_id)
+
+    async def render_message(self, message: Message) -> str:
+        """An ended message's text as HTML; the newest ones are remembered."""
+        key = (message.id, len(message.text), message.status)
+        found = self._rendered.pop(key, None)
+        if found is None:
+            found = await asyncio.to_thread(render, message.text)
+            self._rendered_characters += len(found) if key not in self._rendered else 0
+        self._rendered[key] = found  # newest last
+        while self._rendered_characters > RENDERED_CHARACTERS_MAX:
+            self._rendered_characters -= len(self._rendered.pop(next(iter(self._rendered))))
+        return found
 
     @property
     def heartbeat_seconds(self) -> float:
@@ -3459,7 +5094,8 @@ class Generations:
 
 
 class Stream:
-    """One subscriber's whole life, from its cursor to `end`. `close` may be called at any time, from a callback."""
+    """One subscriber's whole life, from its cursor to `end`; a context, in which it counts for its message's limit and
+    its heart beats. `close` may be called at any time, from a callback."""
 
     def __init__(self, generations: Generations, owner: str, message_id: int, cursor: int, first: bytes) -> None:
         self._generations = generations
@@ -3467,11 +5103,29 @@ class Stream:
         self._message_id = message_id
         self._cursor = cursor
         self._first = first
+        self._source: Generation | Rendering | None = None  # what the subscriber is attached to
         self._subscriber: Subscriber | None = None
         self._closed = False
         self._finished = False
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Stream:
+        """Raises Overloaded, RateLimited."""
+        self._generations.check_streams(self._owner, self._message_id)
+        self._generations.streams[self._message_id] += 1
+        self._generations.owner_streams[self._owner] += 1
+        self._beat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._detach()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._generations.owner_streams[self._owner] -= 1
+        self._generations.streams[self._message_id] -= 1
+        if not self._generations.streams[self._message_id]:  # there will be many messages
+            del self._generations.streams[self._message_id]
 
     def close(self) -> None:
         """The client is gone: whatever the stream waits for, it ends now."""
@@ -3482,62 +5136,51 @@ class Stream:
         if self._subscriber is not None and self._subscriber.queue.empty():
             self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """What is to be sent, one item per send."""
-        streams = self._generations.streams
-        streams[self._message_id] = streams.get(self._message_id, 0) + 1
-        try:
-            self._beat()
-            yield self._first
-            while not self._closed:
-                generation = self._generations.running.get(self._message_id)
-                attached = generation.attach(self._cursor) if generation is not None else None
-                if generation is not None and attached is not None:
-                    async with contextlib.aclosing(self._follow(generation, *attached)) as live:
-                        async for data in live:
-                            yield data
-                    if self._finished:
-                        return
-                    continue
-                page = await self._generations.load(self._owner, self._message_id, self._cursor)
-                if page.pieces:
-                    self._cursor = page.pieces[-1][0]
-                    yield b"".join(encode_delta(delta, offset) for offset, delta in page.pieces)
-                if page.message.status != "running" and self._cursor >= page.length:
-                    message = page.message
-                    yield encode_end(Ending(message.status, message.finish_reason, message.error), message.usage, message.timing)
-                    return
-                if not page.pieces:
-                    await asyncio.sleep(STARTED_WAIT_SECONDS)
-        finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            streams[self._message_id] -= 1
-            if not streams[self._message_id]:
-                del streams[self._message_id]
-
-    async def _follow(self, generation: Generation, subscriber: Subscriber, behind: bytes) -> AsyncGenerator[bytes, None]:
-        """The ring's newest events, then the queue, until the end, or until this stream lags or is closed."""
-        self._subscriber = subscriber
-        try:
-            self._cursor = subscriber.cursor
-            if behind:
-                self._sent_at = time.monotonic()
-                yield behind
-            while not self._closed and not subscriber.lagging:
-                if generation.ended.is_set() and subscriber.queue.empty():
-                    self._finished = True
-                    return
+    async def read(self) -> bytes | None:
+        """What is to be sent next, everything that is there in one piece; None: the stream is over."""
+        data, self._first = self._first, b""
+        while not data:
+            if self._closed or self._finished:
+                return None
+            subscriber, source = self._subscriber, self._source
+            if subscriber is None or source is None or subscriber.lagging:
+                self._detach()
+                data = await self._catch_up()
+            elif source.ended.is_set() and subscriber.queue.empty():
+                self._finished = True
+            else:
                 data = await subscriber.get()
-                if subscriber.lagging:
-                    return
                 self._cursor = subscriber.cursor
-                if data:
-                    self._sent_at = time.monotonic()
-                    yield data
-        finally:
-            self._subscriber = None
-            generation.subscribers.discard(subscriber)
+        self._sent_at = time.monotonic()
+        return data
+
+    async def _catch_up(self) -> bytes:
+        """What the ring has beyond the cursor, from where the queue goes on; else some of what the store has."""
+        generation = self._generations.running.get(self._message_id)
+        attached = generation.attach(self._cursor) if generation is not None else None
+        if generation is not None and attached is not None:
+            return self._attach(generation, *attached)
+        page = await self._load()
+        frames = [encode_delta(delta, offset) for offset, delta in page.pieces]
+        self._cursor = page.pieces[-1][0] if page.pieces else self._cursor
+        if page.message.status != "running" and self._cursor >= page.length:
+            self._finished = True
+            frames.append(encode_end_of(page.message))
+        if not frames:
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+        return b"".join(frames)
+
+    async def _load(self) -> Page:
+        return await self._generations.load(self._owner, self._message_id, self._cursor)
+
+    def _attach(self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes) -> bytes:
+        self._source, self._subscriber, self._cursor = source, subscriber, subscriber.cursor
+        return behind
+
+    def _detach(self) -> None:
+        if self._source is not None and self._subscriber is not None:
+            self._source.subscribers.discard(self._subscriber)
+        self._source = self._subscriber = None
 
     def _beat(self) -> None:
         """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
@@ -3549,18 +5192,408 @@ class Stream:
         self._timer = asyncio.get_running_loop().call_later(seconds - silent, self._beat)
 
 
+class HtmlStream(Stream):
+    """The same with the text as HTML: `html` events in place of text deltas."""
+
+    async def _catch_up(self) -> bytes:
+        generation = self._generations.running.get(self._message_id)
+        rendering = await self._generations.rendering(generation) if generation is not None else None
+        if rendering is not None:
+            return self._attach(rendering, *rendering.attach())
+        message = await self._generations.load_whole(self._owner, self._message_id)
+        if message.status == "running":
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+            return b""
+        self._finished = True
+        length = sum(len(delta.text) for delta in message.content)
+        others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
+        html_text = await self._generations.render_message(message)
+        return b"".join([*others, encode_html(Frame(((0, html_text),), "", 0.0), length), encode_end_of(message)])
+
+
+class View(Protocol):
+    """Another wire format for our events, one event in and any number out; it is used by one stream, from its start."""
+
+    def translate(self, name: bytes, data: bytes) -> bytes: ...
+
+
+class ViewStream(Stream):
+    """The same in another wire format. It always begins at the start, and gets every event as it was when it was
+    published, a row of the store each, so that whatever a view counts comes out the same every time."""
+
+    def __init__(self, generations: Generations, owner: str, message_id: int, first: bytes, view: View) -> None:
+        super().__init__(generations, owner, message_id, 0, first)
+        self._view = view
+
+    async def read(self) -> bytes | None:
+        while (data := await super().read()) is not None:
+            events = filter(None, map(parse_sse_block, data.split(b"\n\n")))
+            if translated := b"".join([self._view.translate(*event) for event in events]):
+                return translated
+        return None
+
+    async def _load(self) -> Page:
+        return await self._generations.load_rows(self._owner, self._message_id, self._cursor)
+
+
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 11. Identity
 #
-# Who asks. Every row has an owner, every query of section 9 is given one, and another owner's ids do not exist.
+# Who asks, and whether they may. On the loopback address without a token everybody is the one owner `local`, since
+# whoever is on this machine could read the file as well; elsewhere a request shows a token (a program in its
+# Authorization header, the page by a session cookie that signing in made). Every row has an owner, every query of
+# section 9 is given one, and another owner's ids do not exist. Three attacks need no stolen token, and are refused
+# before anything else: a name that resolves to this machine (DNS rebinding: the Host must be known; an address always
+# is, for nobody can rebind it), a foreign page that posts with the user's cookie (the Origin of every write must be
+# ours), and guessing (failures slow down their address, and everybody). Tokens are compared as hashes, in constant
+# time, all of them each time. Deliberately absent: passwords, registration, roles. A proxy can add those.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 LOCAL_OWNER = "local"
+SESSION_COOKIE = "llmchat_session"
+PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+FORWARDING_HEADERS = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"})
+FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
+FAILURES_FREE_IN_ALL = 100  # and of all addresses together
+FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
+FAILURES_ADDRESSES_MAX = 10_000  # addresses that are remembered; then the oldest is forgotten
+TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
+
+
+def hash_secret(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def bind_token(cookie: str, token_hash: str) -> str:
+    """What ties a session to the token that it began with."""
+    return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def host_and_port(netloc: str) -> tuple[str, str]:
+    """('example.org', '8000') of 'example.org:8000'; brackets of IPv6 are taken off."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::([0-9]+))?", netloc)
+    return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
+
+
+def bare_address(text: str) -> str:
+    """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
+    match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
+    with contextlib.suppress(ValueError):
+        found = "".join(filter(None, match.groups())) if match else ""
+        address = ipaddress.ip_address(found.partition("%")[0])
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return ""
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in text.split(",") if one.strip())
+
+
+def token_path(config: Config) -> str:
+    return f"{config.db}.token"
+
+
+def with_token(config: Config) -> tuple[Config, bool]:
+    """The configuration with the token that it needs, and whether that was made now. Raises StartError."""
+    if config.token or config.users or is_loopback(config.host):
+        return config, False
+    path = Path(token_path(config))
+    try:
+        if path.exists():
+            if is_open_to_others(path):
+                path.chmod(0o600)
+                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
+            return replace(config, token=read_token(path)), False
+        token = secrets.token_urlsafe(24)
+        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(token + "\n")
+        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
+    except OSError as exc:
+        raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
+    return replace(config, token=token), True
+
+
+def read_token(path: Path) -> str:
+    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
+    token = path.read_text("latin-1").strip()
+    if not is_token(token):
+        raise StartError(f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one")
+    return token
+
+
+def is_token(text: str) -> bool:
+    """Whether a token can be one: long enough, and made of what every client can put into a header."""
+    return re.fullmatch(f"[\x21-\x7e]{{{TOKEN_CHARACTERS_MIN},}}", text) is not None
+
+
+def token_owners(config: Config) -> dict[str, str]:
+    """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
+    owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
+    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
+    if config.token and not is_token(config.token):
+        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+    for number, pair in enumerate(comma_list(config.users), 1):
+        name, _, token = pair.partition(":")
+        if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
+        if hash_secret(token) in owners or name in owners.values():
+            raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
+        owners[hash_secret(token)] = name
+    if not owners and (config.users or not is_loopback(config.host)):
+        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host}")
+    return owners
+
+
+def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(one, strict=False) for one in comma_list(config.trusted_proxies))
+    except ValueError as exc:
+        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
+
+
+def parse_hosts(config: Config) -> Iterator[str]:
+    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
+    for one in comma_list(config.hosts):
+        name, _ = host_and_port(one)
+        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
+            raise StartError(f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org")
+        yield name
+
+
+def parse_origins(config: Config) -> frozenset[str]:
+    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
+    for one in comma_list(config.cors_origins):
+        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
+            raise StartError(f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org")
+    return frozenset(comma_list(config.cors_origins))
+
+
+def header_of(scope: Scope, name: bytes) -> str:
+    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
+    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+class Throttle:
+    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself.
+
+    An address from which somebody came in is spared the common budget, so that strangers cannot lock out those who
+    are known; its own budget it keeps, or a user could guess other users' tokens. IPv6 counts by /64: that is what a
+    single machine is given.
+    """
+
+    def __init__(self) -> None:
+        self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._known: dict[str, None] = {}  # addresses that were let in, the newest last
+
+    def wait_seconds(self, address: str) -> float:
+        """How long this address has to wait before it may try again; 0: not at all."""
+        key = self._key(address)
+        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
+
+    def fail(self, address: str) -> None:
+        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
+            count, now = self._count(key, seconds), time.monotonic()
+            self._failures.pop(key, None)
+            self._failures[key] = (count + 1, now)
+        if len(self._failures) > FAILURES_ADDRESSES_MAX:
+            self._failures.pop(next(iter(self._failures)))
+
+    def succeed(self, address: str) -> None:
+        key = self._key(address)
+        self._known.pop(key, None)
+        self._known[key] = None
+        if len(self._known) > FAILURES_ADDRESSES_MAX:
+            self._known.pop(next(iter(self._known)))
+
+    def _key(self, address: str) -> str:
+        return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
+
+    def _count(self, key: str, seconds: float) -> float:
+        count, at = self._failures.get(key, (0.0, 0.0))
+        return max(count - (time.monotonic() - at) / seconds, 0.0)
+
+    def _excess(self, key: str, free: int, seconds: float) -> float:
+        return max(self._count(key, seconds) - free + 1, 0.0) * seconds
+
+
+class Gate:
+    """Admits requests: sets scope["owner"], or raises what section 2 has for it."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self._config = config
+        self._store = store
+        self._owners = token_owners(config)
+        self._proxies = parse_networks(config)
+        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
+        self._origins = parse_origins(config)
+        self._sessions: dict[str, Session] = {}
+        self._throttle = Throttle()
+
+    async def open(self) -> None:
+        self._sessions = {one.cookie_hash: one for one in await self._store.read(load_sessions)}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody needs a token."""
+        return not self._owners
+
+    def admit(self, scope: Scope) -> None:
+        """Raises Forbidden, Unauthorized, RateLimited."""
+        self._check_host(scope)
+        self._check_origin(scope)
+        self._check_forwarded(scope)
+        scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
+        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith("/web/"):
+            raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
+
+    def _check_host(self, scope: Scope) -> None:
+        netloc = header_of(scope, b"host")
+        host, _ = host_and_port(netloc)
+        if not (host in self._hosts or is_address(host) or host.endswith(".localhost") or "*" in self._hosts):
+            raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
+
+    def _check_origin(self, scope: Scope) -> None:
+        """A browser says which page a request comes from; a program says nothing, and cannot be made to write by one.
+
+        A foreign page may link here. Anything else of it is refused, reading too: a backup or a search costs something
+        even if the page is not shown what came.
+        """
+        origin = header_of(scope, b"origin")
+        if origin in self._origins:
+            return
+        if scope["method"] in SAFE_METHODS:
+            refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
+        else:
+            same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
+            refused = is_foreign(scope) or not same
+        if refused:
+            raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+
+    def _check_forwarded(self, scope: Scope) -> None:
+        """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
+        if self.is_open and not self._is_proxy(peer_of(scope)) and any(name in FORWARDING_HEADERS for name, _ in scope["headers"]):
+            raise Forbidden(
+                "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
+                " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
+            )
+
+    def cross_origin_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """The headers that let a listed origin's page read the answer; none for all others."""
+        origin = header_of(scope, b"origin")
+        if origin not in self._origins:
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+            (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+            (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
+            (b"access-control-max-age", b"600"),
+            (b"cross-origin-resource-policy", b"cross-origin"),
+            (b"vary", b"origin"),
+        ]
+
+    def _find_owner(self, scope: Scope) -> str | None:
+        scheme, _, token = header_of(scope, b"authorization").partition(" ")
+        if scheme.lower() == "bearer":
+            return self.owner_of_token(scope, token.strip())
+        cookie = cookie_of(scope)
+        session = self._sessions.get(hash_secret(cookie)) if cookie else None
+        if session is None or session.expires_at_ms <= now_ms():
+            return None
+        known = (bind_token(cookie, token_hash) for token_hash, name in self._owners.items() if name == session.owner)
+        return session.owner if any(hmac.compare_digest(one, session.token_hash) for one in known) else None
+
+    def owner_of_token(self, scope: Scope, token: str) -> str:
+        """Raises Unauthorized; RateLimited after too many of those."""
+        address = self.address_of(scope)
+        if wait := self._throttle.wait_seconds(address):
+            raise RateLimited(f"too many failed sign-ins; wait {wait:.0f} s", retry_after_seconds=wait)
+        shown, owner = hash_secret(token), None
+        for known, name in self._owners.items():
+            if hmac.compare_digest(known, shown):
+                owner = name
+        if owner is None:
+            self._throttle.fail(address)
+            log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
+            raise Unauthorized("the token is not right")
+        self._throttle.succeed(address)
+        return owner
+
+    def address_of(self, scope: Scope) -> str:
+        """The client's address: the newest that no trusted proxy vouches for."""
+        address = peer_of(scope)
+        for hop in reversed(comma_list(header_of(scope, b"x-forwarded-for"))):
+            if not self._is_proxy(address) or not bare_address(hop):
+                break
+            address = bare_address(hop)
+        return address
+
+    def _is_proxy(self, address: str) -> bool:
+        return bool(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+
+    def is_encrypted(self, scope: Scope) -> bool:
+        """Whether the browser speaks TLS: to us, to a proxy that we trust, or as the Origin of its own page says."""
+        said = header_of(scope, b"x-forwarded-proto").rpartition(",")[2].strip().lower()
+        of_page = header_of(scope, b"origin").lower().startswith("https://")
+        return scope["scheme"] == "https" or of_page or (self._is_proxy(peer_of(scope)) and said == "https")
+
+    async def sign_in(self, scope: Scope, token: str) -> str:
+        """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
+        owner = self.owner_of_token(scope, token)
+        cookie = secrets.token_urlsafe(32)
+        expires_at_ms = now_ms() + self._config.session_days * 86_400_000
+        session = Session(hash_secret(cookie), owner, bind_token(cookie, hash_secret(token)), expires_at_ms)
+        await self._store.write(insert_session, session, durable=True)
+        self._sessions[session.cookie_hash] = session
+        attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
+        return f"{SESSION_COOKIE}={cookie}; {attributes}" + ("; Secure" if self.is_encrypted(scope) else "")
+
+    async def sign_out(self, scope: Scope) -> str:
+        """Ends the session; returns the cookie that takes the old one away."""
+        cookie_hash = hash_secret(cookie_of(scope))
+        await self._store.write(delete_session, cookie_hash, durable=True)
+        self._sessions.pop(cookie_hash, None)
+        return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
+
+
+def cookie_of(scope: Scope) -> str:
+    """The session cookie's value; empty if there is none."""
+    for pair in header_of(scope, b"cookie").split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == SESSION_COOKIE:
+            return value
+    return ""
 
 
 def owner_of(request: Request) -> str:
     """The owner that a request speaks for."""
-    return LOCAL_OWNER
+    owner = request.scope["owner"]
+    assert owner is not None, "the gate admits no one else here"
+    return cast(str, owner)
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3574,6 +5607,9 @@ def owner_of(request: Request) -> str:
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Characters = Annotated[str, Meta(min_length=1)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+MaxTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high"]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200, description="`provider/model`")]
 
 
@@ -3583,33 +5619,69 @@ class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text")
     text: Characters
 
 
-class ChatRequest(Struct, forbid_unknown_fields=True):
-    """A question. Absent fields have the defaults that the schema gives; null is the same as absent but for parent_id."""
+class ImagePart(Struct, forbid_unknown_fields=True, tag_field="type", tag="image"):
+    """A part of a message that is an image, as base64 or as a data URL; never an address to fetch."""
 
-    message: Characters | list[TextPart]
+    data: Annotated[str, Meta(min_length=1, description="base64, or a data URL")]
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"] | None = None
+
+
+class ToolResultPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
+    """What a tool that the last answer called gave; its text may be empty."""
+
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    text: str
+
+
+class Asked(Struct, forbid_unknown_fields=True):
+    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
+
     model: ModelName | None = None
     provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
+    temperature: Temperature | None = None
+    max_tokens: MaxTokens | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+    stream: bool = True
+    background: bool = False
+
+
+class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """A question. Null is the same as absent, but for parent_id."""
+
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
     conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
     parent_id: (
         Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
         | UnsetType
         | None
     ) = UNSET
-    system: Annotated[str, Meta(max_length=100_000, description="kept with the conversation")] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = None
+
+
+class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """Another answer to the same question; what is absent is as it was for the first."""
+
+
+class ContinueRequest(Struct, forbid_unknown_fields=True):
+    """How the rest of an answer is to come."""
+
+    model: ModelName | None = None
+    provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     stream: bool = True
     background: bool = False
 
 
 class ConversationChanges(Struct, forbid_unknown_fields=True):
-    """What of a conversation can be set; absent fields stay as they are."""
+    """What of a conversation can be set; absent fields stay as they are. A parameter that is null is unset again."""
 
     title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
-    system: Annotated[str, Meta(max_length=100_000)] | UnsetType = UNSET
+    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | UnsetType = UNSET
+    temperature: Temperature | UnsetType | None = UNSET
+    max_tokens: MaxTokens | UnsetType | None = UNSET
+    reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
 
 
 class ErrorDetail(Struct):
@@ -3655,15 +5727,15 @@ class GenerationList(Struct):
 
 
 class HealthAnswer(Struct):
-    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503."""
+    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503. Strangers get nothing else."""
 
     status: str
-    version: str
-    database_writable: bool
-    running_generations: int
-    subscribers: int
-    last_flush_ms: float
-    uptime_seconds: float
+    version: str | UnsetType = UNSET
+    database_writable: bool | UnsetType = UNSET
+    running_generations: int | UnsetType = UNSET
+    subscribers: int | UnsetType = UNSET
+    last_flush_ms: float | UnsetType = UNSET
+    uptime_seconds: float | UnsetType = UNSET
 
 
 class ProviderHelp(Struct):
@@ -3689,6 +5761,12 @@ class HelpAnswer(Struct):
     unusable_keys: list[str]
 
 
+class UsageAnswer(Struct):
+    """Newest day first, then by provider and model."""
+
+    usage: list[UsageRow]
+
+
 class DeletedAnswer(Struct):
     deleted: bool
 
@@ -3701,7 +5779,11 @@ class Service:
     store: Store
     providers: Providers
     generations: Generations
+    gate: Gate
+    endpoints: tuple[Endpoint, ...]
     started_at: float  # monotonic seconds
+    at_work: set[str] = field(default_factory=set)  # kinds of work that are done once at a time
+    web: dict[str, WebFile] = field(default_factory=dict)  # the page's files, read when one is first asked for
 
 
 def service_of(request: Request) -> Service:
@@ -3715,70 +5797,160 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 # ── what comes in ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def read_json(request: Request, kind: type[T]) -> tuple[T, bytes]:
+async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BYTES_MAX) -> tuple[T, bytes]:
     """The request's body as a value of this type, and as it came. Raises InvalidRequest, TooLarge."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise InvalidRequest(f"content-type: {content_type or 'none'!r} is not accepted; send application/json")
-    body = bytearray()
-    try:
-        async for data in request.stream():
-            body += data
-            if len(body) > REQUEST_BYTES_MAX:
-                raise TooLarge(f"body: is larger than {REQUEST_BYTES_MAX:,} bytes, the limit")
-    except ClientDisconnect as exc:
-        raise InvalidRequest("body: the connection was closed before it was whole") from exc
+    body = await read_body(request, bytes_max)
     try:
         value = msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(explain(exc, bytes(body))) from exc
+        raise InvalidRequest(explain(exc, body, kind)) from exc
     refuse_unstorable(value)
-    return value, bytes(body)
+    return value, body
 
 
-def explain(error: Exception, body: bytes) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
+async def read_body(request: Request, bytes_max: int) -> bytes:
+    body = bytearray()
+    loop = asyncio.get_running_loop()
+    began_at = loop.time()
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        return f"body: is not JSON: {reason_of(exc)}"
-    if not isinstance(error, msgspec.ValidationError):
-        surrogate = "has half of a surrogate pair, which no text can hold"
-        return f"{find_surrogate(document, '') or 'body'}: {surrogate}"
-    complaint, _, path = str(error).partition(" - at `$")
+        async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
+            async for data in request.stream():
+                body += data
+                slowest = began_at + BODY_STALL_SECONDS + len(body) / BODY_BYTES_PER_SECOND
+                guard.reschedule(min(loop.time() + BODY_STALL_SECONDS, slowest))
+                if len(body) > bytes_max:
+                    raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
+    except ClientDisconnect as exc:
+        raise InvalidRequest("body: the connection was closed before it was whole") from exc
+    except TimeoutError as exc:
+        raise InvalidRequest(
+            f"body: came too slowly: nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
+        ) from exc
+    return bytes(body)
+
+
+def explain(error: Exception, body: bytes, kind: Any) -> str:
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
+    try:
+        document = parse_strictly(body)
+        if not isinstance(error, msgspec.ValidationError | RecursionError):
+            name = find_surrogate(document, "") or "body"
+            return f"{printable(name)}: has half of a surrogate pair, which no text can hold"
+        return explain_validation(error, document, kind)
+    except RecursionError:
+        return f"body: is nested deeper than {NESTING_MAX} levels, the limit"
+    except UnicodeDecodeError as exc:
+        return f"body: is not UTF-8: {exc.reason} at byte {exc.start}"
+    except ValueError as exc:
+        return f"body: is not JSON: {printable(str(exc))}"
+
+
+def parse_strictly(body: bytes) -> Any:
+    """The body as Python's own parser sees it, which says where it is wrong; a number too long for it stays text."""
+
+    def refuse_constant(word: str) -> None:
+        raise ValueError(f"{word} is no value that JSON has")
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in members:
+                raise ValueError(f"{json.dumps(name)} is given twice in one object")
+            members[name] = value
+        return members
+
+    return json.loads(
+        body.decode(),
+        parse_constant=refuse_constant,
+        object_pairs_hook=refuse_repeats,
+        parse_int=lambda digits: int(digits) if len(digits) <= 20 else digits,
+    )
+
+
+JSON_WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}  # for Python's
+
+
+def explain_validation(error: Exception, document: Any, kind: Any) -> str:
+    """What the decoder says is wrong with a document that is JSON, in JSON's words."""
+    if isinstance(error, RecursionError):
+        raise error
+    complaint, _, path = str(error).rpartition(" - at `$") if " - at `$" in str(error) else (str(error), "", "")
     steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
     name = ".".join(key or index for key, index in steps)
-    if unknown := re.search(r"unknown field `(.*)`", complaint):
-        return f"{'.'.join(filter(None, [name, unknown[1]]))}: is not a field of this request"
-    if missing := re.search(r"missing required field `(.*)`", complaint):
-        return f"{'.'.join(filter(None, [name, missing[1]]))}: is required"
+    for clue, words in (("unknown", "is not a field of this request"), ("missing required", "is required")):
+        if found := re.search(f"(?s){clue} field `(.*)`", complaint):
+            return f"{printable('.'.join(filter(None, [name, found[1]])))}: {words}"
     value = document
     for key, index in steps:
         value = value[key] if key else value[int(index)]
-    shown = json.dumps(value, ensure_ascii=True)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}… ({len(value):,} long)" if hasattr(value, "__len__") else shown[:57]
+    shown = json.dumps(value)
+    if len(shown) > 60:
+        length = f" ({len(value):,} long)" if isinstance(value, str | list) else ""
+        shown = f"{shown[:57]}…{length}"
     expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
+    expected = re.sub(r"\b(str|int|float|bool)\b", lambda word: JSON_WORDS[word[0]], expected)
+    if expected.startswith("invalid") and (accepted := accepted_values(kind, steps[-1][0])):
+        expected = f"expected {' | '.join(accepted)}"
     return f"{name or 'body'}: {expected}, got {shown}"
 
 
+def accepted_values(kind: Any, name: str) -> list[str]:
+    """The choices of a field, wherever in the type it is."""
+    found: list[str] = []
+
+    def look(schema: Any) -> None:
+        for key, below in schema.items() if isinstance(schema, dict) else enumerate(schema):
+            if key == name and isinstance(below, dict):
+                found.extend(word for one in (below, *below.get("anyOf", ())) for word in one.get("enum", ()) if word)
+            if isinstance(below, dict | list):
+                look(below)
+
+    look(msgspec.json.schema(kind))
+    return found
+
+
+def printable(text: str, most: int = 200) -> str:
+    """A client's own words in a form that any log and any JSON can hold."""
+    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:most])
+    return shown if len(text) <= most else f"{shown}…"
+
+
+def place_in(path: str, key: str | int) -> str:
+    """The path of a member. A long name is cut: it may stand before ten thousand others."""
+    return f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
+
+
 def find_surrogate(value: Any, path: str) -> str | None:
-    """The path of the first text with a lone surrogate."""
+    """The path of the first text with a lone surrogate; a name may have it too."""
     if isinstance(value, str):
         return path if re.search("[\ud800-\udfff]", value) else None
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = (find_surrogate(one, f"{path}.{key}" if path else str(key)) for key, one in items)
-    return next((one for one in found if one), None)
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        place = place_in(path, key)
+        found = find_surrogate(str(key), place) or find_surrogate(one, place)
+        if found:
+            return found
+    return None
 
 
-def refuse_unstorable(value: Any, path: str = "") -> None:
-    """Raises InvalidRequest for a NUL in any text: C code on the way, SQLite's own functions among it, ends there."""
+def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
+    """Raises InvalidRequest for a NUL in any text, because C code on the way, SQLite's own functions among it, ends
+    there; and for nesting that some parser on the way upstream would not take."""
     if isinstance(value, str) and "\0" in value:
-        raise InvalidRequest(f"{path}: has a NUL character at {value.index(chr(0))}, which is not accepted")
+        raise InvalidRequest(f"{printable(path)}: has a NUL character at {value.index(chr(0))}, which is not accepted")
     if isinstance(value, Struct):
         value = {name: getattr(value, name) for name in value.__struct_fields__}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if items and depth > NESTING_MAX:
+        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {NESTING_MAX} levels, the limit")
     for key, one in items:
-        refuse_unstorable(one, f"{path}.{key}" if path else str(key))
+        place = place_in(path, key)
+        if isinstance(key, str) and "\0" in key:
+            raise InvalidRequest(f"{printable(place)}: has a NUL character in its name, which is not accepted")
+        if isinstance(one, str | list | dict | Struct):
+            refuse_unstorable(one, place, depth + 1)
 
 
 def path_id(request: Request, name: str) -> int:
@@ -3805,7 +5977,7 @@ def parse_integer(name: str, text: str | None, default: int, least: int, most: i
 def cursor_of(request: Request) -> int:
     """Where a stream begins: `after`, or what a browser sends when it comes back. Raises InvalidRequest."""
     after, last = request.query_params.get("after"), request.headers.get("last-event-id")
-    if after is not None and last is None:
+    if after is not None and not last:  # an empty id is what a browser has before the first event
         return parse_integer("after", after, 0, 0, 2**53)
     return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53)
 
@@ -3816,10 +5988,17 @@ def cursor_of(request: Request) -> int:
 def error_response(error: LlmchatError, request_id: str, message_id: int | None = None) -> Response:
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
+    return json_response(ErrorAnswer(detail, message_id), error.status, error_headers(error))
+
+
+def error_headers(error: LlmchatError) -> dict[str, str]:
+    """What a client is to know of an error before it reads the words."""
     headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503 or error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
-    return json_response(ErrorAnswer(detail, message_id), error.status, headers)
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds or 1)))
+    return headers
 
 
 class EventStream(Response):
@@ -3836,15 +6015,19 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(self._watch_client(receive))
-        try:
+        with self._stream as stream:  # refuses before anything is sent
             await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
-            async with contextlib.aclosing(self._stream.frames()) as frames:
-                async for data in frames:
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
+            gone = asyncio.ensure_future(self._watch_client(receive))
+            send = scope["server_send"]  # the layers between have nothing to say about a body
+            try:
+                while (data := await stream.read()) is not None:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            gone.cancel()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                gone.cancel()
 
     async def _watch_client(self, receive: Receive) -> None:
         """The server tells of a closed connection only to who asks."""
@@ -3853,38 +6036,119 @@ class EventStream(Response):
         self._stream.close()
 
 
-class Envelope:
-    """The outermost layer: a request's id, the headers of every response, and what becomes of an exception."""
+class Download(Response):
+    """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._frames = frames
+        self._close = close
+        self._fields = [
+            (b"content-type", media_type.encode()),
+            (b"content-disposition", attachment(file_name)),
+            (b"cache-control", b"no-store"),
+        ]
+        self._fields += [] if length is None else [(b"content-length", b"%d" % length)]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(self._watch_client(receive))
+        try:
+            async with contextlib.aclosing(self._frames) as frames:
+                await send({"type": "http.response.start", "status": 200, "headers": self._fields})
+                async for data in frames:
+                    if scope["method"] == "HEAD" or gone.done():
+                        break
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+            self._close()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def attachment(file_name: str) -> bytes:
+    """A Content-Disposition: the name in UTF-8 for whoever knows RFC 6266 and 5987, and in ASCII for everybody else."""
+    plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", file_name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}".encode()
+
+
+async def read_chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    while data := await asyncio.to_thread(file.read, DOWNLOAD_BYTES):
+        yield data
+
+
+# Of every response that does not say otherwise. A JSON answer that a browser is made to show as a page can do nothing.
+SECURITY_HEADERS = {
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"cache-control": b"no-store",  # one URL answers each owner differently; no cache on the way may mix them up
+}
+
+
+class Envelope:
+    """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, render_error: Callable[[LlmchatError, Scope], Response]) -> None:
         self._app = app
+        self._gate = gate
+        self._render_error = render_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = find_request_id(scope)
-        started = False
-
-        async def send_in_envelope(message: AsgiMessage) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), (b"date", http_date())]
-            await send(message)
-
+        envelope = EnvelopedSend(scope, send)
         try:
-            await self._app(scope, receive, send_in_envelope)
-            return
+            envelope.headers += self._gate.cross_origin_headers(scope)
+            if scope["method"] == "OPTIONS" and envelope.headers:
+                response = Response(status_code=204)
+            else:
+                self._gate.admit(scope)
+                await self._app(scope, receive, envelope)
+                return
+        except Unauthorized as exc:
+            response = self._render_error(exc, scope)
+            if wants_page(scope):
+                response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
         except LlmchatError as exc:
-            error = exc
+            response = self._render_error(exc, scope)
         except HTTPException as exc:
-            error = routing_error(exc, scope)
+            response = self._render_error(routing_error(exc, scope), scope)
         except Exception:
-            log.exception("request broke", extra={"fields": {"request_id": request_id, "path": scope["path"]}})
-            error = InternalError("an error of llmchat's own; its log says more under this request id")
-        if not started:
-            await error_response(error, request_id)(scope, receive, send_in_envelope)
+            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
+            internal = InternalError("an error of llmchat's own; its log says more under this request id")
+            response = self._render_error(internal, scope)
+        if not envelope.started:
+            await response(scope, receive, envelope)
+
+
+class EnvelopedSend:
+    """The server's `send`, with the headers that every response gets."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.started = False
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._send = send
+        self._request_id = scope["request_id"] = find_request_id(scope)
+        scope["server_send"] = send
+
+    async def __call__(self, message: AsgiMessage) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            given = [*message["headers"], *self.headers]
+            names = {name for name, _ in given}
+            security = [(name, value) for name, value in SECURITY_HEADERS.items() if name not in names]
+            own = [(b"x-request-id", self._request_id.encode()), (b"date", http_date())]
+            message["headers"] = given + security + own
+        await self._send(message)
 
 
 def find_request_id(scope: Scope) -> str:
@@ -3902,9 +6166,9 @@ def http_date() -> bytes:
 def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
     """No such path, or not with this method."""
     if exc.status_code == 405:
-        allowed = (exc.headers or {}).get("Allow", "")
+        allowed = ", ".join(sorted((exc.headers or {}).get("Allow", "").split(", ")))
         return InvalidRequest(f"method: {scope['method']} is not accepted here; use {allowed}")
-    return NotFound(f"path: there is nothing at {scope['path'][:200]}; GET /api/v1/help lists what there is")
+    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
 
 
 # ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3912,27 +6176,79 @@ def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
 
 async def chat(request: Request) -> Response:
     service, owner = service_of(request), owner_of(request)
-    asked, body = await read_json(request, ChatRequest)
-    new = await new_message(service, owner, asked)
-    if (key := idempotency_key(request)) is not None:
-        new = replace(new, idempotency_key=key, request_hash=hashlib.sha256(body).hexdigest())
-    started = await service.generations.start(new)
+    asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
+    turns = turns_of(asked.message)
+    refuse_large(body, turns)
+    new = await new_message(request, asked, body, turns)
+    is_new = asked.conversation_id is None
+    system = asked.system if asked.system is not None or not is_new else service.config.system or None
+    new = replace(new, conversation_id=asked.conversation_id, parent_id=asked.parent_id, system=system)
+    return await answer_started(request, asked, await service.generations.start(new), owner)
+
+
+async def regenerate(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    check_answer(request, asked)
+    message = await service.store.read(load_message, owner, message_id)
+    if asked.model is None and asked.provider is None and message.model:
+        asked.provider, asked.model = message.provider, message.model
+    new = await new_message(request, asked, body + str(message_id).encode(), ())
+    return await answer_started(request, asked, await service.generations.regenerate(message_id, new), owner)
+
+
+async def continue_answer(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    check_answer(request, asked)
+    message = await service.store.read(load_message, owner, message_id)
+    if asked.model is None and asked.provider is None and message.model:
+        asked.provider, asked.model = message.provider, message.model
+    target = await service.providers.resolve(asked.provider, asked.model)
+    started = await service.generations.go_on(owner, message_id, target)
+    return await answer_started(request, asked, started, owner)
+
+
+def check_answer(request: Request, asked: Asked | ContinueRequest) -> None:
+    """Refuses what could not be streamed before it is paid for. Raises Overloaded, RateLimited."""
+    if asked.stream and not asked.background:
+        service_of(request).generations.check_streams(owner_of(request))
+
+
+async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
+    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
     if asked.background:
-        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, "running")
+        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, started.status)
         return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
     if asked.stream:
-        return EventStream(await service.generations.subscribe(owner, started.message_id, 0))
+        cursor = sum(len(delta.text) for delta in started.content)
+        return EventStream(await service_of(request).generations.subscribe(owner, started.message_id, cursor))
     return await finished_message(request, started.message_id)
 
 
-async def finished_message(request: Request, message_id: int) -> Response:
-    """The message once it has ended; a failed one as its error."""
+def refuse_large(body: bytes, turns: Sequence[Turn]) -> None:
+    """Raises TooLarge for a body that only images may fill."""
+    if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
+        raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+
+
+async def ended_message(request: Request, message_id: int) -> tuple[Message, dict[str, Any] | None]:
+    """The message once it has ended, and its error. The generation knows that too when the database is away."""
     service, owner = service_of(request), owner_of(request)
     generation = service.generations.find(owner, message_id)
     if generation is not None:
         await generation.ended.wait()
     message = await service.store.read(load_message, owner, message_id)
-    error = generation.ending.error if generation is not None and generation.ending is not None else message.error
+    if generation is None and message.status == "running":  # a repeat, a moment before what it repeats is known here
+        await asyncio.sleep(STARTED_WAIT_SECONDS)
+        return await ended_message(request, message_id)
+    return message, generation.ending.error if generation is not None and generation.ending is not None else message.error
+
+
+async def finished_message(request: Request, message_id: int) -> Response:
+    """The message once it has ended; a failed one as its error."""
+    message, error = await ended_message(request, message_id)
     if error is None:
         return json_response(message)
     detail = ErrorDetail(error["code"], error["message"], error["retryable"], request.scope["request_id"])
@@ -3942,12 +6258,31 @@ async def finished_message(request: Request, message_id: int) -> Response:
 
 async def get_message(request: Request) -> Response:
     message = await service_of(request).store.read(load_message, owner_of(request), path_id(request, "message_id"))
+    if wants_html(request):
+        await add_html(request, [message])
     return json_response(message)
 
 
+def wants_html(request: Request) -> bool:
+    """Whether `?render=html` was asked for. Raises InvalidRequest for any other rendering."""
+    wanted = request.query_params.get("render")
+    if wanted not in (None, "html"):
+        raise InvalidRequest(f"render: {wanted[:40]!r} is not accepted; there is html")
+    return wanted is not None
+
+
+async def add_html(request: Request, messages: Iterable[Message]) -> None:
+    """Gives ended answers their HTML; a running one has a stream for it."""
+    for message in messages:
+        if message.role == "assistant" and message.status != "running":
+            message.html = await service_of(request).generations.render_message(message)
+
+
 async def stream_message(request: Request) -> Response:
-    message_id, cursor = path_id(request, "message_id"), cursor_of(request)
-    return EventStream(await service_of(request).generations.subscribe(owner_of(request), message_id, cursor))
+    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    if wants_html(request):
+        return EventStream(await service.generations.subscribe_to_html(owner, message_id))
+    return EventStream(await service.generations.subscribe(owner, message_id, cursor_of(request)))
 
 
 async def stop_message(request: Request) -> Response:
@@ -3975,23 +6310,39 @@ async def list_generations(request: Request) -> Response:
     return json_response(GenerationList(generations))
 
 
+async def get_usage(request: Request) -> Response:
+    days = query_integer(request, "days", 30, 1, 3660)
+    return json_response(UsageAnswer(await service_of(request).store.read(sum_usage, owner_of(request), days)))
+
+
 async def get_conversations(request: Request) -> Response:
     limit = query_integer(request, "limit", 50, 1, LIST_LIMIT_MAX)
     before = before_of(request.query_params.get("before"))
+    query = request.query_params.get("query", "")
+    if query.strip():
+        if len(query) > QUERY_CHARACTERS_MAX:
+            raise InvalidRequest(f"query: has {len(query):,} characters; the limit is {QUERY_CHARACTERS_MAX}")
+        store = service_of(request).store
+        return json_response(await store.read(search_conversations, owner_of(request), query, limit))
     return json_response(await service_of(request).store.read(list_conversations, owner_of(request), limit, before))
 
 
 async def get_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
-    return json_response(await service_of(request).store.read(load_conversation, owner_of(request), conversation_id))
+    conversation = await service_of(request).store.read(load_conversation, owner_of(request), conversation_id)
+    if wants_html(request):
+        await add_html(request, conversation.messages)
+    return json_response(conversation)
 
 
 async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
-    store = service_of(request).store
-    return json_response(await store.write(update_conversation, owner_of(request), conversation_id, changes, durable=True))
+    if not changes.get("title", "x").strip():
+        raise InvalidRequest("title: is empty; it has at least one character that is not a space")
+    store, owner = service_of(request).store, owner_of(request)
+    return json_response(await store.write(update_conversation, owner, conversation_id, changes, durable=True))
 
 
 async def remove_conversation(request: Request) -> Response:
@@ -4005,11 +6356,8 @@ async def remove_conversation(request: Request) -> Response:
 async def get_health(request: Request) -> Response:
     service = service_of(request)
     generations = service.generations
-    try:
-        await service.store.write(touch)
-        writable = True
-    except StoreUnavailable:
-        writable = False
+    is_known = request.scope["owner"] is not None
+    writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
     status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
     answer = HealthAnswer(
         status=status,
@@ -4020,14 +6368,14 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    return json_response(answer, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    return json_response(answer if is_known else HealthAnswer(status), 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
     service = service_of(request)
     refresh = request.query_params.get("refresh", "0") not in ("0", "")
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
-    endpoints = [EndpointHelp(one.method, one.path, one.summary) for one in ENDPOINTS]
+    endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
     default = service.config.default_model or next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
     return json_response(HelpAnswer(__version__, default, endpoints, listed, list(service.config.unusable_keys)))
 
@@ -4042,31 +6390,193 @@ async def provider_help(service: Service, provider: Provider, refresh: bool) -> 
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
-async def get_root(request: Request) -> Response:
-    return await get_health(request)
+@contextlib.contextmanager
+def alone(service: Service, what: str) -> Iterator[None]:
+    """Holds a kind of work that is done once at a time, for the sake of the disk. Raises Overloaded."""
+    if what in service.at_work:
+        raise Overloaded(f"{what}: there is one on the way already", retry_after_seconds=10)
+    service.at_work.add(what)
+    try:
+        yield
+    finally:
+        service.at_work.discard(what)
+
+
+async def get_backup(request: Request) -> Response:
+    if owner_of(request) != LOCAL_OWNER:
+        raise Forbidden("backup: holds every owner's conversations; on the server: llmchat backup FILE")
+    service = service_of(request)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(service, "backup"))
+        file = stack.enter_context(await service.store.open_copy())
+        name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.db", time.gmtime())
+        close = stack.pop_all().close  # the download does it now
+    return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
 
 
 async def get_openapi(request: Request) -> Response:
-    return json_response(openapi_document())
+    return json_response(openapi_document(service_of(request).endpoints))
 
 
 async def get_docs(request: Request) -> Response:
-    return HTMLResponse(docs_page(str(request.base_url).rstrip("/")))
+    return html_page(docs_page(service_of(request).endpoints, str(request.base_url).rstrip("/")))
 
 
-async def new_message(service: Service, owner: str, asked: ChatRequest) -> NewMessage:
-    """What a chat request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
-    names = asked.fallbacks if asked.fallbacks is not None else [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
-    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
-    targets = (await service.providers.resolve(asked.provider, asked.model), *fallbacks)
-    parts = [asked.message] if isinstance(asked.message, str) else [part.text for part in asked.message]
-    if not any(part.strip() for part in parts):
-        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
-    parameters = Parameters(
-        temperature=asked.temperature, max_tokens=asked.max_tokens, reasoning_effort=asked.reasoning_effort, tools=asked.tools
+# ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; --accent: light-dark(#0b6b53, #5fd3b0) }
+body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
+code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
+pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
+table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+.method { display: inline-block; min-width: 4rem; color: var(--accent) }
+.sign-in { max-width: 22rem; margin: 20vh auto 0 } .sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box }
+.sign-in input { padding: .7rem .8rem; border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: .5rem }
+.sign-in button { margin-top: .75rem; padding: .7rem; border: 0; border-radius: .5rem; background: var(--accent); color: Canvas }
+.error { color: light-dark(#a3211a, #ff9d94) }
+"""
+PAGE_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()}';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def html_page(body: str, status: int = 200) -> Response:
+    """A page without a script and without another file."""
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
+
+
+async def get_sign_in(request: Request) -> Response:
+    """The form; or, with the token in the link that the first start printed, the sign-in itself."""
+    gate = service_of(request).gate
+    if gate.is_open:
+        return redirect("/")
+    if "token" in request.query_params and not is_foreign(request.scope):
+        return await sign_in_with(request, request.query_params["token"])
+    return sign_in_form(request.query_params.get("next", "/"))
+
+
+async def post_sign_in(request: Request) -> Response:
+    form = urllib.parse.parse_qs((await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace"))
+    return await sign_in_with(request, form.get("token", [""])[0].strip(), form.get("next", ["/"])[0])
+
+
+async def sign_in_with(request: Request, token: str, next_path: str = "/") -> Response:
+    try:
+        cookie = await service_of(request).gate.sign_in(request.scope, token)
+    except LlmchatError as exc:
+        return sign_in_form(next_path, exc)
+    return redirect(next_path, {"Set-Cookie": cookie})
+
+
+async def post_sign_out(request: Request) -> Response:
+    return redirect("/sign-in", {"Set-Cookie": await service_of(request).gate.sign_out(request.scope)})
+
+
+def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
+    said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
+    page = html_page(
+        f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
+        f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
+        error.status if error is not None else 200,
     )
-    content = tuple(Delta("text", part) for part in parts)
-    return NewMessage(owner, asked.conversation_id, asked.parent_id, content, asked.system, targets, parameters)
+    page.headers.update(error_headers(error) if error is not None else {})
+    return page
+
+
+def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """303 to a path of ours; anything that a browser could take for another site becomes `/`."""
+    safe = path if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) else "/"
+    return Response(status_code=303, headers={"Location": safe, "Cache-Control": "no-store", **(headers or {})})
+
+
+def wants_page(scope: Scope) -> bool:
+    """Whether a browser asks, to show the answer."""
+    return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
+
+
+async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
+    """The body as `read_json` gives it, or the type's defaults when there is none."""
+    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        return kind(), b""
+    return await read_json(request, kind)
+
+
+async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
+    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
+    service = service_of(request)
+    names = asked.fallbacks
+    if names is None:
+        names = [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
+    target = await service.providers.resolve(asked.provider, asked.model)
+    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
+    parameters = Parameters(
+        temperature=asked.temperature,
+        max_tokens=asked.max_tokens,
+        reasoning_effort=asked.reasoning_effort,
+        tools=asked.tools,
+        tool_choice=asked.tool_choice,
+    )
+    key = idempotency_key(request)
+    return NewMessage(
+        owner=owner_of(request),
+        conversation_id=None,
+        parent_id=UNSET,
+        turns=turns,
+        system=None,
+        targets=(target, *fallbacks),
+        parameters=parameters,
+        idempotency_key=key,
+        request_hash=hashlib.sha256(body).hexdigest() if key else None,
+    )
+
+
+def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
+    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
+    parts = [TextPart(message)] if isinstance(message, str) else message
+    results = [
+        Turn("tool", (Delta("text", part.text),) if part.text else (), tool_call_id=part.tool_call_id)
+        for part in parts
+        if isinstance(part, ToolResultPart)
+    ]
+    content = tuple(
+        Delta("text", part.text) if isinstance(part, TextPart) else image_of(part, f"message.{index}")
+        for index, part in enumerate(parts)
+        if not isinstance(part, ToolResultPart)
+    )
+    if not results and not any(delta.kind == "image" or delta.text.strip() for delta in content):
+        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
+    return (*results, Turn("user", content)) if content else tuple(results)
+
+
+IMAGE_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+
+def image_of(part: ImagePart, name: str) -> Delta:
+    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
+    head, comma, rest = part.data.partition(",")
+    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError as exc:
+        raise InvalidRequest(f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched") from exc
+    if len(data) > IMAGE_BYTES_MAX:
+        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
+    found = next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+    if found is None or (part.media_type is not None and part.media_type != found):
+        raise InvalidRequest(f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type")
+    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -4084,6 +6594,96 @@ def before_of(text: str | None) -> tuple[int, int] | None:
     if match is None:
         raise InvalidRequest(f"before: {text[:40]!r} is not accepted; it is the next_before of the page before")
     return int(match[1]), int(match[2])
+
+
+# ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# The files of web/ and nothing else of the disk: read, hashed and compressed at the first request for any of them, then
+# served from memory. What names them in HTML and in the manifest carries their hash, so a browser keeps each for ever
+# and asks only for the page itself, which is usually 304. Streams and API answers are never compressed.
+
+WEB = Path(__file__).resolve().parent / "web"
+WEB_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webmanifest": "application/manifest+json",
+}
+PAGE_HEADERS = {  # of every file of the page; same-origin, not no-referrer: that would make a form's Origin null
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class WebFile(NamedTuple):
+    """A file of the page as it goes out; `packed` is gzip, or empty where that gains nothing."""
+
+    content: bytes
+    packed: bytes
+    media_type: str
+    digest: str
+
+
+def load_web_files(folder: Path) -> dict[str, WebFile]:
+    """The page's files by name, each one's mentions of the others with their hash."""
+    sources = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
+    files: dict[str, WebFile] = {}
+    for name, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0] == "index.html")):
+        content = re.sub(rb"/web/([\w.-]+)", lambda found: named_with_hash(found, files), source)
+        packed = b"" if name.endswith(".png") else gzip.compress(content, 9, mtime=0)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        files[name] = WebFile(content, packed, WEB_TYPES[Path(name).suffix], digest)
+    return files
+
+
+def named_with_hash(found: re.Match[bytes], files: Mapping[str, WebFile]) -> bytes:
+    file = files.get(found[1].decode())
+    return found[0] if file is None else found[0] + b"?v=" + file.digest.encode()
+
+
+def web_response(request: Request, name: str) -> Response:
+    """A file of the page, or 304. Raises NotFound."""
+    service = service_of(request)
+    if not service.web and WEB.is_dir():
+        service.web.update(load_web_files(WEB))
+    file = service.web.get(name)
+    if file is None:
+        raise NotFound(f"path: there is no file {printable(name, 60)!r} of the page")
+    forever = request.query_params.get("v") == file.digest
+    headers = {
+        **PAGE_HEADERS,
+        "Cache-Control": "public, max-age=31536000, immutable" if forever else "no-cache",
+        "ETag": f'W/"{file.digest}"',
+        "Vary": "Accept, Accept-Encoding",
+    }
+    if file.digest in request.headers.get("if-none-match", ""):
+        return Response(None, 304, headers)
+    if file.packed and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
+        return Response(file.packed, 200, {**headers, "Content-Encoding": "gzip"}, file.media_type)
+    return Response(file.content, 200, headers, file.media_type)
+
+
+async def get_web_file(request: Request) -> Response:
+    return web_response(request, request.path_params["name"])
+
+
+async def get_page(request: Request) -> Response:
+    return web_response(request, "index.html")
+
+
+async def get_root(request: Request) -> Response:
+    """The page to a browser, health to everybody else."""
+    if "text/html" in request.headers.get("accept", ""):
+        return await get_page(request)
+    answer = await get_health(request)
+    answer.headers["Vary"] = "Accept"
+    return answer
 
 
 # ── the table of endpoints, and what is read off it ─────────────────────────────────────────────────────────────────
@@ -4104,17 +6704,29 @@ class Endpoint:
     query: tuple[tuple[str, dict[str, Any], str], ...] = ()
     errors: tuple[int, ...] = ()
     curl: str = ""
+    media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
+    error: Any = ErrorAnswer  # the shape of those errors
+    example_id: str = ""
+    id_schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "integer", "minimum": 1})
+
+    @property
+    def shown_path(self) -> str:
+        """The path without the router's own notation."""
+        return self.path.replace(":path}", "}")
 
 
 WHOLE_NUMBER = {"type": "integer", "minimum": 0}
 AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
+RENDER = ("render", {"type": "string", "enum": ["html"]}, "html: answers as HTML too")
 LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
 BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
+QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
+DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
 REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
 ENDPOINTS = (
-    Endpoint("GET", "/", get_root, "the state of the service", HealthAnswer, errors=(503,)),
+    Endpoint("GET", "/", get_root, "the page to a browser, the state of the service to everybody else", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=(REFRESH,)),
     Endpoint(
@@ -4122,32 +6734,58 @@ ENDPOINTS = (
         Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
         curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, errors=(404,)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(404,)),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
-        streams=True, query=(AFTER,), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+        streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
     ),
     Endpoint(
         "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
         StatusAnswer, errors=(404, 503), curl="-X POST",
     ),
+    Endpoint(
+        "POST", "/api/v1/messages/{id}/regenerate", regenerate, "another answer to the same question, beside this one",
+        Message, RegenerateRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
+        curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
+    ),
+    Endpoint(
+        "POST", "/api/v1/messages/{id}/continue", continue_answer, "goes on with an answer that broke off, in place",
+        Message, ContinueRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504), curl="-N -X POST",
+    ),
     Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
     Endpoint(
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
-        ConversationList, query=(LIMIT, BEFORE), errors=(400,),
+        ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
     ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, errors=(404,)),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(404,)),
     Endpoint(
-        "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title or system prompt",
+        "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
     ),
     Endpoint(
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint(
+        "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
+        errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
+    ),
+    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
-    Endpoint("GET", "/docs", get_docs, "this API, to read"),
+    Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
+
+
+async def sign_in(request: Request) -> Response:
+    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+
+
+PAGE_ROUTES = [
+    Route("/c/{id}", get_page, methods=["GET"]),
+    Route("/web/{name}", get_web_file, methods=["GET"]),
+    Route("/sign-in", sign_in, methods=["GET", "POST"]),
+    Route("/sign-out", post_sign_out, methods=["POST"]),
+]
 
 
 def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
@@ -4168,15 +6806,15 @@ def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[R
     return by_method
 
 
-def openapi_document() -> dict[str, Any]:
+def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
-    types = {kind for one in ENDPOINTS for kind in (one.body, one.answer) if kind is not None} | {ErrorAnswer, StartedAnswer}
+    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {StartedAnswer}
     ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     references = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for one in ENDPOINTS:
-        paths.setdefault(one.path, {})[one.method.lower()] = operation_of(one, references)
+    for one in endpoints:
+        paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
     return {
         "openapi": "3.1.0",
         "info": {"title": "llmchat", "version": __version__, "description": "Answers that survive: streamed, stored, resumed."},
@@ -4189,47 +6827,34 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
     if one.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    if one.path == "/docs":
-        content = {"text/html": {"schema": {"type": "string"}}}
+    content.update({media: {"schema": {"type": "string"}} for media in one.media})
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is ChatRequest:
+    if one.body is not None and one.streams and one.error is ErrorAnswer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
     for status in sorted({*one.errors, 500}):
-        shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else ErrorAnswer]
+        shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
     parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
-    if "{id}" in one.path:
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}})
+    if "{id}" in one.shown_path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
     if one.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
     return {**operation, "responses": responses}
 
 
-DOCS_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif }
-body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
-code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
-pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
-table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
-.method { display: inline-block; min-width: 4rem; color: light-dark(#0b6b53, #5fd3b0) }
-"""
-
-
-def docs_page(base_url: str) -> str:
+def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
-    document = openapi_document()
-    sections = "".join(docs_section(one, base_url, document) for one in ENDPOINTS)
+    document = openapi_document(endpoints)
+    sections = "".join(docs_section(one, base_url, document) for one in endpoints)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>llmchat {__version__}: the API</title><style>{DOCS_STYLE}</style><body><h1>llmchat {__version__}</h1>"
+        f"<h1>llmchat {__version__}</h1>"
         f'<p>Every call with a line to try it. The same for machines: <a href="/openapi.json">/openapi.json</a>.'
         f"{sections}<h2>Errors</h2><pre>"
         f'{{"error": {{"code": "not_found", "message": "…", "retryable": false, "request_id": "…"}}}}</pre>'
-        f"<table><tr><th>code<th>status{codes}</table></html>"
+        f"<table><tr><th>code<th>status{codes}</table>"
     )
 
 
@@ -4240,10 +6865,10 @@ def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> s
     rows = "".join(
         f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}" for name, text in fields_of_body + fields_of_query
     )
-    url = base_url + one.path.replace("{id}", "2" if "messages" in one.path else "1")
+    url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
     curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
     return (
-        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.path)}</code></h2><p>{html.escape(one.summary)}'
+        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2><p>{html.escape(one.summary)}'
         f"<pre>{curl}</pre>{f'<table>{rows}</table>' if rows else ''}"
     )
 
@@ -4266,6 +6891,950 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 13. OpenAI view
+#
+# The API that everybody's tools speak, as a translation of the same messages: a chat completion and a response are each
+# a message of ours, started, committed, stopped and resumed by section 10 like any other, so both survive a lost
+# connection, and a restart as far as they had come. `chatcmpl-42` and `resp_42` are message 42. There is one
+# translation each way per format: turns of requests, and a View that takes our events one by one (ChatView,
+# ResponseView); a finished response goes through the same view. What a client did not ask to store lies in a hidden
+# conversation, and is swept LLMCHAT_UNSTORED_SECONDS after its end.
+#
+# What the official SDKs need, found by running them: (1) on a stream neither `id:` nor `retry:`, and a heartbeat is a
+# comment with one newline: their decoder hands an event without data on to the JSON parser; (2) a chat stream that ends
+# without a finish_reason passes for whole, so a failure is an error event, then [DONE]; (3) on /v1/responses a
+# top-level error event is raised, so there a failure is `response.failed`; (4) their helper replays from 0 and counts:
+# sequence_number comes from the stored rows alone; (5) they repeat a request after a 5xx, which could be paid twice:
+# x-should-retry says when not to. https://platform.openai.com/docs/api-reference
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+OPENAI_PREFIX = "/v1/"
+OPENAI_MESSAGES_MAX = 4096  # of one request
+OPENAI_HEARTBEAT = b": hb\n"  # (1)
+METADATA_MAX = 16  # pairs, as OpenAI has it
+INPUT_ITEMS_MAX = 100  # of one page
+
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Where OpenAI's status or code for the same is another than ours, so that SDKs raise what their users catch.
+OPENAI_STATUSES = {**ERROR_STATUSES, "provider_rejected": 400, "provider_rate_limited": 429}
+OPENAI_CODES = {
+    "unauthorized": "invalid_api_key",
+    "rate_limited": "rate_limit_exceeded",
+    "provider_rate_limited": "rate_limit_exceeded",
+}
+
+
+class OpenAIErrorDetail(Struct):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class OpenAIErrorAnswer(Struct, omit_defaults=True):
+    """Every error on /v1. `message_id`: the failed message, when there is one."""
+
+    error: OpenAIErrorDetail
+    message_id: int | None = None
+
+
+def openai_error(code: str, message: str, status: int) -> OpenAIErrorDetail:
+    """An error in OpenAI's words. Our messages begin with the field that they are about."""
+    field_name = re.match(r"([a-zA-Z_][\w.-]*): ", message) if status < 500 else None
+    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "server_error"
+    if status < 500:
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    return OpenAIErrorDetail(message, kind, field_name[1] if field_name else None, OPENAI_CODES.get(code, code))
+
+
+def render_error(error: LlmchatError, scope: Scope) -> Response:
+    """An error in the shape that its path promises. Nothing was started, so a repeat costs nothing (5)."""
+    plain = error_response(error, scope["request_id"])
+    if not scope["path"].startswith(OPENAI_PREFIX):
+        return plain
+    status, code = OPENAI_STATUSES[error.code], error.code
+    if isinstance(error, ModelNotFound):
+        status, code = 404, "model_not_found"
+    headers = {name: plain.headers[name] for name in ("www-authenticate", "retry-after") if name in plain.headers}
+    headers["x-should-retry"] = "true" if error.retryable else "false"
+    return json_response(OpenAIErrorAnswer(openai_error(code, error.message, status)), status, headers)
+
+
+def openai_failure(message_id: int, error: Mapping[str, Any]) -> Response:
+    """The error of an answer that was started: a repeated request would be paid again, so no SDK shall (5)."""
+    status = OPENAI_STATUSES.get(error["code"], 500)
+    detail = openai_error(error["code"], error["message"], status)
+    return json_response(OpenAIErrorAnswer(detail, message_id), status, {"x-should-retry": "false"})
+
+
+INTERRUPTED = {"code": "server_error", "message": "llmchat was stopped before the answer was finished; its text is kept"}
+
+# ── requests: chat completions ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Clients send many fields that they do not need: what is unknown is ignored, and what is known is checked. What would
+# change the answer's shape and cannot be had is refused, by `refuse_unsupported`.
+
+
+class OpenAIText(Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ImageUrl(Struct):
+    url: Annotated[str, Meta(description="a data URL; an address is not fetched")]
+
+
+class OpenAIImage(Struct, tag_field="type", tag="image_url"):
+    image_url: ImageUrl | str
+
+
+class OpenAIRefusal(Struct, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+class CalledFunction(Struct):
+    name: str
+    arguments: str = ""
+
+
+class OpenAIToolCall(Struct):
+    id: str
+    function: CalledFunction
+
+
+class SystemMessage(Struct, tag_field="role", tag="system"):
+    content: str | list[OpenAIText]
+
+
+class DeveloperMessage(Struct, tag_field="role", tag="developer"):
+    content: str | list[OpenAIText]
+
+
+class UserMessage(Struct, tag_field="role", tag="user"):
+    content: str | list[OpenAIText | OpenAIImage]
+
+
+class AssistantMessage(Struct, tag_field="role", tag="assistant"):
+    content: str | list[OpenAIText | OpenAIRefusal] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[OpenAIToolCall] | None = None
+
+
+class ToolMessage(Struct, tag_field="role", tag="tool"):
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    content: str | list[OpenAIText]
+
+
+OpenAIMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class Sampling(Struct):
+    """What both of OpenAI's requests may say about how a model is to answer."""
+
+    model: ModelName | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    stream: bool | None = None
+
+
+class ChatCompletionRequest(Sampling, kw_only=True):
+    """OpenAI's chat completion. Unknown fields are ignored; `store`: keep it as a conversation."""
+
+    messages: Annotated[list[OpenAIMessage], Meta(min_length=1, max_length=OPENAI_MESSAGES_MAX)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    stop: str | Annotated[list[str], Meta(max_length=16)] | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=20)] | None = None
+    seed: int | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    n: int | None = None
+    store: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    modalities: list[str] | None = None
+    functions: Any = None
+
+
+def refuse_unsupported(asked: ChatCompletionRequest) -> None:
+    """Raises InvalidRequest for what no answer of ours could hold."""
+    if asked.n not in (None, 1):
+        raise InvalidRequest(f"n: {asked.n} is not accepted; a request has 1 answer")
+    if asked.logprobs:
+        raise InvalidRequest("logprobs: true is not accepted; probabilities are not kept")
+    if asked.modalities and asked.modalities != ["text"]:
+        raise InvalidRequest(f"modalities: {printable(', '.join(asked.modalities), 60)} is not accepted; there is text")
+    if asked.functions:
+        raise InvalidRequest("functions: is not accepted; it is called tools")
+
+
+OpenAIParts = Sequence[OpenAIText | OpenAIImage | OpenAIRefusal]
+
+
+def content_of(content: str | OpenAIParts | None, name: str) -> tuple[Delta, ...]:
+    """A message's content as deltas; texts that were parts of their own stay paragraphs of their own."""
+    parts = [OpenAIText(content)] if isinstance(content, str) else content or []
+    deltas: list[Delta] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, OpenAIImage):
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            deltas.append(image_of(ImagePart(url), f"{name}.{index}"))
+            continue
+        text = part.refusal if isinstance(part, OpenAIRefusal) else part.text
+        if text and deltas and deltas[-1].kind == "text":
+            deltas.append(Delta("text", "\n\n"))
+        deltas += [Delta("text", text)] if text else []
+    return tuple(join_deltas(deltas))
+
+
+def turn_of(message: OpenAIMessage, name: str) -> Turn:
+    """One message of a client's history as a turn."""
+    content = content_of(message.content, f"{name}.content")
+    if isinstance(message, ToolMessage):
+        return Turn("tool", content, tool_call_id=message.tool_call_id)
+    if isinstance(message, UserMessage):
+        return Turn("user", content)
+    if not isinstance(message, AssistantMessage):
+        return Turn("system", content)
+    reasoning = [Delta("reasoning", message.reasoning_content)] if message.reasoning_content else []
+    calls = [called_delta(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return Turn("assistant", (*reasoning, *content, *calls))
+
+
+def called_delta(identity: str, name: str, arguments: str) -> Delta:
+    return Delta("tool_call", encode_json({"id": identity, "name": name, "arguments": arguments}).decode())
+
+
+async def create_chat_completion(request: Request) -> Response:
+    asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
+    refuse_unsupported(asked)
+    turns = [turn_of(message, f"messages.{index}") for index, message in enumerate(asked.messages)]
+    refuse_large(body, turns)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("messages: are empty; there is at least one character that is not a space")
+    leading = len(list(itertools.takewhile(lambda turn: turn.role == "system", turns)))
+    own = Asked(
+        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_completion_tokens or asked.max_tokens,
+        reasoning_effort=cast(Any, asked.reasoning_effort), tools=asked.tools, tool_choice=asked.tool_choice,
+    )  # fmt: skip
+    new = await new_message(request, own, body, tuple(turns[leading:]))
+    parameters = msgspec.structs.replace(
+        new.parameters, top_p=asked.top_p, stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop,
+        response_format=asked.response_format, seed=asked.seed, frequency_penalty=asked.frequency_penalty or None,
+        presence_penalty=asked.presence_penalty or None, parallel_tool_calls=asked.parallel_tool_calls,
+    )  # fmt: skip
+    system = "\n\n".join(text_of(turn.content) for turn in turns[:leading])
+    new = replace(new, parameters=parameters, system=system, hidden=not asked.store)
+    started = await service_of(request).generations.start(new)
+    return await answer_chat_completion(request, asked, started.message_id)
+
+
+# ── answers: chat completions ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def answer_chat_completion(request: Request, asked: ChatCompletionRequest, message_id: int) -> Response:
+    """The chat completion as a stream from its start, or whole."""
+    if asked.stream:
+        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        view = ChatView(message_id, with_usage)
+        return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+    message, error = await ended_message(request, message_id)
+    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
+    return json_response(chat_completion(message)) if error is None else openai_failure(message_id, error)
+
+
+def chat_completion(message: Message) -> dict[str, Any]:
+    calls = [openai_tool_call(json.loads(delta.text)) for delta in message.content if delta.kind == "tool_call"]
+    reasoning = "".join(delta.text for delta in message.content if delta.kind == "reasoning")
+    said = {
+        "role": "assistant", "content": message.text if message.text or not calls else None, "refusal": None,
+        **({"reasoning_content": reasoning} if reasoning else {}), **({"tool_calls": calls} if calls else {}),
+    }  # fmt: skip
+    return {
+        "id": f"chatcmpl-{message.id}",
+        "object": "chat.completion",
+        "created": message.created_at_ms // 1000,
+        "model": f"{message.provider}/{message.model}",
+        "choices": [{"index": 0, "message": said, "logprobs": None, "finish_reason": message.finish_reason or "stop"}],
+        "usage": chat_usage(message.usage),
+    }
+
+
+def chat_usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+decode_delta = msgspec.json.Decoder(Delta).decode
+
+
+class EndData(Struct):
+    """The data of an `end` event."""
+
+    status: str
+    finish_reason: str | None
+    usage: Usage | None
+    timing: Timing
+    error: dict[str, Any] | None
+
+
+decode_end = msgspec.json.Decoder(EndData).decode
+
+
+class ChatView:
+    """Our events as chunks of a chat completion. The first chunk names the role, as every client expects."""
+
+    def __init__(self, message_id: int, with_usage: bool) -> None:
+        self._message_id = message_id
+        self._with_usage = with_usage
+        self._calls = 0
+        self._head = b""
+        self._tail = b""
+
+    def translate(self, name: bytes, data: bytes) -> bytes:
+        if name == b"delta":
+            return self._delta(decode_delta(data))
+        if name == b"heartbeat":
+            return OPENAI_HEARTBEAT
+        if name == b"start":
+            return self._start(decode_json(data))
+        return self._end(decode_end(data)) if name == b"end" else b""
+
+    def _start(self, start: Mapping[str, Any]) -> bytes:
+        shape = {
+            "id": f"chatcmpl-{self._message_id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": f"{start['provider']}/{start['model']}",
+        }
+        self._head = b"data: " + encode_json(shape)[:-1]
+        self._tail = b',"usage":null}\n\n' if self._with_usage else b"}\n\n"
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _chunk(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> bytes:
+        choice = encode_json({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
+        return b'%s,"choices":[%s]%s' % (self._head, choice, self._tail)
+
+    def _delta(self, delta: Delta) -> bytes:
+        if delta.kind == "text":
+            return self._chunk({"content": delta.text})
+        if delta.kind == "reasoning":
+            return self._chunk({"reasoning_content": delta.text})
+        if delta.kind == "tool_call":
+            call = {"index": self._calls, **openai_tool_call(json.loads(delta.text))}
+            self._calls += 1
+            return self._chunk({"tool_calls": [call]})
+        return b""
+
+    def _end(self, end: EndData) -> bytes:
+        error = INTERRUPTED if end.status == "interrupted" else end.error
+        if error is not None:
+            detail = openai_error(error["code"], error["message"], OPENAI_STATUSES.get(error["code"], 500))
+            last = b"data: %s\n\n" % encode_json(OpenAIErrorAnswer(detail))
+        else:
+            last = self._chunk({}, end.finish_reason or "stop")
+            if self._with_usage:
+                last += b'%s,"choices":[],"usage":%s}\n\n' % (self._head, encode_json(chat_usage(end.usage)))
+        return last + b"data: [DONE]\n\n"
+
+
+# ── requests: responses ─────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Input is a list of items, and so is output: a message, reasoning, a call, the result of one. Ours are messages with
+# runs of deltas; an item's id says which message and which run of it, so a client may send the item back, or its id.
+
+
+class InputText(Struct, tag_field="type", tag="input_text"):
+    text: str
+
+
+class OutputText(Struct, tag_field="type", tag="output_text"):
+    text: str
+
+
+class InputImage(Struct, tag_field="type", tag="input_image"):
+    image_url: Annotated[str, Meta(description="a data URL; an address is not fetched")]
+
+
+class InputMessage(Struct):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText | InputImage | OpenAIRefusal]
+
+
+class InputCall(Struct):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    name: str
+    arguments: str = ""
+
+
+class InputCallOutput(Struct):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    output: str | list[InputText]
+
+
+class ReasoningText(Struct):
+    text: str
+
+
+class InputReasoning(Struct):
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
+
+
+class ItemReference(Struct):
+    id: str
+
+
+INPUT_ITEMS: dict[str, type[Struct]] = {
+    "message": InputMessage,
+    "function_call": InputCall,
+    "function_call_output": InputCallOutput,
+    "reasoning": InputReasoning,
+    "item_reference": ItemReference,
+}
+
+
+class ReasoningOptions(Struct):
+    effort: Annotated[str, Meta(max_length=20)] | None = None
+
+
+class TextOptions(Struct):
+    format: dict[str, Any] | None = None
+
+
+class ResponseRequest(Sampling, kw_only=True):
+    """OpenAI's response. Unknown fields are ignored. `instructions` are for this response alone; without `store` it is
+    deleted some time after its end; it survives a lost connection with or without `background`."""
+
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=OPENAI_MESSAGES_MAX)] = ""
+    instructions: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | None = None
+    previous_response_id: Annotated[str, Meta(max_length=100)] | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=METADATA_MAX)] | None = None
+    max_output_tokens: MaxTokens | None = None
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+
+def message_id_of(response_id: str, name: str) -> int:
+    """Raises NotFound for what is no id of a response."""
+    match = re.fullmatch(r"resp_([0-9]{1,15})", response_id)
+    if match is None:
+        raise NotFound(f"{name}: there is no response {printable(response_id, 60)!r}")
+    return int(match[1])
+
+
+def convert_item(item: dict[str, Any], name: str) -> Struct:
+    """An item of the input as its type. Raises InvalidRequest."""
+    kind = item.get("type") or "message"
+    wanted = INPUT_ITEMS.get(kind) if isinstance(kind, str) else None
+    if wanted is None:
+        accepted = ", ".join(INPUT_ITEMS)
+        raise InvalidRequest(f"{name}.type: {printable(json.dumps(kind), 60)} is not accepted; there is {accepted}")
+    try:
+        return msgspec.convert(item, wanted)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"{name}.{explain_validation(exc, item, wanted)}") from exc
+
+
+def chat_part(part: InputText | OutputText | InputImage | OpenAIRefusal) -> OpenAIText | OpenAIImage | OpenAIRefusal:
+    """A part of a response's input as a chat completion has it."""
+    if isinstance(part, InputImage):
+        return OpenAIImage(part.image_url)
+    return OpenAIText(part.text) if isinstance(part, InputText | OutputText) else part
+
+
+async def turn_of_item(request: Request, item: Struct, name: str) -> Turn:
+    """An item of the input as a turn. Raises InvalidRequest, NotFound."""
+    if isinstance(item, InputMessage):
+        parts = item.content if isinstance(item.content, str) else [chat_part(one) for one in item.content]
+        return Turn("system" if item.role == "developer" else item.role, content_of(parts, f"{name}.content"))
+    if isinstance(item, InputCall):
+        return Turn("assistant", (called_delta(item.call_id, item.name, item.arguments),))
+    if isinstance(item, InputCallOutput):
+        texts = item.output if isinstance(item.output, str) else [OpenAIText(one.text) for one in item.output]
+        return Turn("tool", content_of(texts, f"{name}.output"), tool_call_id=item.call_id)
+    if isinstance(item, InputReasoning):
+        text = "\n\n".join(one.text for one in item.content or item.summary or ())
+        return Turn("assistant", (Delta("reasoning", text),) if text else ())
+    assert isinstance(item, ItemReference), "every type of INPUT_ITEMS is here"
+    return await referenced_turn(request, item.id, name)
+
+
+async def referenced_turn(request: Request, item_id: str, name: str) -> Turn:
+    """What an item's id stands for. Raises NotFound."""
+    match = re.fullmatch(r"(msg|rs|fc)_([0-9]{1,15})_([0-9]{1,6})", item_id)
+    if match is not None:
+        with contextlib.suppress(NotFound):
+            message = await service_of(request).store.read(load_message, owner_of(request), int(match[2]))
+            items = group_items(message.content) if message.role == "assistant" else [message.content]
+            if message.role != "tool" and int(match[3]) < len(items):
+                return Turn(message.role, tuple(items[int(match[3])]))
+    raise NotFound(f"{name}.id: there is no item {printable(item_id, 60)!r}")
+
+
+def group_items(content: Iterable[Delta]) -> list[list[Delta]]:
+    """An answer's content by output item. A signature belongs to the reasoning before it, and is no item."""
+    groups: list[list[Delta]] = []
+    for delta in join_deltas(content):
+        if delta.kind != "signature":
+            groups.append([delta])
+        elif groups:
+            groups[-1].append(delta)
+    return groups
+
+
+async def turns_of_input(request: Request, given: str | Sequence[dict[str, Any]]) -> tuple[Turn, ...]:
+    """A response's input as turns; neighbouring items of an assistant are one."""
+    if isinstance(given, str):
+        return (Turn("user", (Delta("text", given),)),) if given.strip() else ()
+    turns: list[Turn] = []
+    for index, one in enumerate(given):
+        turn = await turn_of_item(request, convert_item(one, f"input.{index}"), f"input.{index}")
+        if turns and turn.role == turns[-1].role == "assistant":
+            turns[-1] = replace(turns[-1], content=turns[-1].content + turn.content)
+        else:
+            turns.append(turn)
+    return tuple(turns)
+
+
+def response_format_of(options: TextOptions | None) -> dict[str, Any] | None:
+    """The `text.format` of a response as a chat completion has it: its schema one level further in."""
+    form = options.format if options is not None else None
+    if form is None or form.get("type") == "text":
+        return None
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
+
+
+def tool_choice_of(choice: Any) -> Any:
+    """The `tool_choice` of a response as a chat completion has it."""
+    if isinstance(choice, dict) and choice.get("type") == "function" and "name" in choice:
+        return {"type": "function", "function": {"name": choice["name"]}}
+    return choice
+
+
+async def new_response(request: Request, asked: ResponseRequest, body: bytes) -> NewMessage:
+    """What a request for a response means. Raises InvalidRequest, NotFound, Conflict."""
+    for name in ("conversation", "prompt"):
+        if getattr(asked, name) is not None:
+            raise InvalidRequest(f"{name}: is not accepted; use previous_response_id, instructions and input")
+    turns = await turns_of_input(request, asked.input)
+    refuse_large(body, turns)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("input: is empty; there is at least one character that is not a space")
+    own = Asked(
+        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_output_tokens, tools=asked.tools,
+        reasoning_effort=cast(Any, asked.reasoning.effort if asked.reasoning is not None else None),
+        tool_choice=tool_choice_of(asked.tool_choice),
+    )  # fmt: skip
+    new = await new_message(request, own, body, turns)
+    parameters = msgspec.structs.replace(
+        new.parameters, top_p=asked.top_p, response_format=response_format_of(asked.text),
+        parallel_tool_calls=asked.parallel_tool_calls,
+    )  # fmt: skip
+    echoed = {name: value for name in RESPONSE_ECHOES if (value := getattr(asked, name)) is not None}
+    echoed |= {"model": str(new.targets[0]), "input_turns": len(turns)}
+    new = replace(new, parameters=parameters, answer_system=asked.instructions, response=echoed)
+    return await following(request, replace(new, hidden=asked.store is False), asked.previous_response_id)
+
+
+async def following(request: Request, new: NewMessage, previous_response_id: str | None) -> NewMessage:
+    """The new message behind another response: in its conversation if it is stored, else in one with a copy."""
+    if previous_response_id is None:
+        return new
+    message_id = message_id_of(previous_response_id, "previous_response_id")
+    conversation_id, turns = await service_of(request).store.read(load_previous, owner_of(request), message_id)
+    if new.hidden:
+        return replace(new, turns=turns + new.turns)
+    return replace(new, conversation_id=conversation_id, parent_id=message_id)
+
+
+# ── answers: responses ──────────────────────────────────────────────────────────────────────────────────────────────
+
+RESPONSE_ECHOES = (
+    "background", "metadata", "previous_response_id", "max_output_tokens", "temperature", "top_p", "tools",
+    "tool_choice", "parallel_tool_calls", "reasoning", "text",
+)  # fmt: skip
+RESPONSE_STATUSES = {
+    "running": "in_progress",
+    "completed": "completed",
+    "stopped": "cancelled",
+    "failed": "failed",
+    "interrupted": "failed",
+}
+INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
+RESPONSE_ERROR_CODES = {"provider_rate_limited": "rate_limit_exceeded", "provider_rejected": "invalid_prompt"}
+TERMINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed"}  # else response.incomplete
+
+
+def response_shape(stored: StoredResponse) -> dict[str, Any]:
+    """Everything of a response object that is known when it is created, and repeats its request."""
+    message, asked = stored
+    defaults = {
+        "background": False, "metadata": {}, "previous_response_id": None, "instructions": None, "temperature": None,
+        "max_output_tokens": None, "top_p": None, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
+        "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}, "store": True,
+        "model": f"{message.provider}/{message.model}",
+    }  # fmt: skip
+    return {
+        "id": f"resp_{message.id}",
+        "object": "response",
+        "created_at": message.created_at_ms // 1000,
+        **{name: asked.get(name, value) for name, value in defaults.items()},
+        "truncation": "disabled",
+    }
+
+
+def response_outcome(created_at_ms: int, end: EndData) -> dict[str, Any]:
+    """Everything of a response object that its end decides."""
+    status, error, incomplete = RESPONSE_STATUSES[end.status], end.error, None
+    if end.status == "completed" and end.finish_reason in INCOMPLETE_REASONS:
+        status, incomplete = "incomplete", {"reason": INCOMPLETE_REASONS[end.finish_reason]}
+    if end.status == "interrupted":
+        error = INTERRUPTED
+    if error is not None:
+        error = {"code": RESPONSE_ERROR_CODES.get(error["code"], "server_error"), "message": error["message"]}
+    completed_at = (created_at_ms + (end.timing.total_ms or 0)) // 1000 if status == "completed" else None
+    return {
+        "status": status,
+        "completed_at": completed_at,
+        "error": error,
+        "incomplete_details": incomplete,
+        "usage": response_usage(end.usage),
+    }
+
+
+def response_usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+
+
+class ResponseView:
+    """Our events as those of a response, and its output items.
+
+    Every event is numbered, and the numbers follow from the stored rows alone: two at the start, one for each row, and
+    those that open and close an item where the kind of content changes. Those up to `after` are left out. Once rows
+    were merged there are fewer: whoever then asks for what is after a number beyond the end gets the end.
+    """
+
+    def __init__(self, stored: StoredResponse, after: int = -1) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._shape = response_shape(stored)
+        self._created_at_ms = stored.message.created_at_ms
+        self._message_id = stored.message.id
+        self._after = after
+        self._number = 0
+        self._kind = ""  # of the open item; none is open at first
+        self._texts: list[str] = []  # of the open item
+
+    def translate(self, name: bytes, data: bytes) -> bytes:
+        if name == b"delta":
+            return self.take(decode_delta(data))
+        if name == b"heartbeat":
+            return OPENAI_HEARTBEAT
+        if name == b"start":
+            begun = {**self._shape, **UNFINISHED, "output": []}
+            return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+        return self._end(decode_end(data)) if name == b"end" else b""
+
+    def response(self, message: Message) -> dict[str, Any]:
+        """The response object of a message as it is now."""
+        for delta in message.content:
+            self.take(delta)
+        if message.status == "running":
+            self.close("in_progress")
+            return {**self._shape, **UNFINISHED, "output": self.items}
+        end = EndData(message.status, message.finish_reason, message.usage, message.timing, message.error)
+        return self._finished(end)
+
+    def take(self, delta: Delta) -> bytes:
+        """The events of a piece of content."""
+        if delta.kind != self._kind or delta.kind not in MERGED_KINDS:
+            events = self.close("completed") + self._open(delta)
+        else:
+            events = b""
+        if delta.kind not in ITEM_EVENTS:
+            return events
+        text = delta.text if delta.kind in MERGED_KINDS else self.items[-1]["arguments"]
+        self._texts.append(text)
+        position = {} if delta.kind == "tool_call" else {"content_index": 0}
+        extra: dict[str, Any] = {"logprobs": []} if delta.kind == "text" else {}
+        return events + self._item_event(f"{ITEM_EVENTS[delta.kind]}.delta", **position, delta=text, **extra)
+
+    def close(self, status: str) -> bytes:
+        """The events that end the open item, if there is one."""
+        if not self._kind:
+            return b""
+        kind, self._kind = self._kind, ""
+        item, text, name = self.items[-1], "".join(self._texts), ITEM_EVENTS[kind]
+        item["status"] = status
+        self._texts.clear()
+        if kind == "tool_call":
+            events = self._item_event(f"{name}.done", name=item["name"], arguments=text)
+        else:
+            part = {**CONTENT_PARTS[kind], "text": text}
+            item["content"] = [part]
+            extra: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+            events = self._item_event(f"{name}.done", content_index=0, text=text, **extra)
+            events += self._item_event("response.content_part.done", content_index=0, part=part)
+        return events + self._event("response.output_item.done", output_index=len(self.items) - 1, item=item)
+
+    def _open(self, delta: Delta) -> bytes:
+        """The events that begin an item; signatures and the like are none."""
+        if delta.kind not in ITEM_EVENTS:
+            return b""
+        self._kind = delta.kind
+        item = output_item(f"{self._message_id}_{len(self.items)}", delta)
+        self.items.append(item)
+        begun = {**item, "arguments": ""} if delta.kind == "tool_call" else item
+        events = self._event("response.output_item.added", output_index=len(self.items) - 1, item=begun)
+        if delta.kind != "tool_call":
+            part = {**CONTENT_PARTS[delta.kind], "text": ""}
+            events += self._item_event("response.content_part.added", content_index=0, part=part)
+        return events
+
+    def _end(self, end: EndData) -> bytes:
+        status = response_outcome(self._created_at_ms, end)["status"]
+        events = self.close("completed" if status == "completed" else "incomplete")
+        if self._after > self._number:
+            self._after = self._number - 1
+        return events + self._event(TERMINAL_EVENTS.get(status, "response.incomplete"), response=self._finished(end))
+
+    def _finished(self, end: EndData) -> dict[str, Any]:
+        outcome = response_outcome(self._created_at_ms, end)
+        self.close("completed" if outcome["status"] == "completed" else "incomplete")
+        return {**self._shape, **outcome, "output": self.items}
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        number = self._number
+        self._number += 1
+        if number <= self._after:
+            return b""
+        data = encode_json({"type": kind, "sequence_number": number, **fields})
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
+
+
+UNFINISHED = {"status": "in_progress", "completed_at": None, "error": None, "incomplete_details": None, "usage": None}
+ITEM_EVENTS = {
+    "text": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "tool_call": "response.function_call_arguments",
+}
+CONTENT_PARTS: dict[str, dict[str, Any]] = {
+    "text": {"type": "output_text", "annotations": [], "logprobs": []},
+    "reasoning": {"type": "reasoning_text"},
+}
+
+
+def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
+    """A new item of a response's output; the content of a call is complete, of the others it is still to come."""
+    if delta.kind == "text":
+        return {"id": f"msg_{suffix}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+    if delta.kind == "reasoning":
+        return {"id": f"rs_{suffix}", "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
+    call = json.loads(delta.text)
+    named = {"call_id": call["id"], "name": call["name"], "arguments": call["arguments"] or "{}"}
+    return {"id": f"fc_{suffix}", "type": "function_call", **named, "status": "in_progress"}
+
+
+# ── handlers: responses and models ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def create_response(request: Request) -> Response:
+    asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
+    new = await new_response(request, asked, body)
+    started = await service_of(request).generations.start(new)
+    if asked.stream:
+        return await stream_response(request, started.message_id, -1)
+    if asked.background:
+        stored = await load_stored(request, started.message_id)
+        shown = ResponseView(stored).response(stored.message)
+        return json_response({**shown, "status": "queued"} if shown["status"] == "in_progress" else shown)
+    message, error = await ended_message(request, started.message_id)
+    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
+    if error is not None:
+        return openai_failure(started.message_id, error)
+    return await answer_response(request, started.message_id)
+
+
+async def load_stored(request: Request, message_id: int) -> StoredResponse:
+    return await service_of(request).store.read(load_response, owner_of(request), message_id)
+
+
+async def answer_response(request: Request, message_id: int) -> Response:
+    """The response object as it is now."""
+    stored = await load_stored(request, message_id)
+    return json_response(ResponseView(stored).response(stored.message))
+
+
+async def stream_response(request: Request, message_id: int, after: int) -> Response:
+    view = ResponseView(await load_stored(request, message_id), after)
+    return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+
+
+def response_of_path(request: Request) -> int:
+    return message_id_of(request.path_params["id"], "response_id")
+
+
+async def get_response(request: Request) -> Response:
+    message_id = response_of_path(request)
+    after = query_integer(request, "starting_after", -1, -1, 2**53)
+    if request.query_params.get("stream", "false").lower() in ("true", "1"):
+        return await stream_response(request, message_id, after)
+    return await answer_response(request, message_id)
+
+
+async def cancel_response(request: Request) -> Response:
+    message_id = response_of_path(request)
+    await service_of(request).generations.stop(owner_of(request), message_id)
+    return await answer_response(request, message_id)
+
+
+async def remove_response(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), response_of_path(request)
+    while not await service.store.write(delete_response, owner, message_id, durable=True):
+        await service.generations.stop(owner, message_id)
+    return json_response({"id": f"resp_{message_id}", "object": "response", "deleted": True})
+
+
+def input_items_of(message_id: int, turn: Turn) -> list[dict[str, Any]]:
+    """A turn of a response's input as items; what an assistant said has the shape that it had as output."""
+    if turn.role == "tool":
+        output = {"call_id": turn.tool_call_id, "output": text_of(turn.content)}
+        return [{"id": f"fco_{message_id}_0", "type": "function_call_output", **output, "status": "completed"}]
+    if turn.role != "assistant":
+        said = {"role": turn.role, "content": [input_part(delta) for delta in turn.content]}
+        return [{"id": f"msg_{message_id}_0", "type": "message", **said, "status": "completed"}]
+    items = [output_item(f"{message_id}_{index}", group[0]) for index, group in enumerate(group_items(turn.content))]
+    for item, group in zip(items, group_items(turn.content), strict=True):
+        item["status"] = "completed"
+        if group[0].kind in CONTENT_PARTS:
+            item["content"] = [{**CONTENT_PARTS[group[0].kind], "text": group[0].text}]
+    return items
+
+
+def input_part(delta: Delta) -> dict[str, Any]:
+    if delta.kind != "image":
+        return {"type": "input_text", "text": delta.text}
+    image = json.loads(delta.text)
+    return {"type": "input_image", "detail": "auto", "image_url": f"data:{image['media_type']};base64,{image['data']}"}
+
+
+async def list_input_items(request: Request) -> Response:
+    """A page of what a response was asked with, newest first unless `order=asc`."""
+    limit = query_integer(request, "limit", 20, 1, INPUT_ITEMS_MAX)
+    order, after = request.query_params.get("order", "desc"), request.query_params.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order: {printable(order, 40)!r} is not accepted; there is asc and desc")
+    turns = await service_of(request).store.read(load_input, owner_of(request), response_of_path(request))
+    items = [item for message_id, turn in turns for item in input_items_of(message_id, turn)]
+    ordered = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in ordered]
+    if after is not None and after not in ids:
+        raise InvalidRequest(f"after: there is no item {printable(after, 60)!r} in this response's input")
+    first = 0 if after is None else ids.index(after) + 1
+    page = ordered[first : first + limit]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return json_response({"object": "list", "data": page, **ends, "has_more": first + limit < len(items)})
+
+
+async def list_openai_models(request: Request) -> Response:
+    service = service_of(request)
+    listed = await asyncio.gather(*map(service.providers.list_models, service.config.providers))
+    pairs = zip(service.config.providers, listed, strict=True)
+    data = [openai_model(Target(provider, model)) for provider, of_one in pairs for model in of_one.models]
+    return json_response({"object": "list", "data": data})
+
+
+async def get_openai_model(request: Request) -> Response:
+    providers = service_of(request).providers
+    target = await providers.resolve(None, request.path_params["id"])
+    listed = await providers.list_models(target.provider)
+    if listed.models and target.model not in listed.models:
+        raise ModelNotFound(f"model: {target.provider.name} has no model {printable(target.model, 60)!r}")
+    return json_response(openai_model(target))
+
+
+def openai_model(target: Target) -> dict[str, Any]:
+    return {"id": str(target), "object": "model", "created": 0, "owned_by": target.provider.name}
+
+
+# ── the table of these endpoints ────────────────────────────────────────────────────────────────────────────────────
+
+RESPONSE_ID = {"type": "string", "pattern": "^resp_[0-9]+$"}
+STREAM = ("stream", {"type": "boolean", "default": False}, "true: the events, live or long finished")
+STARTING_AFTER = ("starting_after", WHOLE_NUMBER, "only events with a greater sequence_number")
+ITEMS_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": INPUT_ITEMS_MAX, "default": 20}, "at most so many")
+ITEMS_ORDER = ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}, "by age")
+ITEMS_AFTER = ("after", {"type": "string"}, "the last_id of the page before")
+OpenAIEndpoint = partial(Endpoint, error=OpenAIErrorAnswer)
+OfResponse = partial(OpenAIEndpoint, id_schema=RESPONSE_ID, example_id="resp_2")
+
+OPENAI_ENDPOINTS = (
+    OpenAIEndpoint("GET", "/v1/models", list_openai_models, "for OpenAI clients: the models of all providers"),
+    OpenAIEndpoint(
+        "GET", "/v1/models/{id:path}", get_openai_model, "one of them",
+        errors=(404,), id_schema={"type": "string"}, example_id="demo/demo",
+    ),
+    OpenAIEndpoint(
+        "POST", "/v1/chat/completions", create_chat_completion, "OpenAI's chat completion, with any model",
+        body=ChatCompletionRequest, streams=True, errors=(400, 404, 409, 413, 429, 502, 503, 504),
+        curl=JSON_CURL + """'{"messages": [{"role": "user", "content": "Hello"}]}'""",
+    ),
+    OpenAIEndpoint(
+        "POST", "/v1/responses", create_response, "OpenAI's response, with any model",
+        body=ResponseRequest, streams=True, errors=(400, 404, 409, 413, 429, 502, 503, 504),
+        curl=JSON_CURL + """'{"input": "Hello"}'""",
+    ),
+    OfResponse(
+        "GET", "/v1/responses/{id}", get_response, "a response, or its events once more", streams=True,
+        query=(STREAM, STARTING_AFTER), errors=(400, 404, 503),
+    ),
+    OfResponse(
+        "DELETE", "/v1/responses/{id}", remove_response, "deletes a response and what it was asked with",
+        errors=(404,), curl="-X DELETE",
+    ),
+    OfResponse(
+        "POST", "/v1/responses/{id}/cancel", cancel_response, "ends a running response", errors=(404,), curl="-X POST",
+    ),
+    OfResponse(
+        "GET", "/v1/responses/{id}/input_items", list_input_items, "what a response was asked with",
+        query=(ITEMS_LIMIT, ITEMS_ORDER, ITEMS_AFTER), errors=(400, 404),
+    ),
+)  # fmt: skip
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 14. main
 #
 # `create_app` builds everything from a Config and opens it in its lifespan, whose end is the one place that says in
@@ -4274,6 +7843,7 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 # service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
+SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
 CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
 
 
@@ -4290,13 +7860,19 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
             line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
-            return json.dumps({**line, "trace": trace} if trace else line, ensure_ascii=False, default=str)
+            return printable_json({**line, "trace": trace} if trace else line)
         pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
         return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
 
     def _quote(self, value: Any) -> str:
         text = str(value)
-        return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"=]", text) or not text else text
+        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else printable_json(text)
+
+
+def printable_json(value: Any) -> str:
+    """JSON without any character that a terminal obeys or a log's reader takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isprintable() else json.dumps(value, default=str)
 
 
 def open_log(config: Config) -> None:
@@ -4305,13 +7881,14 @@ def open_log(config: Config) -> None:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
 
 class App(Starlette):
-    """Starlette with our envelope in place of its layers: one error renderer, and nothing between a stream and its socket."""
+    """Starlette with our envelope in place of its layers: one error renderer, and little between a stream and its socket."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Envelope(self.router)
+        return Envelope(self.router, self.state.service.gate, render_error)
 
 
 def create_app(config: Config) -> Starlette:
@@ -4319,11 +7896,14 @@ def create_app(config: Config) -> Starlette:
     store = Store(config.db)
     providers = Providers(config)
     generations = Generations(config, store, providers)
+    gate = Gate(config, store)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.interrupted = await store.open()
+        warn_of_network(config.db)
         generations.open()
+        await gate.open()
         try:
             yield
         finally:
@@ -4331,9 +7911,24 @@ def create_app(config: Config) -> Starlette:
             await providers.close()
             await store.close()
 
-    app = App(routes=routes_of(ENDPOINTS), lifespan=lifespan)
-    app.state.service = Service(config, store, providers, generations, time.monotonic())
+    endpoints = (*ENDPOINTS, *OPENAI_ENDPOINTS)
+    app = App(routes=[*routes_of(endpoints), *PAGE_ROUTES], lifespan=lifespan)
+    app.state.service = Service(config, store, providers, generations, gate, endpoints, time.monotonic())
     return app
+
+
+MOUNTS = Path("/proc/mounts")  # Linux
+
+
+def warn_of_network(path: str) -> None:
+    """A line in the log if the database is where SQLite's locks and its shared memory cannot be relied on."""
+    with contextlib.suppress(OSError):
+        folder = os.path.realpath(Path(path).absolute().parent)
+        kind = network_file_system(folder, MOUNTS.read_text(encoding="utf-8", errors="replace"))
+        if kind is not None:
+            advice = "SQLite can lose data there: https://sqlite.org/useovernet.html; put the database on a local disk"
+            fields_of_line = {"type": kind, "folder": folder, "advice": advice}
+            log.warning("database on a network file system", extra={"fields": fields_of_line})
 
 
 def open_socket(config: Config) -> socket.socket:
@@ -4341,11 +7936,105 @@ def open_socket(config: Config) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as exc:
+        listener.close()
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
     return listener
+
+
+def refusal(is_too_large: bool) -> bytes:
+    """The whole response to what is no request."""
+    status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
+    if is_too_large:
+        status, error = 431, TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+    request_id = f"{random.getrandbits(64):016x}"
+    response = error_response(error, request_id)
+    own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
+    lines = [b"%s: %s\r\n" % pair for pair in [*response.raw_headers, *SECURITY_HEADERS.items(), *own]]
+    return b"HTTP/1.1 %d %s\r\n%s\r\n%s" % (status, HTTPStatus(status).phrase.encode(), b"".join(lines), response.body)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there.
+
+    The timer runs whenever a head is awaited: from the connection's start, from a request's first byte, and from any
+    byte after an answer (blank lines, the rest of a body that nobody read), for uvicorn's own timer ends with such a
+    byte. `_head_bytes` counts what the parser has reported of the head, and of trailers, which are dropped: nothing
+    that comes after a body may pass for a header. `_silent_bytes` counts what it keeps to itself: one endless line.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _silent_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        self._silent_bytes += len(data)
+        super().data_received(data)
+        if self._silent_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = self._silent_bytes = 0
+        self._await_head()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + len(": \r\n"))
+        if self._head_timer is not None:  # else it is a trailer
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._silent_bytes = 0
+        super().on_body(body)
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        self._silent_bytes = 0
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise TooLarge("the parser hands this on as an error of its own")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
+        running = self.cycle is not None and not self.cycle.response_complete
+        if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
+            self.transport.write(refusal(max(self._head_bytes, self._silent_bytes) > HEAD_BYTES_MAX))
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing is upgraded here, and anybody could fill the log with it."""
+
+    def _end_head(self) -> None:
+        self._silent_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class Server(uvicorn.Server):
@@ -4374,25 +8063,36 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._generations.drain()
-        await super().shutdown(sockets)
+        timer = self._loop.call_later(CLOSE_SECONDS, self._abort_connections)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _abort_connections(self) -> None:
+        """Ends what clients that do not read keep open, so that their streams end as when a client goes away."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 async def serve(config: Config) -> None:
     """Runs the service until a signal. Raises StartError."""
     with open_socket(config) as listener:
+        config, is_new_token = with_token(config)
         app = create_app(config)
         async with app.router.lifespan_context(app):
             settings = uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, date_header=False, timeout_graceful_shutdown=CLOSE_SECONDS,
+                app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSE_SECONDS + 1,
             )  # fmt: skip
             host, port = listener.getsockname()[:2]
-            greeting = partial(greet, config, host, port, app.state.interrupted)
+            greeting = partial(greet, config, host, port, app.state.interrupted, is_new_token)
             await Server(settings, app.state.service.generations, greeting).serve([listener])
 
 
-def greet(config: Config, host: str, port: int, interrupted: int) -> None:
-    """Where it listens, which database it uses, which providers it found; and what to set for keys it cannot use."""
+def greet(config: Config, host: str, port: int, interrupted: int, is_new_token: bool) -> None:
+    """Where it listens, which database it uses, which providers it found; what to set for keys it cannot use; how to
+    sign in with a token that was made now. That link is shown this once; the token stays in its file."""
     shown = f"[{host}]" if ":" in host else host
     found = ", ".join(one.name for one in config.providers)
     hint = " (no key was found; set one such as OPENAI_API_KEY, or OLLAMA_BASE_URL)" if found == DEMO else ""
@@ -4400,6 +8100,9 @@ def greet(config: Config, host: str, port: int, interrupted: int) -> None:
     print(f"llmchat {__version__} listens on http://{shown}:{port}")
     print(f"database: {Path(config.db).absolute()}{ended}")
     print(f"providers: {found}{hint}", *config.unusable_keys, sep="\n", flush=True)
+    if is_new_token:
+        reached = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+        print(f"sign in at http://{reached}:{port}/sign-in?token={config.token} (kept in {token_path(config)})", flush=True)
 
 
 def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -4412,19 +8115,31 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
         "  <PROVIDER>_MODELS (comma list) and <PROVIDER>_DIALECT (openai | anthropic) say more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("command", nargs="?", choices=("backup",), help="copies the database, also while it runs")
+    parser.add_argument("file", nargs="?", help="where the backup goes; nothing is overwritten")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", help="TCP port to listen on")
     parser.add_argument("--db", help="path of the SQLite database")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if (parsed.command is None) != (parsed.file is None):
+        parser.error("backup: say where to: llmchat backup FILE")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     flags = vars(parse_arguments_of_main(arguments))
+    command, file = flags.pop("command"), flags.pop("file")
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
+        if command == "backup":
+            print(f"backup of {config.db}: {file}, {save_backup(config.db, file):,} bytes")
+            return 0
         open_log(config)
+        if is_open_to_others(Path(".env")):
+            log.warning("others on this machine can read .env with the keys in it; chmod 600 .env")
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serve(config))
     except StartError as exc:
