@@ -19,7 +19,8 @@ import llmchat
 from tests.client import EventStream, Reader
 from tests.conftest import Server
 
-ENDPOINTS = [(one.method, one.path) for one in llmchat.ENDPOINTS]
+ALL_ENDPOINTS = (*llmchat.ENDPOINTS, *llmchat.OPENAI_ENDPOINTS)
+ENDPOINTS = [(one.method, one.shown_path) for one in ALL_ENDPOINTS]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_the_page_loads_nothing(page: str) -> None:
 def test_a_host_header_cannot_put_marks_into_the_page(shared: Server) -> None:
     response = shared.get("/docs", headers={"Host": "127.0.0.1<script>"})
     assert (response.status_code, response.headers["content-type"]) == (403, "application/json")
-    assert "<script>" not in llmchat.docs_page("http://127.0.0.1<script>")
+    assert "<script>" not in llmchat.docs_page(ALL_ENDPOINTS, "http://127.0.0.1<script>")
 
 
 def test_every_curl_line_works(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_every_curl_line_works(tmp_path: Path) -> None:
             "message_id"
         ]
         lines = curl_lines(server.get("/docs").text)
-        for line, endpoint in zip(lines, llmchat.ENDPOINTS, strict=True):
+        for line, endpoint in zip(lines, ALL_ENDPOINTS, strict=True):
             body = run_curl(line.replace("/messages/2/continue", f"/messages/{broken}/continue"))
             if endpoint.streams:
                 assert body.rstrip().split("\n\n")[-1].startswith("event: end\n"), line

@@ -247,8 +247,8 @@ async def pass_steps(count: int) -> None:
 
 
 async def read_stream(stream: llmchat.Stream, reader: Reader) -> None:
-    async with contextlib.aclosing(stream.frames()) as frames:
-        async for data in frames:
+    with stream:
+        while (data := await stream.read()) is not None:
             blocks = data.removeprefix(b"retry: 1000\n").split(b"\n\n")
             for block in filter(None, blocks):
                 reader.take(parse_event(block))

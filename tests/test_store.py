@@ -108,7 +108,7 @@ def tables_of(path: Path) -> set[str]:
 
 def test_a_new_database_has_every_migration_and_no_backup(tmp_path: Path, migrations: Path) -> None:
     number = add_migration(migrations, "CREATE TABLE more (a TEXT) STRICT;\n-- the end; really\n")
-    llmchat.prepare_database(str(tmp_path / "x.db"))
+    llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     assert version_of(tmp_path / "x.db") == number
     assert {"conversation", "message", "delta", "more"} <= tables_of(tmp_path / "x.db")
     assert [one.name for one in tmp_path.iterdir() if "before" in one.name] == []
@@ -116,13 +116,13 @@ def test_a_new_database_has_every_migration_and_no_backup(tmp_path: Path, migrat
 
 def test_a_migration_that_breaks_in_its_middle_leaves_nothing_of_itself(tmp_path: Path, migrations: Path) -> None:
     path, before = tmp_path / "x.db", len(list(migrations.iterdir()))
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     number = add_migration(migrations, "CREATE TABLE half (a TEXT) STRICT;\nCREATE TABLE message (b TEXT) STRICT;\n")
     with pytest.raises(llmchat.StartError, match=r"^database .*x\.db: table message already exists$"):
-        llmchat.prepare_database(str(path))
+        llmchat.prepare_database(str(path), suspect=False)
     assert version_of(path) == before and "half" not in tables_of(path)
     (migrations / f"{number:04}_more.sql").write_text("CREATE TABLE whole (a TEXT) STRICT;\n", encoding="utf-8")
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     assert version_of(path) == number and "whole" in tables_of(path)
 
 
@@ -130,7 +130,7 @@ def test_the_migrations_before_a_broken_one_stay(tmp_path: Path, migrations: Pat
     number = add_migration(migrations, "CREATE TABLE good (a TEXT) STRICT;\n")
     add_migration(migrations, "CREATE TABLE half (a TEXT) STRICT;\nNOT SQL;\n")
     with pytest.raises(llmchat.StartError, match="syntax error"):
-        llmchat.prepare_database(str(tmp_path / "x.db"))
+        llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     assert version_of(tmp_path / "x.db") == number
     assert "good" in tables_of(tmp_path / "x.db") and "half" not in tables_of(tmp_path / "x.db")
 
@@ -139,13 +139,13 @@ def test_an_existing_database_is_backed_up_beside_itself_before_it_is_migrated(
     tmp_path: Path, migrations: Path
 ) -> None:
     path, before = tmp_path / "x.db", len(list(migrations.iterdir()))
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     with connected(path) as connection:
         connection.execute(
             "INSERT INTO conversation (owner, title, created_at_ms, updated_at_ms) VALUES ('local', 'kept', 1, 1)"
         )
     number = add_migration(migrations, "DELETE FROM conversation;\n")
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     backup = tmp_path / f"x.db.before-{number:04}"
     assert version_of(backup) == before
     with connected(backup) as connection:
@@ -155,17 +155,17 @@ def test_an_existing_database_is_backed_up_beside_itself_before_it_is_migrated(
 
 def test_a_database_that_is_up_to_date_is_not_backed_up(tmp_path: Path, migrations: Path) -> None:
     for _ in range(2):
-        llmchat.prepare_database(str(tmp_path / "x.db"))
+        llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     assert {one.name for one in tmp_path.iterdir()} == {"x.db", "migrations"}
 
 
 def test_a_newer_database_is_refused(tmp_path: Path, migrations: Path) -> None:
     path = tmp_path / "x.db"
     number = add_migration(migrations, "CREATE TABLE more (a TEXT) STRICT;\n")
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     (migrations / f"{number:04}_more.sql").unlink()
     with pytest.raises(llmchat.StartError, match=f"is of version {number}, made by a newer llmchat"):
-        llmchat.prepare_database(str(path))
+        llmchat.prepare_database(str(path), suspect=False)
 
 
 # ── constraints ──
@@ -173,7 +173,7 @@ def test_a_newer_database_is_refused(tmp_path: Path, migrations: Path) -> None:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    llmchat.prepare_database(str(tmp_path / "x.db"))
+    llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     with connected(tmp_path / "x.db") as connection:
         connection.execute(
             "INSERT INTO conversation (id, owner, created_at_ms, updated_at_ms) VALUES (1, 'local', 1, 1)"
