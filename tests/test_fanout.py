@@ -110,7 +110,7 @@ def test_readers_get_everything_while_as_many_others_never_read(provider: Provid
             assert (checksum, length, end["status"]) == expected
         late = memory_bytes(server, "VmHWM") - before
         print(f"memory: {before / 1e6:.1f} MB, {growth / 1e6:+.1f} with all content out, {late / 1e6:+.1f} at last")
-        assert growth < GROWTH_BYTES_MAX
+        assert growth < GROWTH_BYTES_MAX and late < GROWTH_BYTES_MAX
         wait_until(lambda: server.get("/api/v1/health").json()["subscribers"] == 0, "the end of all streams")
     assert len(provider.chats) == asked + 2, "one for the warm-up, one for all fifty"
 
