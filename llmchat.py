@@ -5077,7 +5077,7 @@ class Gate:
         """Raises Unauthorized; RateLimited after too many of those."""
         address = self.address_of(scope)
         if wait := self._throttle.wait_seconds(address):
-            raise RateLimited(f"too many failed sign-ins; wait {wait:.0f} s", retry_after_seconds=wait)
+            raise RateLimited(f"too many failed sign-ins; wait {math.ceil(wait)} s", retry_after_seconds=wait)
         shown, owner = hash_secret(token), None
         for known, name in self._owners.items():
             if hmac.compare_digest(known, shown):
