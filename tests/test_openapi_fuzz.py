@@ -1,4 +1,4 @@
-"""/openapi.json against the running service: generated requests, with a token and without, and every answer as promised.
+"""/openapi.json against the running service: generated requests, with a token and without; answers as promised.
 
 For each operation Schemathesis makes requests that fit the schema and requests that do not. Whatever comes: no 500, a
 status and a content type that the operation names, a body that fits its schema, no stack trace.
