@@ -5521,7 +5521,7 @@ class Gate:
         """Raises Unauthorized; RateLimited after too many of those."""
         address = self.address_of(scope)
         if wait := self._throttle.wait_seconds(address):
-            raise RateLimited(f"too many failed sign-ins; wait {wait:.0f} s", retry_after_seconds=wait)
+            raise RateLimited(f"too many failed sign-ins; wait {math.ceil(wait)} s", retry_after_seconds=wait)
         shown, owner = hash_secret(token), None
         for known, name in self._owners.items():
             if hmac.compare_digest(known, shown):
@@ -6734,7 +6734,7 @@ ENDPOINTS = (
         Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
         curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(404,)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(400, 404)),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
         streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
@@ -6757,7 +6757,7 @@ ENDPOINTS = (
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
         ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
     ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(404,)),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(400, 404)),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
@@ -6819,20 +6819,34 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "llmchat", "version": __version__, "description": "Answers that survive: streamed, stored, resumed."},
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"token": []}],  # on this machine alone none is needed
     }
+
+
+# Of each event of a stream, as tools read a schema of text/event-stream before OpenAPI 3.2 has a word for it.
+EVENT_SCHEMA = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "event": {"type": "string", "description": "start, delta, html, heartbeat, notice, reset or end"},
+        "data": {"type": "string", "description": "JSON"},
+        "id": {"type": "string", "pattern": "^[0-9]*$", "description": "the offset after the event"},
+        "retry": {"type": "integer"},
+    },
+}
 
 
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
     if one.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT_SCHEMA}
     content.update({media: {"schema": {"type": "string"}} for media in one.media})
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
     if one.body is not None and one.streams and one.error is ErrorAnswer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
-    for status in sorted({*one.errors, 500}):
+    for status in sorted({*one.errors, 401, 403, 429, 500}):
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
     parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
