@@ -168,6 +168,10 @@ SWEEP_SECONDS_MIN = 0.25  # between two of those
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
 
+MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
+MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
+MERGE_COST_RATIO = 4  # merging may take one part in this many of the time, and one
+
 CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
 CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
 BACKUP_STEP_PAGES = 256  # of one step of a copy, 1 MB: between two steps it can be given up
@@ -3625,7 +3629,7 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
     if row["status"] == "running" or (row["status"] == "completed" and row["finish_reason"] != "length"):
         raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
     connection.execute(
-        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
+        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL, merged = 0,"
         " provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
@@ -3773,6 +3777,59 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
             (now_ms(), outcome.message_id),
         )
         index_ended(connection, outcome.message_id)
+
+
+def find_unmerged(connection: sqlite3.Connection) -> tuple[int, int] | None:
+    """The answer that has waited longest for its rows to be merged, and when it ended; None: there is none."""
+    row = connection.execute(
+        "SELECT id, ended_at_ms FROM message WHERE merged = 0 AND role = 'assistant' AND ended_at_ms IS NOT NULL"
+        " ORDER BY ended_at_ms LIMIT 1"
+    ).fetchone()
+    return None if row is None else (row[0], row[1])
+
+
+def merge_deltas(connection: sqlite3.Connection, message_id: int, ended_at_ms: int, offset: int) -> int | None:
+    """Merges some rows of an ended answer, from this offset on. Returns where to go on; None: all is done.
+
+    Rows that follow each other and are of one kind become one of at most FRAME_CHARACTERS_MAX, which bounds a page.
+    No character changes its offset, so no cursor can tell. Nothing is done if the answer runs again, or is gone.
+    """
+    ended = "SELECT 1 FROM message WHERE id = ? AND ended_at_ms = ?"
+    if connection.execute(ended, (message_id, ended_at_ms)).fetchone() is None:
+        return None
+    rows = connection.execute(
+        "SELECT offset, kind, CASE WHEN kind IN ('text', 'reasoning') THEN text END FROM delta"
+        " WHERE message_id = ? AND offset >= ? ORDER BY offset LIMIT ?",
+        (message_id, offset, MERGE_ROWS),
+    ).fetchall()
+    last = offset
+    for group in group_rows(rows):
+        last = group[0][0]
+        if len(group) > 1:
+            between = (message_id, last + 1, group[-1][0])
+            connection.execute("DELETE FROM delta WHERE message_id = ? AND offset BETWEEN ? AND ?", between)
+            values = ("".join(text for _, _, text in group), message_id, last)
+            connection.execute("UPDATE delta SET text = ? WHERE message_id = ? AND offset = ?", values)
+    if len(rows) == MERGE_ROWS:
+        return last
+    connection.execute("UPDATE message SET merged = 1 WHERE id = ?", (message_id,))
+    return None
+
+
+def group_rows(rows: Iterable[tuple[int, str, str]]) -> Iterator[list[tuple[int, str, str]]]:
+    """Rows (offset, kind, text) in the groups that may become one row each."""
+    group: list[tuple[int, str, str]] = []
+    characters = 0
+    for row in rows:
+        _, kind, text = row
+        fits = kind in MERGED_KINDS and group and kind == group[0][1] and characters + len(text) <= FRAME_CHARACTERS_MAX
+        if group and not fits:
+            yield group
+            group, characters = [], 0
+        group.append(row)
+        characters += len(text) if kind in MERGED_KINDS else 0
+    if group:
+        yield group
 
 
 def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
@@ -4612,10 +4669,63 @@ class Generation:
         return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
 
 
+class Merger:
+    """Merges the rows of answers that ended a while ago: a stream leaves one every few milliseconds.
+
+    One task, which looks at the start and when `wake` says that something has ended; it sleeps until the oldest answer
+    is due, and without a timer when there is none. Between small transactions it leaves the database to the others.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ended = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.create_task(self._merge_forever(), name="merger")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def wake(self) -> None:
+        """An answer has ended."""
+        self._ended.set()
+
+    async def _merge_forever(self) -> None:
+        while True:
+            self._ended.clear()
+            try:
+                seconds = await self._merge_what_is_due()
+            except (StoreUnavailable, sqlite3.Error) as exc:
+                log.warning("rows not merged", extra={"fields": {"error": reason_of(exc)}})
+                seconds = MERGE_AFTER_SECONDS
+            if seconds is None:
+                await self._ended.wait()
+            else:
+                await asyncio.sleep(seconds)
+
+    async def _merge_what_is_due(self) -> float | None:
+        """Returns the seconds until the next answer is due; None: there is none."""
+        while (found := await self._store.read(find_unmerged)) is not None:
+            message_id, ended_at_ms = found
+            wait = MERGE_AFTER_SECONDS - (now_ms() - ended_at_ms) / 1000
+            if wait > 0:
+                return min(wait, MERGE_AFTER_SECONDS)  # a clock that was set back is not waited for
+            offset: int | None = 0
+            while offset is not None:
+                started_at = time.monotonic()
+                offset = await self._store.write(merge_deltas, message_id, ended_at_ms, offset)
+                await asyncio.sleep((time.monotonic() - started_at) * MERGE_COST_RATIO)
+        return None
+
+
 class Generations:
     """Everything that runs: starts it, stops it, flushes it, streams it, drains it."""
 
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
+        self.merger = Merger(store)
         self.running: dict[int, Generation] = {}
         self.draining = False
         self.streams: Counter[int] = Counter()  # open streams per message
@@ -4637,6 +4747,7 @@ class Generations:
     def open(self) -> None:
         self._flusher = asyncio.create_task(self._flush_forever(), name="flusher")
         self._start_sweep()
+        self.merger.open()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
@@ -4648,6 +4759,7 @@ class Generations:
             task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        await self.merger.close()
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         if self._flusher is not None:
             self._flusher.cancel()
@@ -4936,6 +5048,7 @@ class Generations:
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
+            self.merger.wake()
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
