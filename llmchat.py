@@ -2779,9 +2779,6 @@ class Providers:
         prefix, slash, rest = wanted.partition("/")
         if slash and rest and self._config.provider(prefix):
             return self._check(Target(self._find(prefix, name), rest), name)
-        for provider in self._config.providers:
-            if wanted in provider.models:
-                return Target(provider, wanted)
         if found := await self._find_by_model(wanted, name):
             return found
         if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
@@ -2790,11 +2787,15 @@ class Providers:
         raise ModelNotFound(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
 
     async def _find_by_model(self, wanted: str, name: str) -> Target | None:
-        """The target of a model without its provider, where only one provider lists it. Raises ModelNotFound."""
-        if len(self._config.providers) == 1 or self._config.provider(wanted):
-            return None
-        listed = await asyncio.gather(*map(self.list_models, self._config.providers))
-        found = [Target(one, wanted) for one, of_one in zip(self._config.providers, listed, strict=True) if wanted in of_one.models]
+        """The target of a model without its provider, where only one has it. Raises ModelNotFound.
+
+        The lists that the configuration gives come first; only then are the providers asked for theirs.
+        """
+        found = [Target(one, wanted) for one in self._config.providers if wanted in one.models]
+        if not found and len(self._config.providers) > 1 and self._config.provider(wanted) is None:
+            listed = await asyncio.gather(*map(self.list_models, self._config.providers))
+            pairs = zip(self._config.providers, listed, strict=True)
+            found = [Target(one, wanted) for one, of_one in pairs if wanted in of_one.models]
         if len(found) > 1:
             raise ModelNotFound(f"{name}: several providers have {wanted!r}; write one of {', '.join(map(str, found))}")
         return found[0] if found else None
