@@ -1579,8 +1579,9 @@ function openPopover(popover, anchor) {
   const { offsetWidth: width, offsetHeight: height } = popover;
   const isBelow = at.bottom + height + 12 < innerHeight || at.top < height + 12;
   const left = Math.max(8, Math.min(at.left, innerWidth - width - 8));
-  const top = isBelow ? Math.min(at.bottom + 6, innerHeight - height - 8) : at.top - height - 6;
-  Object.assign(popover.style, { left: `${left}px`, top: `${Math.max(8, top)}px` });
+  const top = isBelow ? `${Math.max(8, Math.min(at.bottom + 6, innerHeight - height - 8))}px` : "auto";
+  const bottom = isBelow ? "auto" : `${innerHeight - at.top + 6}px`; // it stays by its element when it shrinks
+  Object.assign(popover.style, { left: `${left}px`, top, bottom });
   anchor.setAttribute("aria-expanded", "true");
   popover.onbeforetoggle = (event) => {
     if (event.newState === "closed") anchor.setAttribute("aria-expanded", "false");
@@ -1632,8 +1633,8 @@ function followModel() {
   renderModel();
 }
 
-async function loadModels(refresh = false) {
-  const help = await api("GET", `/api/v1/help${refresh ? "?refresh=1" : ""}`).catch(() => null);
+async function loadModels() {
+  const help = await api("GET", "/api/v1/help").catch(() => null);
   if (!help) return;
   Object.assign(state, { providers: help.providers, defaultModel: help.default_model, unusableKeys: help.unusable_keys });
   renderModel();
@@ -1693,6 +1694,11 @@ function openPicker(anchor, current, choose) {
   activate(active);
   search.focus();
   if (!state.providers.length) loadModels().then(draw);
+}
+
+function startPicker() {
+  $("model").onclick = () => openPicker($("model"), chosenModel(), chooseModel);
+  renderModel();
 }
 
 function modelGroup(group, current, options, pick) {
@@ -1781,7 +1787,9 @@ function startSettings() {
   }
   $("open-settings").onclick = () => (closeDrawer(), openSettings());
   $("close-settings").onclick = () => $("settings").close();
-  $("settings").onclick = (event) => event.target === $("settings") && $("settings").close();
+  $("settings").onclick = (event) => {
+    if (event.target === $("settings")) $("settings").close(); // beside it
+  };
   $("system").onchange = () => changeConversation({ system: $("system").value });
   $("temperature").oninput = () => showTemperature($("temperature").value);
   $("temperature").onchange = () => changeConversation({ temperature: Number($("temperature").value) });
@@ -1915,7 +1923,7 @@ function start() {
   startComposer();
   startScrolling();
   startConnection();
-  renderModel();
+  startPicker();
   renderEmpty();
   document.addEventListener("click", onLink);
   document.addEventListener("keydown", onKey);
