@@ -181,6 +181,7 @@ const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byt
 // object stays the same object for as long as the conversation is shown: turns hang on it.
 
 let localId = 0;
+const TURNS_AT_ONCE = 30; // a long conversation is drawn from its end, a few turns per task, so that nothing stutters
 
 class Conversation {
   constructor() {
@@ -193,6 +194,7 @@ class Conversation {
     this.choices = new Map(); // parent id → the child that is shown; without one, the newest
     this.loaded = true;
     this.ours = false; // the next change of updated_at_ms is our own
+    this.drawn = TURNS_AT_ONCE; // so many of the newest turns are in the document
   }
 
   /** Takes what the server has; follows the newest path if the one shown only grew. */
@@ -782,10 +784,12 @@ function renderConversation() {
   const children = conversation.children();
   const path = conversation.path(children);
   const isBusy = path.some((message) => message.status === "running");
-  const elements = path.map((message, depth) => {
+  const last = path.at(-1);
+  const elements = path.slice(-conversation.drawn).map((message) => {
     const siblings = children.get(message.parent_id);
-    return turnOf(message).update({ siblings, index: siblings.indexOf(message), isLeaf: depth === path.length - 1, isBusy });
+    return turnOf(message).update({ siblings, index: siblings.indexOf(message), isLeaf: message === last, isBusy });
   });
+  if (conversation.drawn < path.length) setTimeout(() => drawMore(conversation));
   place($("turns"), conversation.loaded ? elements : [skeleton()]);
   const isEmpty = conversation.loaded && path.length === 0;
   document.body.classList.toggle("empty", isEmpty);
@@ -794,6 +798,11 @@ function renderConversation() {
   $("conversation-menu").hidden = conversation.id === null;
   updateTitle();
   updateComposer();
+}
+
+function drawMore(conversation) {
+  conversation.drawn += TURNS_AT_ONCE;
+  if (conversation === state.conversation) renderConversation();
 }
 
 function skeleton() {
@@ -857,7 +866,10 @@ async function loadConversation(conversation, found = null) {
   }
   conversation.adopt(data);
   if (conversation !== state.conversation) return;
-  if (found) conversation.reveal(found);
+  if (found) {
+    conversation.reveal(found);
+    conversation.drawn = Infinity;
+  }
   renderConversation();
   followModel();
   syncStream();
