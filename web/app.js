@@ -717,7 +717,7 @@ class AnswerTurn extends Turn {
       const about = usage.estimated ? "≈ " : "";
       parts.push(`${about}${usage.output_tokens.toLocaleString("en")} tokens`);
       const ms = (timing?.total_ms ?? 0) - (timing?.first_delta_ms ?? 0);
-      if (ms > 0) parts.push(`${about}${Math.round((usage.output_tokens / ms) * 1000)}/s`);
+      if (ms > 100) parts.push(`${about}${Math.round((usage.output_tokens / ms) * 1000)}/s`);
     }
     if (timing?.first_delta_ms) parts.push(`first after ${seconds(timing.first_delta_ms)}`);
     return make("span", { class: "figures" }, parts.join(" · "));
@@ -822,7 +822,7 @@ function renderEmpty() {
     icon("mark", "0 0 32 32"),
     make("h2", {}, "What would you like to know?"),
     ...(isDemo ? [demoCard()] : []),
-    ...(trouble.length + keys.length ? [make("div", { class: "card error" }, make("p", {}, make("strong", {}, "Not everything is connected")), make("ul", {}, ...trouble, ...keys))] : []),
+    ...(trouble.length + keys.length ? [make("div", { class: "card notice" }, make("p", {}, make("strong", {}, "Not everything is connected")), make("ul", {}, ...trouble, ...keys))] : []),
   );
 }
 
@@ -1753,6 +1753,7 @@ function openSettings() {
 function showTemperature(value) {
   $("temperature-shown").textContent = value == null ? "the provider’s default" : Number(value).toFixed(1);
   $("temperature-default").hidden = value == null;
+  $("temperature").classList.toggle("unset", value == null);
 }
 
 /** Sets something of the conversation; a new one is told with its first message. */
