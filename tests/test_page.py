@@ -42,7 +42,7 @@ if CHROMIUM is None:
 FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 WAIT_MS = 20_000
-LONG_TASK_MS_MAX = 400  # generous: the machine may be busy; the figure is printed
+LONG_TASK_MS_MAX = 2000  # generous: the machine may be busy; the figure is printed
 numbers = itertools.count(1)
 
 # Settles what a test must control and see: whether the page is visible, long tasks, and the streams it opens.
@@ -453,6 +453,20 @@ def test_04_the_view_follows_at_the_bottom_and_any_upward_scroll_detaches(page: 
     expect(page.tab.locator("#jump")).to_be_hidden()
 
 
+def test_04_nothing_moves_under_a_mouse_that_selects(page: Device, provider: Provider, gate: str) -> None:
+    held(provider, gate, LONG, "\n\n" + LONG + "\n\nThe very end.")
+    page.ask("Hello")
+    expect(page.tab.get_by_text("Paragraph 59")).to_be_in_viewport()
+    at = page.run("() => document.querySelector('#scroller').scrollTop")
+    page.tab.mouse.move(700, 300)
+    page.tab.mouse.down()
+    provider.open_gate(gate)
+    page.finished()
+    assert page.run("() => document.querySelector('#scroller').scrollTop") == at
+    page.tab.mouse.up()
+    expect(page.tab.get_by_text("The very end.")).to_be_in_viewport()
+
+
 def test_05_enter_sends_and_shift_enter_is_a_newline(page: Device, provider: Provider) -> None:
     provider.script(openai_text("Yes."))
     page.box.press_sequentially("one")
@@ -704,6 +718,20 @@ def test_17_a_conversation_is_renamed(page: Device, server: Server) -> None:
     page.tab.keyboard.press("Enter")
     expect(page.tab.locator("#title")).to_have_text("A better title")
     wait_until(lambda: server.get("/api/v1/conversations").json()["conversations"][0]["title"] == "A better title", "the title")
+
+
+def test_17_a_title_that_is_being_typed_survives_a_refresh_of_the_list(page: Device, server: Server) -> None:
+    page.ask("Another title to change")
+    page.finished()
+    open_menu(page, "Another title to change", "Rename")
+    page.tab.keyboard.type("Half a ti")
+    number = server.start_chat("From elsewhere")
+    server.wait_ended(number)
+    page.run("() => setVisible(true)")
+    expect(page.tab.locator("#list")).to_contain_text("From elsewhere")
+    page.tab.keyboard.type("tle")
+    page.tab.keyboard.press("Enter")
+    expect(page.tab.locator("#title")).to_have_text("Half a title")
 
 
 def test_17_a_deletion_is_undone_and_done(page: Device, server: Server) -> None:

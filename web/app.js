@@ -471,7 +471,7 @@ class QuestionTurn extends Turn {
       sendEdited(this.message, area.value);
     };
     area.onkeydown = (event) => {
-      if (event.key === "Escape") close();
+      if (event.key === "Escape" && !event.isComposing) close();
       else if (sendsOnEnter(event)) save();
       else return;
       event.preventDefault();
@@ -727,11 +727,13 @@ class AnswerTurn extends Turn {
 // ── 7. The page's middle ─────────────────────────────────────────────────────────────────────────────────────────
 //
 // Scrolling: the view follows the answer only while it is at the bottom. Any scroll upward, by whatever means, lets
-// go at once; coming back to the bottom, or the button, takes hold again. Nothing else ever moves the view.
+// go at once; coming back to the bottom, or the button, takes hold again. While a finger or a mouse button is down
+// (a drag begins, text is being selected) nothing moves. Nothing else ever moves the view.
 
 const scroller = $("scroller");
 const scroll = {
   follows: true,
+  isHeld: false,
   last: 0,
   distance: () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight,
   toEnd(behavior = "instant") {
@@ -752,8 +754,12 @@ const scroll = {
   show() {
     $("jump").hidden = this.follows || this.distance() < 48;
   },
+  hold(isHeld) {
+    this.isHeld = isHeld;
+    if (!isHeld) this.grown();
+  },
   grown() {
-    if (this.follows) scroller.scrollTop = scroller.scrollHeight;
+    if (this.follows && !this.isHeld) scroller.scrollTop = scroller.scrollHeight;
     this.last = scroller.scrollTop;
     this.show();
   },
@@ -761,7 +767,10 @@ const scroll = {
 
 function startScrolling() {
   scroller.addEventListener("scroll", () => scroll.onScroll(), { passive: true });
-  scroller.addEventListener("wheel", (event) => event.deltaY < 0 && scroll.distance() < scroller.scrollHeight - scroller.clientHeight && scroll.letGo(), { passive: true });
+  scroller.addEventListener("wheel", (event) => event.deltaY < 0 && scroller.scrollTop > 0 && scroll.letGo(), { passive: true });
+  scroller.addEventListener("keydown", (event) => ["PageUp", "ArrowUp", "Home"].includes(event.key) && scroller.scrollTop > 0 && scroll.letGo());
+  for (const name of ["touchstart", "mousedown"]) scroller.addEventListener(name, () => scroll.hold(true), { passive: true });
+  for (const name of ["touchend", "touchcancel", "mouseup", "blur"]) addEventListener(name, () => scroll.isHeld && scroll.hold(false), { passive: true });
   const watcher = new ResizeObserver(() => scroll.grown());
   watcher.observe($("turns"));
   watcher.observe(scroller);
@@ -1321,22 +1330,26 @@ function startDropping() {
 // ── 10. Sidebar ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 const items = new Map(); // conversation id → list item
+const groups = new Map(); // "Today", "Yesterday" … → [heading, list]
 
 function renderList() {
   if (state.found) return renderFound();
-  const groups = new Map();
+  const entries = new Map();
   for (const one of state.list) {
     if (state.deleting.has(one.id)) continue;
     const name = groupOf(one.updated_at_ms);
-    if (!groups.has(name)) groups.set(name, []);
-    groups.get(name).push(itemOf(one));
+    if (!entries.has(name)) entries.set(name, []);
+    entries.get(name).push(itemOf(one));
   }
-  const nodes = [...groups].flatMap(([name, entries]) => [make("h2", {}, name), make("ul", {}, ...entries)]);
+  const nodes = [];
+  for (const [name, group] of entries) {
+    if (!groups.has(name)) groups.set(name, [make("h2", {}, name), make("ul", {})]);
+    place(groups.get(name)[1], group);
+    nodes.push(...groups.get(name));
+  }
   if (!nodes.length) nodes.push(make("p", { class: "quiet" }, "Your conversations will be listed here."));
   if (state.before) nodes.push(make("button", { type: "button", class: "older", onclick: loadOlder }, "Show older"));
-  const focused = document.activeElement;
-  $("list").replaceChildren(...nodes);
-  if ($("list").contains(focused)) focused.focus();
+  place($("list"), nodes);
 }
 
 function groupOf(ms) {
