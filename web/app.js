@@ -181,6 +181,7 @@ const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byt
 // object stays the same object for as long as the conversation is shown: turns hang on it.
 
 let localId = 0;
+const TURNS_AT_ONCE = 30; // a long conversation is drawn from its end, a few turns per task, so that nothing stutters
 
 class Conversation {
   constructor() {
@@ -193,6 +194,7 @@ class Conversation {
     this.choices = new Map(); // parent id → the child that is shown; without one, the newest
     this.loaded = true;
     this.ours = false; // the next change of updated_at_ms is our own
+    this.drawn = TURNS_AT_ONCE; // so many of the newest turns are in the document
   }
 
   /** Takes what the server has; follows the newest path if the one shown only grew. */
@@ -469,7 +471,7 @@ class QuestionTurn extends Turn {
       sendEdited(this.message, area.value);
     };
     area.onkeydown = (event) => {
-      if (event.key === "Escape") close();
+      if (event.key === "Escape" && !event.isComposing) close();
       else if (sendsOnEnter(event)) save();
       else return;
       event.preventDefault();
@@ -715,7 +717,7 @@ class AnswerTurn extends Turn {
       const about = usage.estimated ? "≈ " : "";
       parts.push(`${about}${usage.output_tokens.toLocaleString("en")} tokens`);
       const ms = (timing?.total_ms ?? 0) - (timing?.first_delta_ms ?? 0);
-      if (ms > 0) parts.push(`${about}${Math.round((usage.output_tokens / ms) * 1000)}/s`);
+      if (ms > 100) parts.push(`${about}${Math.round((usage.output_tokens / ms) * 1000)}/s`);
     }
     if (timing?.first_delta_ms) parts.push(`first after ${seconds(timing.first_delta_ms)}`);
     return make("span", { class: "figures" }, parts.join(" · "));
@@ -725,11 +727,13 @@ class AnswerTurn extends Turn {
 // ── 7. The page's middle ─────────────────────────────────────────────────────────────────────────────────────────
 //
 // Scrolling: the view follows the answer only while it is at the bottom. Any scroll upward, by whatever means, lets
-// go at once; coming back to the bottom, or the button, takes hold again. Nothing else ever moves the view.
+// go at once; coming back to the bottom, or the button, takes hold again. While a finger or a mouse button is down
+// (a drag begins, text is being selected) nothing moves. Nothing else ever moves the view.
 
 const scroller = $("scroller");
 const scroll = {
   follows: true,
+  isHeld: false,
   last: 0,
   distance: () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight,
   toEnd(behavior = "instant") {
@@ -750,8 +754,12 @@ const scroll = {
   show() {
     $("jump").hidden = this.follows || this.distance() < 48;
   },
+  hold(isHeld) {
+    this.isHeld = isHeld;
+    if (!isHeld) this.grown();
+  },
   grown() {
-    if (this.follows) scroller.scrollTop = scroller.scrollHeight;
+    if (this.follows && !this.isHeld) scroller.scrollTop = scroller.scrollHeight;
     this.last = scroller.scrollTop;
     this.show();
   },
@@ -759,7 +767,10 @@ const scroll = {
 
 function startScrolling() {
   scroller.addEventListener("scroll", () => scroll.onScroll(), { passive: true });
-  scroller.addEventListener("wheel", (event) => event.deltaY < 0 && scroll.distance() < scroller.scrollHeight - scroller.clientHeight && scroll.letGo(), { passive: true });
+  scroller.addEventListener("wheel", (event) => event.deltaY < 0 && scroller.scrollTop > 0 && scroll.letGo(), { passive: true });
+  scroller.addEventListener("keydown", (event) => ["PageUp", "ArrowUp", "Home"].includes(event.key) && scroller.scrollTop > 0 && scroll.letGo());
+  for (const name of ["touchstart", "mousedown"]) scroller.addEventListener(name, () => scroll.hold(true), { passive: true });
+  for (const name of ["touchend", "touchcancel", "mouseup", "blur"]) addEventListener(name, () => scroll.isHeld && scroll.hold(false), { passive: true });
   const watcher = new ResizeObserver(() => scroll.grown());
   watcher.observe($("turns"));
   watcher.observe(scroller);
@@ -782,10 +793,12 @@ function renderConversation() {
   const children = conversation.children();
   const path = conversation.path(children);
   const isBusy = path.some((message) => message.status === "running");
-  const elements = path.map((message, depth) => {
+  const last = path.at(-1);
+  const elements = path.slice(-conversation.drawn).map((message) => {
     const siblings = children.get(message.parent_id);
-    return turnOf(message).update({ siblings, index: siblings.indexOf(message), isLeaf: depth === path.length - 1, isBusy });
+    return turnOf(message).update({ siblings, index: siblings.indexOf(message), isLeaf: message === last, isBusy });
   });
+  if (conversation.drawn < path.length) setTimeout(() => drawMore(conversation));
   place($("turns"), conversation.loaded ? elements : [skeleton()]);
   const isEmpty = conversation.loaded && path.length === 0;
   document.body.classList.toggle("empty", isEmpty);
@@ -794,6 +807,11 @@ function renderConversation() {
   $("conversation-menu").hidden = conversation.id === null;
   updateTitle();
   updateComposer();
+}
+
+function drawMore(conversation) {
+  conversation.drawn += TURNS_AT_ONCE;
+  if (conversation === state.conversation) renderConversation();
 }
 
 function skeleton() {
@@ -813,7 +831,7 @@ function renderEmpty() {
     icon("mark", "0 0 32 32"),
     make("h2", {}, "What would you like to know?"),
     ...(isDemo ? [demoCard()] : []),
-    ...(trouble.length + keys.length ? [make("div", { class: "card error" }, make("p", {}, make("strong", {}, "Not everything is connected")), make("ul", {}, ...trouble, ...keys))] : []),
+    ...(trouble.length + keys.length ? [make("div", { class: "card notice" }, make("p", {}, make("strong", {}, "Not everything is connected")), make("ul", {}, ...trouble, ...keys))] : []),
   );
 }
 
@@ -857,7 +875,10 @@ async function loadConversation(conversation, found = null) {
   }
   conversation.adopt(data);
   if (conversation !== state.conversation) return;
-  if (found) conversation.reveal(found);
+  if (found) {
+    conversation.reveal(found);
+    conversation.drawn = Infinity;
+  }
   renderConversation();
   followModel();
   syncStream();
@@ -1309,22 +1330,26 @@ function startDropping() {
 // ── 10. Sidebar ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 const items = new Map(); // conversation id → list item
+const groups = new Map(); // "Today", "Yesterday" … → [heading, list]
 
 function renderList() {
   if (state.found) return renderFound();
-  const groups = new Map();
+  const entries = new Map();
   for (const one of state.list) {
     if (state.deleting.has(one.id)) continue;
     const name = groupOf(one.updated_at_ms);
-    if (!groups.has(name)) groups.set(name, []);
-    groups.get(name).push(itemOf(one));
+    if (!entries.has(name)) entries.set(name, []);
+    entries.get(name).push(itemOf(one));
   }
-  const nodes = [...groups].flatMap(([name, entries]) => [make("h2", {}, name), make("ul", {}, ...entries)]);
+  const nodes = [];
+  for (const [name, group] of entries) {
+    if (!groups.has(name)) groups.set(name, [make("h2", {}, name), make("ul", {})]);
+    place(groups.get(name)[1], group);
+    nodes.push(...groups.get(name));
+  }
   if (!nodes.length) nodes.push(make("p", { class: "quiet" }, "Your conversations will be listed here."));
   if (state.before) nodes.push(make("button", { type: "button", class: "older", onclick: loadOlder }, "Show older"));
-  const focused = document.activeElement;
-  $("list").replaceChildren(...nodes);
-  if ($("list").contains(focused)) focused.focus();
+  place($("list"), nodes);
 }
 
 function groupOf(ms) {
@@ -1579,8 +1604,9 @@ function openPopover(popover, anchor) {
   const { offsetWidth: width, offsetHeight: height } = popover;
   const isBelow = at.bottom + height + 12 < innerHeight || at.top < height + 12;
   const left = Math.max(8, Math.min(at.left, innerWidth - width - 8));
-  const top = isBelow ? Math.min(at.bottom + 6, innerHeight - height - 8) : at.top - height - 6;
-  Object.assign(popover.style, { left: `${left}px`, top: `${Math.max(8, top)}px` });
+  const top = isBelow ? `${Math.max(8, Math.min(at.bottom + 6, innerHeight - height - 8))}px` : "auto";
+  const bottom = isBelow ? "auto" : `${innerHeight - at.top + 6}px`; // it stays by its element when it shrinks
+  Object.assign(popover.style, { left: `${left}px`, top, bottom });
   anchor.setAttribute("aria-expanded", "true");
   popover.onbeforetoggle = (event) => {
     if (event.newState === "closed") anchor.setAttribute("aria-expanded", "false");
@@ -1632,8 +1658,8 @@ function followModel() {
   renderModel();
 }
 
-async function loadModels(refresh = false) {
-  const help = await api("GET", `/api/v1/help${refresh ? "?refresh=1" : ""}`).catch(() => null);
+async function loadModels() {
+  const help = await api("GET", "/api/v1/help").catch(() => null);
   if (!help) return;
   Object.assign(state, { providers: help.providers, defaultModel: help.default_model, unusableKeys: help.unusable_keys });
   renderModel();
@@ -1695,6 +1721,11 @@ function openPicker(anchor, current, choose) {
   if (!state.providers.length) loadModels().then(draw);
 }
 
+function startPicker() {
+  $("model").onclick = () => openPicker($("model"), chosenModel(), chooseModel);
+  renderModel();
+}
+
 function modelGroup(group, current, options, pick) {
   const nodes = group.models.map((model) => {
     const isCurrent = model === current;
@@ -1735,6 +1766,7 @@ function openSettings() {
 function showTemperature(value) {
   $("temperature-shown").textContent = value == null ? "the provider’s default" : Number(value).toFixed(1);
   $("temperature-default").hidden = value == null;
+  $("temperature").classList.toggle("unset", value == null);
 }
 
 /** Sets something of the conversation; a new one is told with its first message. */
@@ -1781,7 +1813,9 @@ function startSettings() {
   }
   $("open-settings").onclick = () => (closeDrawer(), openSettings());
   $("close-settings").onclick = () => $("settings").close();
-  $("settings").onclick = (event) => event.target === $("settings") && $("settings").close();
+  $("settings").onclick = (event) => {
+    if (event.target === $("settings")) $("settings").close(); // beside it
+  };
   $("system").onchange = () => changeConversation({ system: $("system").value });
   $("temperature").oninput = () => showTemperature($("temperature").value);
   $("temperature").onchange = () => changeConversation({ temperature: Number($("temperature").value) });
@@ -1915,7 +1949,7 @@ function start() {
   startComposer();
   startScrolling();
   startConnection();
-  renderModel();
+  startPicker();
   renderEmpty();
   document.addEventListener("click", onLink);
   document.addEventListener("keydown", onKey);
