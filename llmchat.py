@@ -6953,6 +6953,8 @@ EVENT_SCHEMA = {
 
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
+    if one.error is not ErrorAnswer:  # an OpenAI endpoint, whose answers OpenAI describes
+        content = {"application/json": {"schema": {"type": "object"}}}
     if one.streams:
         content["text/event-stream"] = {"schema": EVENT_SCHEMA}
     content.update({media: {"schema": {"type": "string"}} for media in one.media})

@@ -63,6 +63,17 @@ RULES = {
     "GET /api/v1/usage": LIST,
     "GET /openapi.json": OWN,
     "GET /docs": OWN,
+    "GET /api/v1/backup": Rule(401, 403),
+    "GET /c/{id}": OWN,
+    "GET /web/{name}": Rule(200, 200),
+    "GET /v1/models": OWN,
+    "GET /v1/models/{id:path}": OWN,
+    "POST /v1/chat/completions": Rule(401, 400, {"model": "openai/m", "messages": []}),
+    "POST /v1/responses": Rule(401, 404, {"model": "openai/m", "input": "Hi", "previous_response_id": "resp_2"}),
+    "GET /v1/responses/{id}": PRIVATE,
+    "DELETE /v1/responses/{id}": PRIVATE,
+    "POST /v1/responses/{id}/cancel": PRIVATE,
+    "GET /v1/responses/{id}/input_items": PRIVATE,
     "GET /sign-in": Rule(200, 200),
     "POST /sign-in": Rule(401, 401, form={"token": "a-guess-of-theirs", "next": "https://evil.example/"}),
     "POST /sign-out": Rule(401, 303),
@@ -114,7 +125,7 @@ def start_server(folder: Path, provider: Provider, **settings: str) -> Server:
 def paths_of(path: str) -> Iterator[str]:
     """The path with Alice's ids, also of what runs."""
     if "{id}" not in path:
-        yield path
+        yield path.replace("{name}", "app.js").replace("{id:path}", "openai/m")
         return
     for one in (1, 2) if "conversations" in path or path.startswith("/c/") else (COMPLETED, RUNNING):
         yield path.replace("{id}", f"resp_{one}" if path.startswith("/v1/responses") else str(one))
