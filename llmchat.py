@@ -6324,9 +6324,9 @@ async def continue_answer(request: Request) -> Response:
     return await answer_started(request, asked, started, owner)
 
 
-def check_answer(request: Request, asked: Asked | ContinueRequest) -> None:
+def check_answer(request: Request, asked: Any) -> None:
     """Refuses what could not be streamed before it is paid for. Raises Overloaded, RateLimited."""
-    if asked.stream and not asked.background:
+    if asked.stream and not getattr(asked, "background", False):
         service_of(request).generations.check_streams(owner_of(request))
 
 
@@ -7245,6 +7245,7 @@ def called_delta(identity: str, name: str, arguments: str) -> Delta:
 
 async def create_chat_completion(request: Request) -> Response:
     asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     refuse_unsupported(asked)
     turns = [turn_of(message, f"messages.{index}") for index, message in enumerate(asked.messages)]
     refuse_large(body, turns)
@@ -7802,6 +7803,7 @@ def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
 
 async def create_response(request: Request) -> Response:
     asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     new = await new_response(request, asked, body)
     started = await service_of(request).generations.start(new)
     if asked.stream:
