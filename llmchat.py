@@ -5467,7 +5467,7 @@ def token_owners(config: Config) -> dict[str, str]:
             raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
     if not owners and (config.users or not is_loopback(config.host)):
-        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host}")
+        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host!r}")
     return owners
 
 

@@ -388,6 +388,18 @@ def test_an_outsiders_walk_gets_nothing(users: Server) -> None:
     assert alices_things(users) == before
 
 
+def test_what_the_walk_asks_for_is_there_for_its_owner(users: Server) -> None:
+    """Else a 404 would say nothing."""
+    for route, rule in walk.RULES.items():
+        method, path = route.split()
+        if rule is walk.PRIVATE and method == "GET":
+            for one in walk.paths_of(path):
+                headers = {"Authorization": f"Bearer {ALICE}"}
+                with httpx.Client(base_url=users.url, trust_env=False, timeout=SECONDS) as client:
+                    with client.stream("GET", one, headers=headers) as response:
+                        assert response.status_code == 200, one
+
+
 def test_another_owners_cookie_gets_no_more_than_the_token(users: Server) -> None:
     before = alices_things(users)
     carol = {**cookie_of(sign_in(users, CAROL, **from_address("203.0.113.3"))), **from_address("203.0.113.3")}
@@ -1223,8 +1235,15 @@ def test_streams_are_limited_per_owner_and_in_all_also_in_a_burst(limited: Serve
     streams.append(open_stream(limited, BOB, mine))
     assert streams[-1].status == 404, "another owner's message is not there, however busy it is"
     asked = len(provider.chats)
-    refused = ask(limited, "POST", "/api/v1/chat", ALICE, json={"message": "Hi"})
-    assert refused.status_code in (429, 503) and len(provider.chats) == asked, "what cannot be streamed is not paid for"
+    for path, body in (
+        ("/api/v1/chat", {"message": "Hi"}),
+        ("/v1/responses", {"input": "Hi", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "stream": True}),
+    ):
+        refused = ask(limited, "POST", path, ALICE, json=body)
+        assert refused.status_code in (429, 503) and len(provider.chats) == asked, (
+            "what cannot be streamed is not paid for"
+        )
     for stream in streams:
         stream.close()
     wait_until(
