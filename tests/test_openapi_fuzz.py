@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert "Traceback" not in "".join(running.log)
 
 
-SCHEMA = schemathesis.openapi.from_dict(llmchat.openapi_document())
+SCHEMA = schemathesis.openapi.from_dict(llmchat.openapi_document((*llmchat.ENDPOINTS, *llmchat.OPENAI_ENDPOINTS)))
 
 
 def cases(route: str, known: bool) -> Any:
