@@ -3293,8 +3293,8 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
     if row["status"] == "running" or (row["status"] == "completed" and row["finish_reason"] != "length"):
         raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
     connection.execute(
-        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL, merged = 0,"
-        " provider = ?, model = ? WHERE id = ?",
+        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
+        " merged = 0, provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
     rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
@@ -3599,6 +3599,16 @@ def summary_of(row: sqlite3.Row) -> dict[str, Any]:
     return {**{name: row[name] for name in names}, "parameters": parameters, "running": bool(row["running"])}
 
 
+def path_to_newest(parents: Mapping[int, int | None]) -> list[int]:
+    """The ids from the root to the newest leaf, which is the newest message of all."""
+    path: list[int] = []
+    leaf = max(parents, default=None)
+    while leaf is not None:
+        path.append(leaf)
+        leaf = parents[leaf]
+    return path[::-1]
+
+
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
     with reading(connection):
         summary = summary_of(require_conversation(connection, owner, conversation_id))
@@ -3610,14 +3620,9 @@ def load_conversation(connection: sqlite3.Connection, owner: str, conversation_i
             (conversation_id,),
         ):
             contents[message_id].append(Delta(kind, text))
-    parents = {row["id"]: row["parent_id"] for row in rows}
-    path: list[int] = []
-    leaf = max(parents, default=None)
-    while leaf is not None:
-        path.append(leaf)
-        leaf = parents[leaf]
+    path = path_to_newest({row["id"]: row["parent_id"] for row in rows})
     messages = [message_of(row, contents[row["id"]]) for row in rows]
-    return Conversation(**summary, messages=messages, path=path[::-1])
+    return Conversation(**summary, messages=messages, path=path)
 
 
 def update_conversation(
@@ -3658,6 +3663,213 @@ def title_conversation(connection: sqlite3.Connection, owner: str, conversation_
     question = next(iter(select_path(connection, first)), None)
     if question is not None and row["title"] == make_title(text_of(question.content)):
         update_conversation(connection, owner, conversation_id, {"title": title})
+
+
+# ── archives: conversations as files ────────────────────────────────────────────────────────────────────────────────
+#
+# An archive is {"format": "llmchat", "version": 1, "conversations": […]}, complete but for keys, which are stored
+# nowhere, and ids, which belong to one database. In their place stands an origin: what a conversation or a message is
+# called wherever it goes. What came in keeps the origin that it came with; what was made here is called
+# `llmchat:<id>-<created_at_ms>`, since an id is never used again. So what comes in a second time is known, also in the
+# database that it came from.
+
+Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
+Role = Literal["user", "assistant", "system", "tool"]
+Origin = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+class ArchivedMessage(Struct, kw_only=True):
+    """A message in an archive. `parent` is the origin of the message that it follows; null: it is a first one."""
+
+    origin: Origin
+    parent: Origin | None = None
+    role: Role
+    status: Literal["running", "completed", "stopped", "failed", "interrupted"] = "completed"
+    provider: str | None = None
+    model: str | None = None
+    params: dict[str, Any] = {}
+    content: list[Delta] = []
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"] | None = None
+    error: dict[str, Any] | None = None
+    usage: Usage | None = None
+    attempts: list[dict[str, Any]] = []
+    created_at_ms: Milliseconds
+    first_delta_at_ms: Milliseconds | None = None
+    ended_at_ms: Milliseconds | None = None
+
+
+class ArchivedConversation(Struct, kw_only=True):
+    """A conversation in an archive; its messages stand in the order in which they were made."""
+
+    origin: Origin
+    title: str = ""
+    system: str = ""
+    parameters: Parameters = NO_PARAMETERS
+    created_at_ms: Milliseconds
+    updated_at_ms: Milliseconds
+    messages: list[ArchivedMessage] = []
+
+
+class Archive(Struct):
+    """What an export is, and what an import takes."""
+
+    format: Literal["llmchat"]
+    version: Literal[1]
+    conversations: list[ArchivedConversation]
+
+
+ARCHIVE_START, ARCHIVE_END = b'{"format":"llmchat","version":1,"conversations":[', b"]}\n"
+
+
+def origin_sql(table: str) -> str:
+    """The origin of a row as SQL."""
+    return f"coalesce({table}.origin, 'llmchat:' || {table}.id || '-' || {table}.created_at_ms)"
+
+
+def archive_head(connection: sqlite3.Connection, owner: str, conversation_id: int) -> bytes:
+    """A conversation as JSON up to its first message. Raises NotFound."""
+    row = require_conversation(connection, owner, conversation_id)
+    origin = f"SELECT {origin_sql('conversation')} FROM conversation WHERE id = ?"
+    head = ArchivedConversation(
+        origin=connection.execute(origin, (conversation_id,)).fetchone()[0],
+        title=row["title"],
+        system=row["system"],
+        parameters=msgspec.json.decode(row["params_json"], type=Parameters),
+        created_at_ms=row["created_at_ms"],
+        updated_at_ms=row["updated_at_ms"],
+    )
+    return encode_json(head).removesuffix(b"]}")
+
+
+def archive_page(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, after: int
+) -> tuple[bytes, int | None]:
+    """Some messages from behind an id on, as JSON with commas between, and the last one's id; None: it was the last."""
+    rows = connection.execute(
+        f"SELECT message.*, {origin_sql('message')} AS origin_here, {origin_sql('parent')} AS parent_origin"
+        " FROM message JOIN conversation ON conversation.id = message.conversation_id LEFT JOIN message AS parent"
+        " ON parent.id = message.parent_id WHERE message.conversation_id = ? AND owner = ? AND message.id > ?"
+        " ORDER BY message.id",
+        (conversation_id, owner, after),
+    )
+    page = bytearray()
+    for row in rows:
+        page += b"," * bool(page) + encode_json(archived_message(connection, row))
+        if len(page) > SEND_BYTES_MAX:
+            return bytes(page), row["id"]
+    return bytes(page), None
+
+
+def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> ArchivedMessage:
+    content = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
+    message = message_of(row, [Delta(*one) for one in content])
+    return ArchivedMessage(
+        origin=row["origin_here"],
+        parent=None if row["parent_id"] is None else row["parent_origin"],
+        role=cast(Role, message.role),
+        status=message.status,
+        provider=message.provider,
+        model=message.model,
+        params=json.loads(row["params_json"]),
+        content=message.content,
+        finish_reason=message.finish_reason,
+        error=message.error,
+        usage=message.usage,
+        attempts=message.attempts,
+        created_at_ms=message.created_at_ms,
+        first_delta_at_ms=row["first_delta_at_ms"],
+        ended_at_ms=row["ended_at_ms"],
+    )
+
+
+def next_conversation(connection: sqlite3.Connection, owner: str, after: int) -> int | None:
+    """The id that follows among an owner's conversations."""
+    found = connection.execute("SELECT min(id) FROM conversation WHERE owner = ? AND id > ?", (owner, after))
+    return cast("int | None", found.fetchone()[0])
+
+
+class Outline(NamedTuple):
+    """What of a conversation is written as Markdown."""
+
+    conversation: ConversationSummary
+    path: list[int]  # from the first message to the newest
+    branches: int  # paths from a first message to a last one
+
+
+def load_outline(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Outline:
+    with reading(connection):
+        summary = ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
+        rows = connection.execute("SELECT id, parent_id FROM message WHERE conversation_id = ?", (conversation_id,))
+        parents = dict(map(tuple, rows))
+    return Outline(summary, path_to_newest(parents), len(parents.keys() - set(parents.values())))
+
+
+def markdown_head(outline: Outline) -> str:
+    """The beginning of a conversation as Markdown."""
+    conversation, others = outline.conversation, outline.branches - 1
+    title = " ".join(conversation.title.split()) or f"Conversation {conversation.id}"
+    span = f"{utc(conversation.created_at_ms)} to {utc(conversation.updated_at_ms)}"
+    lines = [f"# {title}", f"*{len(outline.path)} messages, {span}*"]
+    if others > 0:
+        branches = "There is 1 other branch" if others == 1 else f"There are {others} other branches"
+        lines.append(f"*{branches}: this is the newest one. The export as JSON has them all.*")
+    if conversation.system:
+        lines.append("**System prompt**\n\n" + quoted(conversation.system))
+    return "\n\n".join(lines) + "\n"
+
+
+def markdown_message(message: Message) -> str:
+    """A message as Markdown: who and when, then its content, each kind in a form that can be read."""
+    names = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+    model = "/".join(filter(None, (message.provider, message.model)))
+    who = f"{names[message.role]} ({model})" if model and message.role == "assistant" else names[message.role]
+    blocks = [f"## {who}, {utc(message.created_at_ms)}", *filter(None, map(markdown_delta, message.content))]
+    if message.error is not None:
+        blocks.append(f"*{message.status}: {message.error.get('message', '')}*")
+    elif message.status != "completed":
+        blocks.append(f"*{message.status}*")
+    elif message.finish_reason not in (None, "stop", "tool_calls"):
+        blocks.append(f"*cut off: {message.finish_reason}*")
+    return "\n" + "\n\n".join(blocks) + "\n"
+
+
+def markdown_delta(delta: Delta) -> str:
+    if delta.kind == "text":
+        return close_fence(delta.text.strip("\n"))
+    if delta.kind == "reasoning":
+        return quoted(f"*Reasoning:* {delta.text.strip()}")
+    if delta.kind == "tool_call":
+        call = json.loads(delta.text)
+        return f"Tool call `{call['name']}`:\n\n{fenced(call['arguments'] or '{}', 'json')}"
+    if delta.kind == "image":
+        image = json.loads(delta.text)
+        return f"*Image ({image['media_type']}, {len(image['data']) * 3 // 4:,} bytes)*"
+    return ""  # a signature is for its provider
+
+
+def utc(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(milliseconds // 1000))
+
+
+def quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
+
+
+def fenced(text: str, language: str) -> str:
+    """The text as a code block; the fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def close_fence(text: str) -> str:
+    """The text with its last code block closed: an answer that broke off in one would take in all that follows."""
+    fence = ""
+    for found in re.finditer(r"^ {0,3}(`{3,}|~{3,})(.*)$", text, re.MULTILINE):
+        if not fence and not (found[1][0] == "`" and "`" in found[2]):
+            fence = found[1]
+        elif fence and found[1].startswith(fence) and not found[2].strip():
+            fence = ""
+    return f"{text}\n{fence}" if fence else text
 
 
 class UsageRow(Struct):
@@ -5497,6 +5709,58 @@ async def provider_help(service: Service, provider: Provider, refresh: bool) -> 
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
+async def export_conversation(request: Request) -> Response:
+    service, owner, conversation_id = service_of(request), owner_of(request), path_id(request, "conversation_id")
+    form = request.query_params.get("format", "json")
+    if form not in ("json", "markdown"):
+        raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
+    outline = await service.store.read(load_outline, owner, conversation_id)
+    name = safe_file_name(outline.conversation.title, f"conversation {conversation_id}")
+    if form == "markdown":
+        return Download(markdown_frames(service.store, owner, outline), "text/markdown; charset=utf-8", f"{name}.md")
+    return Download(archive_frames(service.store, owner, conversation_id), "application/json", f"{name}.json")
+
+
+async def export_all(request: Request) -> Response:
+    name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.json", time.gmtime())
+    return Download(archive_frames(service_of(request).store, owner_of(request)), "application/json", name)
+
+
+async def archive_frames(store: Store, owner: str, only: int | None = None) -> AsyncGenerator[bytes, None]:
+    """An archive of one conversation, or of all that the owner has; a page of messages at a time is in memory."""
+    between = ARCHIVE_START
+    conversation_id = only if only is not None else await store.read(next_conversation, owner, 0)
+    while conversation_id is not None:
+        with contextlib.suppress(NotFound):  # deleted meanwhile
+            yield between + await store.read(archive_head, owner, conversation_id)
+            between = b",\n"
+            after: int | None = 0
+            comma = b""
+            while after is not None:
+                page, after = await store.read(archive_page, owner, conversation_id, after)
+                if page:
+                    yield comma + page
+                comma = b","
+            yield b"]}"
+        conversation_id = await store.read(next_conversation, owner, conversation_id) if only is None else None
+    yield ARCHIVE_END if between != ARCHIVE_START else ARCHIVE_START + ARCHIVE_END
+
+
+async def markdown_frames(store: Store, owner: str, outline: Outline) -> AsyncGenerator[bytes, None]:
+    yield markdown_head(outline).encode()
+    for message_id in outline.path:
+        yield markdown_message(await store.read(load_message, owner, message_id)).encode()
+
+
+def safe_file_name(title: str, otherwise: str) -> str:
+    """A title as a file name that every system takes: no separator, no device's name, no leading dot, no long one."""
+    name = "".join("-" if one in '/\\:*?"<>|' else one if one.isprintable() else " " for one in title)
+    name = " ".join(name.split()).strip(". ")[:TITLE_CHARACTERS_MAX].strip(". ")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        name = f"_{name}"
+    return name or otherwise
+
+
 @contextlib.contextmanager
 def alone(service: Service, what: str) -> Iterator[None]:
     """Holds a kind of work that is done once at a time, for the sake of the disk. Raises Overloaded."""
@@ -5656,6 +5920,7 @@ LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "
 BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
 QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
 DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
+FORMAT = ("format", {"type": "string", "enum": ["json", "markdown"], "default": "json"}, "complete, or to read")
 REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
@@ -5700,6 +5965,11 @@ ENDPOINTS = (
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint(
+        "GET", "/api/v1/conversations/{id}/export", export_conversation, "a conversation as a file",
+        Archive, query=(FORMAT,), errors=(400, 404), curl="-OJ", media=("text/markdown",),
+    ),
+    Endpoint("GET", "/api/v1/export", export_all, "all conversations as one file", Archive, curl="-OJ"),
     Endpoint(
         "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
         errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
