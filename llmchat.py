@@ -6582,7 +6582,7 @@ def token_owners(config: Config) -> dict[str, str]:
             raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
     if not owners and (config.users or not is_loopback(config.host)):
-        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host}")
+        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host!r}")
     return owners
 
 
@@ -7439,9 +7439,9 @@ async def continue_answer(request: Request) -> Response:
     return await answer_started(request, asked, started, owner)
 
 
-def check_answer(request: Request, asked: Asked | ContinueRequest) -> None:
+def check_answer(request: Request, asked: Any) -> None:
     """Refuses what could not be streamed before it is paid for. Raises Overloaded, RateLimited."""
-    if asked.stream and not asked.background:
+    if asked.stream and not getattr(asked, "background", False):
         service_of(request).generations.check_streams(owner_of(request))
 
 
@@ -8162,6 +8162,8 @@ EVENT_SCHEMA = {
 
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
+    if one.error is not ErrorAnswer:  # an OpenAI endpoint, whose answers OpenAI describes
+        content = {"application/json": {"schema": {"type": "object"}}}
     if one.streams:
         content["text/event-stream"] = {"schema": EVENT_SCHEMA}
     content.update({media: {"schema": {"type": "string"}} for media in one.media})
@@ -8454,6 +8456,7 @@ def called_delta(identity: str, name: str, arguments: str) -> Delta:
 
 async def create_chat_completion(request: Request) -> Response:
     asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     refuse_unsupported(asked)
     turns = [turn_of(message, f"messages.{index}") for index, message in enumerate(asked.messages)]
     refuse_large(body, turns)
@@ -9011,6 +9014,7 @@ def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
 
 async def create_response(request: Request) -> Response:
     asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     new = await new_response(request, asked, body)
     started = await service_of(request).generations.start(new)
     if asked.stream:

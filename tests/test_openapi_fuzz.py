@@ -29,7 +29,9 @@ PROMISES = [
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
-OPERATIONS = [f"{one.method} {one.path}" for one in llmchat.ENDPOINTS]
+ENDPOINTS = llmchat.create_app(llmchat.Config()).state.service.endpoints
+SCHEMA = schemathesis.openapi.from_dict(llmchat.openapi_document(ENDPOINTS))
+OPERATIONS = [f"{method.upper()} {path}" for path, methods in SCHEMA.raw_schema["paths"].items() for method in methods]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert "Traceback" not in "".join(running.log)
 
 
-SCHEMA = schemathesis.openapi.from_dict(llmchat.openapi_document((*llmchat.ENDPOINTS, *llmchat.OPENAI_ENDPOINTS)))
-
-
 def cases(route: str, known: bool) -> Any:
     """Requests for an operation, that fit and that do not; `known`: the id is one of Alice's."""
     method, _, path = route.partition(" ")
     operation = SCHEMA[path][method]
-    fixed = {"path_parameters": {"id": 1 if "conversations" in path else walk.COMPLETED}} if known else {}
+    known_id = 1 if "conversations" in path else f"resp_{walk.COMPLETED}" if "responses" in path else walk.COMPLETED
+    fixed = {"path_parameters": {"id": known_id}} if known else {}
     fitting = operation.as_strategy(GenerationMode.POSITIVE, **fixed)
     if operation.body or operation.query or (operation.path_parameters and not known):
         return fitting | operation.as_strategy(GenerationMode.NEGATIVE, **fixed)

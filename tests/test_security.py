@@ -27,7 +27,7 @@ from tests.conftest import Server, wait_until
 from tests.guarantees import Tuned
 from tests.provider import Hang, Provider, openai_error, openai_text, redirect
 
-ALICE, BOB = walk.TOKENS["alice"], walk.TOKENS["bob"]
+ALICE, BOB, CAROL = walk.TOKENS.values()
 SECONDS = 20
 
 
@@ -251,7 +251,7 @@ def test_the_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
     )
     gate = llmchat.Gate(llmchat.Config(users=walk.USERS), llmchat.Store("unused"))
     assert gate.owner_of_token(scope_of(), ALICE) == "alice"
-    assert len(compared) == 2 and all(len(one) == len(other) == 64 for one, other in compared)
+    assert len(compared) == 3 and all(len(one) == len(other) == 64 for one, other in compared)
 
 
 # ── sessions ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -381,17 +381,29 @@ def test_an_outsiders_walk_gets_nothing(users: Server) -> None:
     wait_until(lambda: users.message(walk.RUNNING)["text"] == walk.SECRET, "what runs")
     before = alices_things(users)
     stranger = from_address("203.0.113.1")
-    bob = {"Authorization": f"Bearer {BOB}", **from_address("203.0.113.2")}
-    visits = [*walk.walk(users, "stranger", stranger), *walk.walk(users, "bob", bob)]
+    carol = {"Authorization": f"Bearer {CAROL}", **from_address("203.0.113.2")}
+    visits = [*walk.walk(users, "stranger", stranger), *walk.walk(users, "carol", carol)]
     assert [visit for visit in visits if visit.status != visit.expected] == []
     assert [visit for visit in visits if visit.leaks] == []
     assert alices_things(users) == before
 
 
+def test_what_the_walk_asks_for_is_there_for_its_owner(users: Server) -> None:
+    """Else a 404 would say nothing."""
+    for route, rule in walk.RULES.items():
+        method, path = route.split()
+        if rule is walk.PRIVATE and method == "GET":
+            for one in walk.paths_of(path):
+                headers = {"Authorization": f"Bearer {ALICE}"}
+                with httpx.Client(base_url=users.url, trust_env=False, timeout=SECONDS) as client:
+                    with client.stream("GET", one, headers=headers) as response:
+                        assert response.status_code == 200, one
+
+
 def test_another_owners_cookie_gets_no_more_than_the_token(users: Server) -> None:
     before = alices_things(users)
-    bob = {**cookie_of(sign_in(users, BOB, **from_address("203.0.113.3"))), **from_address("203.0.113.3")}
-    visits = list(walk.walk(users, "bob", bob))
+    carol = {**cookie_of(sign_in(users, CAROL, **from_address("203.0.113.3"))), **from_address("203.0.113.3")}
+    visits = list(walk.walk(users, "carol", carol))
     wrong = [
         visit for visit in visits if (visit.status != visit.expected and visit.route != "GET /sign-in") or visit.leaks
     ]
@@ -1223,8 +1235,15 @@ def test_streams_are_limited_per_owner_and_in_all_also_in_a_burst(limited: Serve
     streams.append(open_stream(limited, BOB, mine))
     assert streams[-1].status == 404, "another owner's message is not there, however busy it is"
     asked = len(provider.chats)
-    refused = ask(limited, "POST", "/api/v1/chat", ALICE, json={"message": "Hi"})
-    assert refused.status_code in (429, 503) and len(provider.chats) == asked, "what cannot be streamed is not paid for"
+    for path, body in (
+        ("/api/v1/chat", {"message": "Hi"}),
+        ("/v1/responses", {"input": "Hi", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "stream": True}),
+    ):
+        refused = ask(limited, "POST", path, ALICE, json=body)
+        assert refused.status_code in (429, 503) and len(provider.chats) == asked, (
+            "what cannot be streamed is not paid for"
+        )
     for stream in streams:
         stream.close()
     wait_until(

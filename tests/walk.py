@@ -2,8 +2,8 @@
 
     python -m tests.walk        prints the table
 
-Alice has conversations; a stranger has no token, Bob has his own. Every route that the application has must have a
-rule here: one without a rule fails the walk, so that a new route is looked at before anybody can reach it.
+Alice has conversations; a stranger has no token; Carol has her own, and nothing else. Every route that the application
+has must have a rule here: one without a rule fails the walk, so that a new route is looked at first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.conftest import Server
 from tests.provider import Hang, Provider, openai_text
 
 SECRET = "Rosebud-4711"  # in everything that Alice has
-TOKENS = {"alice": "alice-token-0001", "bob": "bob-token-000002"}
+TOKENS = {"alice": "alice-token-0001", "bob": "bob-token-000002", "carol": "carol-token-0003"}
 USERS = ",".join(f"{name}:{token}" for name, token in TOKENS.items())
 COMPLETED, RUNNING = 2, 4  # messages of Alice's: the answers in her conversations 1 and 2
 CHAT = {"message": "Hi", "stream": False}
@@ -30,17 +30,21 @@ CHAT = {"message": "Hi", "stream": False}
 
 @dataclass(frozen=True)
 class Rule:
-    """What a route must say to a stranger and to Bob; `{id}` in its path is one of Alice's, `body` names hers too."""
+    """What a route must say to a stranger and to Carol; `{id}` in its path is one of Alice's, `body` names hers too.
+
+    `lists`: the answer is a list of one's own, so Carol's is empty.
+    """
 
     stranger: int
-    bob: int
+    carol: int
     body: Any = None
     form: dict[str, str] | None = None
-    query: str = ""
+    lists: bool = False
 
 
 PRIVATE = Rule(401, 404)  # a thing of Alice's
-OWN = Rule(401, 200)  # a list of one's own, which has nothing of Alice's in it
+OWN = Rule(401, 200)  # nothing of Alice's is in it
+LIST = Rule(401, 200, lists=True)
 RULES = {
     "GET /": OWN,
     "GET /api/v1/health": Rule(200, 200),
@@ -51,14 +55,25 @@ RULES = {
     "POST /api/v1/messages/{id}/stop": PRIVATE,
     "POST /api/v1/messages/{id}/regenerate": Rule(401, 404, {}),
     "POST /api/v1/messages/{id}/continue": Rule(401, 404, {}),
-    "GET /api/v1/generations": OWN,
-    "GET /api/v1/conversations": OWN,
+    "GET /api/v1/generations": LIST,
+    "GET /api/v1/conversations": LIST,
     "GET /api/v1/conversations/{id}": PRIVATE,
-    "PATCH /api/v1/conversations/{id}": Rule(401, 404, {"title": "Bob was here"}),
+    "PATCH /api/v1/conversations/{id}": Rule(401, 404, {"title": "Carol was here"}),
     "DELETE /api/v1/conversations/{id}": PRIVATE,
-    "GET /api/v1/usage": OWN,
+    "GET /api/v1/usage": LIST,
     "GET /openapi.json": OWN,
     "GET /docs": OWN,
+    "GET /api/v1/backup": Rule(401, 403),
+    "GET /c/{id}": OWN,
+    "GET /web/{name}": Rule(200, 200),
+    "GET /v1/models": OWN,
+    "GET /v1/models/{id:path}": OWN,
+    "POST /v1/chat/completions": Rule(401, 400, {"model": "openai/m", "messages": []}),
+    "POST /v1/responses": Rule(401, 404, {"model": "openai/m", "input": "Hi", "previous_response_id": "resp_2"}),
+    "GET /v1/responses/{id}": PRIVATE,
+    "DELETE /v1/responses/{id}": PRIVATE,
+    "POST /v1/responses/{id}/cancel": PRIVATE,
+    "GET /v1/responses/{id}/input_items": PRIVATE,
     "GET /sign-in": Rule(200, 200),
     "POST /sign-in": Rule(401, 401, form={"token": "a-guess-of-theirs", "next": "https://evil.example/"}),
     "POST /sign-out": Rule(401, 303),
@@ -110,7 +125,7 @@ def start_server(folder: Path, provider: Provider, **settings: str) -> Server:
 def paths_of(path: str) -> Iterator[str]:
     """The path with Alice's ids, also of what runs."""
     if "{id}" not in path:
-        yield path
+        yield path.replace("{name}", "app.js").replace("{id:path}", "openai/m")
         return
     for one in (1, 2) if "conversations" in path or path.startswith("/c/") else (COMPLETED, RUNNING):
         yield path.replace("{id}", f"resp_{one}" if path.startswith("/v1/responses") else str(one))
@@ -133,9 +148,9 @@ def walk(server: Server, who: str, headers: dict[str, str]) -> Iterator[Visit]:
                     if rule.body is not None
                     else {}
                 )
-                response = client.request(method, one + rule.query, **content)
-                expected = rule.stranger if who == "stranger" else rule.bob
-                yield Visit(route, one, who, expected, response.status_code, code_of(response), leaks(response))
+                response = client.request(method, one, **content)
+                expected = rule.stranger if who == "stranger" else rule.carol
+                yield Visit(route, one, who, expected, response.status_code, code_of(response), leaks(response, rule))
 
 
 def code_of(response: httpx.Response) -> str:
@@ -147,8 +162,10 @@ def code_of(response: httpx.Response) -> str:
     return error["code"] if error else "its own" if len(response.content) > 30 else json.dumps(document)
 
 
-def leaks(response: httpx.Response) -> bool:
-    return SECRET in response.text or SECRET in str(response.headers)
+def leaks(response: httpx.Response, rule: Rule) -> bool:
+    """Whether anything of Alice's is in it."""
+    filled = rule.lists and response.status_code == 200 and any(response.json().values())
+    return filled or SECRET in response.text or SECRET in str(response.headers)
 
 
 def table(visits: list[Visit]) -> str:
@@ -156,7 +173,7 @@ def table(visits: list[Visit]) -> str:
     lines = ["| route | without a token | another owner's token |", "|---|---|---|"]
     for route in dict.fromkeys(visit.route for visit in visits):
         cells = []
-        for who in ("stranger", "bob"):
+        for who in ("stranger", "carol"):
             found = {f"{visit.status} {visit.code}" for visit in visits if visit.route == route and visit.who == who}
             cells.append(", ".join(sorted(found)))
         lines.append(f"| `{route}` | {' | '.join(cells)} |")
@@ -167,7 +184,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Provider() as provider:
         server = start_server(Path(folder), provider)
         try:
-            visits = [*walk(server, "stranger", {}), *walk(server, "bob", {"Authorization": f"Bearer {TOKENS['bob']}"})]
+            visits = [
+                *walk(server, "stranger", {}),
+                *walk(server, "carol", {"Authorization": f"Bearer {TOKENS['carol']}"}),
+            ]
         finally:
             server.close()
     print(table(visits))
