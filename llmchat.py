@@ -58,25 +58,34 @@ import email.utils
 import functools
 import gzip
 import hashlib
+import hmac
 import html
 import importlib
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
+import secrets
+import shutil
 import socket
 import sqlite3
 import sys
 import time
-from collections import deque
+import unicodedata
+import urllib.parse
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from urllib.parse import quote
 
 import aiosqlite
 import msgspec
@@ -89,6 +98,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
     import httpx
@@ -116,6 +126,12 @@ IMAGE_REQUEST_BYTES_MAX = 20_000_000  # the same, when there are images in it
 IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
 SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
 NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
+SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
+HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
+HEAD_SECONDS = 20  # for them to come
+BODY_STALL_SECONDS = 30  # between two pieces of a body
+BODY_BYTES_PER_SECOND = 2_000  # of a body, at least, on the whole
+HEALTH_SECONDS = 1  # how long strangers are told the same of the database: each look at it is a write
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -127,6 +143,8 @@ PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a who
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
+FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
+LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
 REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
@@ -145,8 +163,19 @@ TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
 QUERY_CHARACTERS_MAX = 500  # of a search
 TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
 LIST_LIMIT_MAX = 200  # conversations in one answer
+SWEPT_MAX = 100  # conversations that one transaction deletes: flushes wait behind it
+SWEEP_SECONDS_MIN = 0.25  # between two of those
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
+
+MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
+MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
+MERGE_COST_RATIO = 4  # merging may take one part in this many of the time, and one
+
+CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
+CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
+BACKUP_STEP_PAGES = 256  # of one step of a copy, 1 MB: between two steps it can be given up
+DOWNLOAD_BYTES = 256 * 1024  # of one send of a file
 
 assert FRAME_CHARACTERS_MAX * 6 <= 64 * 1024, "a frame must fit what proxies pass on at once"
 assert FRAME_CHARACTERS_MAX * 6 <= RING_BYTES_MAX, "the ring must hold at least one event"
@@ -187,6 +216,10 @@ class InternalError(LlmchatError):
 
 class InvalidRequest(LlmchatError):
     code, status = "invalid_request", 400
+
+
+class ModelNotFound(InvalidRequest):
+    """A request names a model that nobody has."""
 
 
 class Unauthorized(LlmchatError):
@@ -308,7 +341,7 @@ class StartError(Exception):
 def setting(default: Any, meaning: str, *, least: float | None = None, most: float | None = None, choices: str = "") -> Any:
     """A field of Config, read from LLMCHAT_<NAME>; its unit is the end of its name or part of its meaning."""
     bounds = {"meaning": meaning, "least": least, "most": most, "choices": tuple(choices.split())}
-    return field(default=default, metadata=bounds)
+    return field(default=default, metadata=bounds, repr=not meaning.startswith("secret"))
 
 
 @dataclass(frozen=True)
@@ -340,7 +373,9 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GENERATIVE_AI_API_KEY",
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": facts("https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "prefill_prefix"),
+    "mistral": facts(
+        "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any", "prefill_prefix"
+    ),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
     "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
     "together": facts("https://api.together.xyz/v1", "TOGETHER_API_KEY TOGETHER_AI_API_KEY TOGETHERAI_API_KEY"),
@@ -437,6 +472,16 @@ class Config:
     answer_characters_max: int = setting(1_000_000, "characters of one answer", least=1, most=100_000_000)
     repetition_count: int = setting(20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000)
     repetition_characters: int = setting(1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000)
+    unstored_seconds: float = setting(600.0, "how long an answer that its client did not store stays after its end, in seconds", least=1, most=86_400)
+    streams_max: int = setting(4096, "open streams in all", least=1, most=1_000_000)
+    owner_generations_max: int = setting(64, "generations that run at once for one of several users", least=1, most=100_000)
+    owner_streams_max: int = setting(256, "open streams of one of several users", least=1, most=1_000_000)
+    token: str = setting("", "secret that clients show; needed, and else made, when listening beyond this machine")
+    users: str = setting("", "secret list `name:token,…`: several users, each with conversations of their own")
+    session_days: int = setting(30, "how long the page stays signed in, in days", least=1, most=3650)
+    hosts: str = setting("", "comma list of names under which the service is reached, beside addresses and localhost; * is any")
+    cors_origins: str = setting("", "comma list of origins whose pages may use the API with a token")
+    trusted_proxies: str = setting("", "comma list of addresses or networks whose X-Forwarded-For and -Proto are believed")
     providers: tuple[Provider, ...] = ()
     unusable_keys: tuple[str, ...] = ()  # one sentence each: the variable, and what to set
 
@@ -464,7 +509,7 @@ def parse_setting(one: Any, text: str) -> Any:
     if bounds["choices"] and text.lower() in bounds["choices"]:
         return text.lower()
     if bounds["choices"]:
-        raise StartError(f"{name}: {text!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
+        raise StartError(f"{name}: {text[:60]!r} is not accepted; it is one of {', '.join(bounds['choices'])}")
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -472,7 +517,7 @@ def parse_setting(one: Any, text: str) -> Any:
         if bounds["least"] <= value <= bounds["most"]:
             return value
     what = "a whole number" if kind is int else "a number"
-    raise StartError(f"{name}: {text!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
+    raise StartError(f"{name}: {text[:60]!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
 
 
 def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -521,7 +566,7 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         name=name,
         dialect=dialect,
         base_url=check_base_url(f"{prefix}_BASE_URL", address),
-        key=environment[variable].strip() if variable else None,
+        key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
         models_url=known.models_url if known and base_url is None else None,
@@ -529,10 +574,18 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
     )
 
 
+def check_key(variable: str, text: str) -> str:
+    """A key that an HTTP header can carry. Raises StartError, which does not show it."""
+    if found := re.search(r"[^!-~]", text.strip()):
+        raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
+    return text.strip()
+
+
 def check_base_url(variable: str, text: str) -> str:
     """An http(s) URL without its last slash. A path is kept as it is given: /v1 is never put in."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text.strip()):
-        raise StartError(f"{variable}: {text!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
+        shown = re.sub(r"(?s)[^/]*@|[?#].*", "…", text)  # what stands there may be a password or a key
+        raise StartError(f"{variable}: {shown[:200]!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
     return text.strip().rstrip("/")
 
 
@@ -554,6 +607,14 @@ def read_dotenv(path: Path) -> dict[str, str]:
             raise StartError(f".env: line {number} is not NAME=value")
         variables[match[1]] = unquote(match[2])
     return variables
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether anybody but a file's owner may read it; where the system has no such modes, no."""
+    try:
+        return os.name == "posix" and bool(path.stat().st_mode & 0o077)
+    except FileNotFoundError:
+        return False
 
 
 def unquote(text: str) -> str:
@@ -801,6 +862,10 @@ class Parameters(Struct, frozen=True, omit_defaults=True):
     top_p: float | None = None
     stop: list[str] | None = None
     response_format: dict[str, Any] | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    parallel_tool_calls: bool | None = None
 
 
 NO_PARAMETERS = Parameters()
@@ -859,7 +924,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     """
     kept: list[Turn] = []
     for turn in turns:
-        if (not turn.content and turn.role != "tool") or (not kept and turn.role == "assistant"):
+        if not says_something(turn) or (not kept and turn.role == "assistant"):
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
@@ -869,23 +934,36 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     return kept
 
 
-def pair_tools(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """The turns without tool calls that nobody answered and results that nobody asked for: both are refused."""
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant":
-            results = {one.tool_call_id for one in itertools.takewhile(lambda one: one.role == "tool", turns[index + 1 :])}
-            content = tuple(one for one in turn.content if one.kind != "tool_call" or call_id(one) in results)
-            yield replace(turn, content=content)
-        elif turn.role == "tool":
-            before = next((one for one in reversed(turns[:index]) if one.role != "tool"), None)
-            if before is not None and turn.tool_call_id in {call_id(one) for one in before.content if one.kind == "tool_call"}:
-                yield turn
-        else:
-            yield turn
+def says_something(turn: Turn) -> bool:
+    """Whether a turn holds what a provider takes: not blank text or reasoning alone, as a stopped answer may. A tool's
+    result may be empty, for it answers a call."""
+    return turn.role == "tool" or any(
+        delta.text.strip() if delta.kind == "text" else delta.kind in ("image", "tool_call", "tool_result") for delta in turn.content
+    )
 
 
-def call_id(call: Delta) -> str:
-    return cast(str, json.loads(call.text)["id"])
+def answered(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without tool calls that nobody answered and without results of no call: every provider refuses both."""
+    kept: list[Turn] = []
+    open_calls: set[str | None] = set()
+    for position, turn in enumerate(turns):
+        if turn.role == "tool":
+            kept += [turn] if turn.tool_call_id in open_calls else []
+            continue
+        following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
+        results = {other.tool_call_id for other in following}
+        content = tuple(delta for delta in turn.content if delta.kind != "tool_call" or json.loads(delta.text)["id"] in results)
+        open_calls = {json.loads(delta.text)["id"] for delta in content if delta.kind == "tool_call"}
+        kept.append(replace(turn, content=content))
+    return kept
+
+
+def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The function in a tool of any shape: OpenAI's {"function": …}, the bare function, Anthropic's; None: something
+    of the provider's own, such as a web search, which goes out as it is."""
+    if isinstance(tool.get("function"), dict):
+        return cast("Mapping[str, Any]", tool["function"])
+    return tool if tool.get("type") in (None, "function", "custom") else None
 
 
 CONTINUE_PROMPT = (
@@ -894,11 +972,11 @@ CONTINUE_PROMPT = (
 )
 
 
-def upstream_turns(question: Question, prefills: bool) -> list[Turn]:
-    """The turns as they go out. A broken-off answer is continued as a prefill where that works, else by asking."""
-    turns = alternate(pair_tools(question.turns))
+def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> list[Turn]:
+    """The turns as they go out: a broken-off answer at their end is continued as a prefill where that works, else by
+    asking."""
     if question.continues and turns and turns[-1].role == "assistant" and not prefills:
-        turns.append(Turn("user", (Delta("text", CONTINUE_PROMPT),)))
+        return [*turns, Turn("user", (Delta("text", CONTINUE_PROMPT),))]
     return turns
 
 
@@ -1235,7 +1313,7 @@ class OpenAIDecoder(Decoder):
             self._calls.append(call)
             if indexed:
                 self._positions[index] = len(self._calls) - 1
-        call.identity, call.name = identity or call.identity, name or call.name
+        call.identity, call.name = call.identity or identity, call.name or name
         return call
 
     def _decode_extras(self, chunk: ChatChunk) -> None:
@@ -1304,11 +1382,15 @@ class OpenAIDialect:
         if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
             asked["reasoning_split"] = True
         if asked.get("tools"):
-            asked["tools"] = [tool if tool.get("type") else {"type": "function", "function": tool} for tool in asked["tools"]]
+            asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
+        if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
+            asked["tool_choice"] = "any"
         system = [{"role": "system", "content": question.system}] if question.system else []
-        turns = [self._message(turn, quirks) for turn in upstream_turns(question, self.prefills(quirks))]
+        outgoing = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
+        turns = [self._message(turn, quirks) for turn in outgoing]
         if question.continues and turns and turns[-1]["role"] == "assistant":
-            turns[-1].update({"prefix": True} if "prefill_prefix" in quirks else {"partial": True} if "prefill_partial" in quirks else {})
+            turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
+            turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
 
     def prefills(self, quirks: frozenset[str]) -> bool:
@@ -1316,12 +1398,9 @@ class OpenAIDialect:
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
-        images = [json.loads(delta.text) for delta in turn.content if delta.kind == "image"]
         calls = [json.loads(delta.text) for delta in turn.content if delta.kind == "tool_call"]
-        if images:
-            text = [{"type": "text", "text": message["content"]}] if message["content"] else []
-            urls = [f"data:{image['media_type']};base64,{image['data']}" for image in images]
-            message["content"] = [*text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        if turn.role == "user" and any(delta.kind == "image" for delta in turn.content):
+            message["content"] = [openai_part(delta) for delta in turn.content if delta.kind in ("text", "image")]
         if calls:
             message["content"] = message["content"] or None
             message["tool_calls"] = [openai_tool_call(call) for call in calls]
@@ -1333,6 +1412,24 @@ class OpenAIDialect:
 
     def decoder(self, provider: Provider) -> AnswerDecoder:
         return OpenAIDecoder(provider)
+
+
+def openai_part(delta: Delta) -> dict[str, Any]:
+    """A part of list content, which only a message with an image has: some servers take nothing but a string."""
+    if delta.kind == "text":
+        return {"type": "text", "text": delta.text}
+    image = json.loads(delta.text)
+    return {"type": "image_url", "image_url": {"url": f"data:{image['media_type']};base64,{image['data']}"}}
+
+
+def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in OpenAI's."""
+    function = function_of(tool)
+    if function is None or function is tool.get("function"):
+        return tool if function is None else {"type": "function", **tool}
+    named = {name: value for name, value in function.items() if name not in ("type", "input_schema", "cache_control")}
+    schema = {"parameters": function["input_schema"]} if "input_schema" in function else {}
+    return {"type": "function", "function": {**named, **schema}}
 
 
 def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
@@ -1484,7 +1581,8 @@ class AnthropicDecoder(Decoder):
                 if block.get("type") == "thinking" and block.get("signature"):
                     deltas.append(self._signature({"signature": str(block["signature"])}))
                 self._stop_block(index, deltas)
-        self._mend(deltas, 0)
+        deltas[:] = [Delta(delta.kind, without_halves(delta.text)) for delta in deltas]
+        self._mending = False
         self._count(event.usage)
         if isinstance(event.stop_reason, str):
             self.finish_reason = finish_reason_of(event.stop_reason)
@@ -1516,20 +1614,22 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = upstream_turns(question, self.prefills(quirks))
-        messages = [self._message(turn, provider) for turn in alternate(map(tool_result_turn, turns))]
+        turns = [tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"]
+        systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
+        outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
+        messages = [self._message(turn) for turn in outgoing]
         prefilled = bool(messages) and messages[-1]["role"] == "assistant"
-        if prefilled and messages[-1]["content"] and messages[-1]["content"][-1]["type"] == "text":
+        if prefilled and messages[-1]["content"][-1]["type"] == "text":
             last = messages[-1]["content"][-1]
             last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
         body: dict[str, Any] = {
             "model": question.model,
             "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
-            "messages": [message for message in messages if message["content"]],
+            "messages": messages,
             "stream": True,
         }
-        if question.system:
-            body["system"] = question.system
+        if any(systems):
+            body["system"] = "\n\n".join(filter(None, systems))
         if parameters.temperature is not None:
             body["temperature"] = min(parameters.temperature, 1.0)
         if parameters.top_p is not None:
@@ -1538,6 +1638,7 @@ class AnthropicDialect:
             body["stop_sequences"] = parameters.stop
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
+            body |= anthropic_tool_choice(parameters.tool_choice)
         budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
         if budget and not prefilled:  # a prefill and thinking exclude each other
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
@@ -1548,7 +1649,7 @@ class AnthropicDialect:
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
 
-    def _message(self, turn: Turn, provider: Provider) -> dict[str, Any]:
+    def _message(self, turn: Turn) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
         reasoning = ""
         for delta in join_deltas(turn.content):
@@ -1557,7 +1658,8 @@ class AnthropicDialect:
             elif delta.kind == "reasoning":
                 reasoning = delta.text
             elif delta.kind == "signature":
-                blocks.extend(thinking_block(json.loads(delta.text), reasoning, provider))
+                blocks.append(thinking_block(json.loads(delta.text), reasoning))
+                reasoning = ""
             elif delta.kind == "image":
                 image = json.loads(delta.text)
                 source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
@@ -1583,22 +1685,45 @@ def tool_result_turn(turn: Turn) -> Turn:
     return Turn("user", (Delta("tool_result", result),))
 
 
-def thinking_block(signature: Mapping[str, str], reasoning: str, provider: Provider) -> Iterator[dict[str, Any]]:
-    """The reasoning before a signature as a block, for the provider that signed it; nothing for any other."""
-    if signature.get("provider") != provider.name:
-        return
+def signed_turn(turn: Turn, provider: Provider) -> Turn:
+    """The turn with only the reasoning that this provider signed: it refuses any other, and whoever signed it, its own
+    without the signature or with reasoning that is not exactly the same."""
+    kept: list[Delta] = []
+    reasoning: list[Delta] = []
+    for delta in join_deltas(turn.content):
+        if delta.kind == "signature":
+            kept += [*reasoning, delta] if json.loads(delta.text).get("provider") == provider.name else []
+        elif delta.kind != "reasoning":
+            kept.append(delta)
+        reasoning = [delta] if delta.kind == "reasoning" else []
+    return replace(turn, content=tuple(kept))
+
+
+def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, Any]:
+    """Signed reasoning as a block."""
     if "redacted" in signature:
-        yield {"type": "redacted_thinking", "data": signature["redacted"]}
-    else:
-        yield {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+        return {"type": "redacted_thinking", "data": signature["redacted"]}
+    return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
 
 
-def anthropic_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool in either shape, OpenAI's {"type": "function", "function": …} or the bare function, in Anthropic's."""
-    function = tool.get("function") or tool
+def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool of any shape in Anthropic's."""
+    function = function_of(tool)
+    if function is None:
+        return tool
     schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
     described = {"description": function["description"]} if function.get("description") else {}
     return {"name": function.get("name", ""), **described, "input_schema": schema}
+
+
+def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
+    """OpenAI's tool_choice, a word or a function's name, as Anthropic's; what has another shape goes out as it is."""
+    if choice is None:
+        return {}
+    if isinstance(choice, str):
+        return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
+    name = within(choice, "function", "name") if isinstance(choice, dict) else None
+    return {"tool_choice": {"type": "tool", "name": name} if name else choice}
 
 
 def parse_arguments(text: str) -> Any:
@@ -1650,6 +1775,7 @@ class RepetitionGuard:
     def __init__(self, count: int, characters: int) -> None:
         self._count = count
         self._characters = characters
+        self._is_on = bool(count and characters)
         self._delta = ""
         self._delta_count = 0
         self._pending = ""  # not looked at yet: less than a step
@@ -1659,22 +1785,23 @@ class RepetitionGuard:
 
     def feed(self, text: str) -> str | None:
         """Takes a delta; returns the period once the text goes round in circles, else None."""
-        if not text or not self._count or not self._characters:
+        if not text or not self._is_on:
             return None
-        return self._repeated_delta(text) or self._repeated_period(text)
+        self._pending += text
+        if text != self._delta:
+            self._delta, self._delta_count = text, 1
+        elif repeated := self._repeated_delta(text):
+            return repeated
+        return self._repeated_period() if len(self._pending) >= REPETITION_STEP_CHARACTERS else None
 
     def _repeated_delta(self, delta: str) -> str | None:
-        self._delta_count = self._delta_count + 1 if delta == self._delta else 1
-        self._delta = delta
+        self._delta_count += 1
         if self._delta_count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
             return None
         letters = sum(map(str.isalpha, set(delta)))
         return delta if letters >= REPETITION_DELTA_LETTERS_MIN else None
 
-    def _repeated_period(self, text: str) -> str | None:
-        self._pending += text
-        if len(self._pending) < REPETITION_STEP_CHARACTERS:
-            return None
+    def _repeated_period(self) -> str | None:
         pending, step = self._pending, REPETITION_STEP_CHARACTERS
         end = len(pending) - len(pending) % step
         self._pending = pending[end:]
@@ -1717,7 +1844,7 @@ class RepetitionGuard:
 # imported at first use, so that a service that has nothing to render stays small.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
+MARKDOWN_NESTING_MAX = 100  # levels of quotes and lists (a list takes two); Python's stack ends at 1,000 frames
 BRACKETS_MAX = 16  # open at once in one paragraph, item or cell
 OPENER_COST_MAX = 4_000_000  # characters × openers of one paragraph, item or cell: `<http://<http://…` costs that
 HIGHLIGHT_CHARACTERS_MAX = 100_000  # of a code block; a longer one is not highlighted
@@ -1725,7 +1852,7 @@ HIGHLIGHT_SECONDS_MAX = 0.5  # of a code block; many lexers can be made to take 
 LATEX_CHARACTERS_MAX = 1_000  # of a formula: the converter recurses natively, up to 2 KB of stack per character
 LATEX_LINES_MAX = 50  # of a formula that stands by itself; bounds the search for its end
 OPEN_BLOCK_SECONDS_MAX = 0.2  # an open block that takes longer to render is shown as plain text
-assert NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
+assert MARKDOWN_NESTING_MAX * 4 < 1_000 and LATEX_CHARACTERS_MAX * 2 < 8_192
 
 _RETURN = re.compile(r"\r\n?")
 _SAFE_URL = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
@@ -1990,7 +2117,7 @@ def _parser() -> MarkdownIt:
         def validateLink(self, url: str) -> bool:
             return _SAFE_URL.match(url) is not None
 
-    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": NESTING_MAX, "xhtmlOut": False}
+    options = {"html": False, "linkify": True, "tasklists": True, "maxNesting": MARKDOWN_NESTING_MAX, "xhtmlOut": False}
     parser = Parser("commonmark", options).enable(["linkify", "strikethrough", "table"])
     assert parser.linkify is not None
     parser.linkify.set({"fuzzy_link": False, "fuzzy_email": False})  # `main.py` is no link
@@ -2274,6 +2401,9 @@ async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
         yield b"data: [DONE]\n\n"
 
 
+Batch = tuple[list[Delta], GenerationError | None]  # of one read, and what went wrong in it
+
+
 class Target(NamedTuple):
     """Whom a question goes to."""
 
@@ -2294,84 +2424,141 @@ class ModelList:
 
 
 class Answer:
-    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included (monotonic seconds)."""
+    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool
+    call last grew, which is no delta before it is whole (monotonic seconds)."""
 
     def __init__(self, provider: Provider, response: httpx.Response) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
-        self.heard_at = time.monotonic()
+        self.heard_at, self.grown_at = time.monotonic(), 0.0
         self._response = response
+        self._receive = body_reader(response)
+        self._sse = SseDecoder()
+        self._document: bytearray | None = None  # of an answer that is no stream
+        self._is_sniffed = False
+        self._whole_at: float | None = None  # loop time since which nothing more has to come
+        self._failure: GenerationError | None = None
+        self._is_ended = False
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What each read of the socket brings. Raises ProviderError, after the deltas that came before it."""
-        content_type = self._response.headers.get("content-type", "")
-        if "json" in content_type or "html" in content_type:
-            batches = self._read_document(content_type)
-        else:
-            batches = self._read_events()
-        async for deltas, failure in batches:
-            if deltas:
-                yield deltas
-            if failure is not None:
-                raise failure
+    async def read(self) -> list[Delta] | None:
+        """What the next read of the socket brings, which may be nothing; None once the answer is whole.
 
-    async def _read_events(self) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
-        sse = SseDecoder()
-        async for data in self._read_bytes():
-            deltas: list[Delta] = []
-            failure = self._decode(sse, data, deltas)
-            yield deltas, failure
-        deltas = []
-        yield deltas, self._decode_end(sse, deltas)
-
-    def _decode(self, sse: SseDecoder, data: bytes, deltas: list[Delta]) -> ProviderError | None:
-        """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
-        try:
-            for name, payload in sse.feed(data):
-                self.decoder.decode(name, payload, deltas)
-        except ProviderError as exc:
-            return exc
-        return None
-
-    def _decode_end(self, sse: SseDecoder, deltas: list[Delta]) -> ProviderError | None:
-        with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
-            for name, payload in sse.end():
-                self.decoder.decode(name, payload, deltas)
-        try:
-            self.decoder.end(deltas)
-        except ProviderError as exc:
-            return exc
-        return None
-
-    async def _read_document(self, content_type: str) -> AsyncIterator[tuple[list[Delta], ProviderError | None]]:
-        """A whole answer in one JSON document, although a stream was asked for; an HTML page is an error."""
-        body = bytearray()
-        async for data in self._read_bytes():
-            body += data
-            if len(body) > PROVIDER_EVENT_BYTES_MAX:
-                raise ProviderProtocol(f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
-        if "html" in content_type:
-            words, _ = body_words(content_type, bytes(body))
-            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        Raises GenerationError, after the deltas that came before it. One call per read and no generator on the way:
+        this is where a stream spends its time.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._is_ended:
+            return None
+        data = await self._read_bytes()
         deltas: list[Delta] = []
-        try:
-            self.decoder.decode_document(bytes(body), deltas)
-            self.decoder.end(deltas)
-        except ProviderError as exc:
-            yield deltas, exc
-        else:
-            yield deltas, None
+        self._failure = self._decode(data, deltas) if data else self._decode_end(deltas)
+        if not data:
+            self._is_ended = True
+        elif self.decoder.done or (self.decoder.finish_reason is not None and (deltas or self._whole_at is None)):
+            self._whole_at = asyncio.get_running_loop().time()
+        if self._failure is not None and not deltas:
+            raise self._failure
+        return deltas
 
-    async def _read_bytes(self) -> AsyncIterator[bytes]:
-        """The body as it comes, up to its end. Raises ProviderTruncated if the connection breaks before that."""
-        encoded = self._response.headers.get("content-encoding", "identity") != "identity"
-        stream = self._response.aiter_bytes() if encoded else cast("AsyncIterator[bytes]", self._response.stream)
+    async def _read_bytes(self) -> bytes:
+        """The next bytes; none at the end. Raises ProviderTruncated if the connection breaks before that."""
         try:
-            async for data in stream:
-                self.heard_at = time.monotonic()
-                yield data
+            if self._whole_at is not None:
+                data = await self._read_after_end(self._whole_at)
+            else:
+                data = await self._receive()
+                if not self._is_sniffed:
+                    data = await self._sniff(data)
         except connection_errors() as exc:
-            raise ProviderTruncated(f"the connection to {self.provider.name} broke: {reason_of(exc)}") from exc
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            raise ProviderTruncated(words, transient=True) from exc
+        self.heard_at = time.monotonic()
+        return data
+
+    async def _sniff(self, data: bytes) -> bytes:
+        """The first bytes that say something. By them, not by a label, an answer is a stream or one document: a stream
+        is asked for, and what comes instead is mislabelled too."""
+        while data and not (head := data.lstrip(b" \t\r\n\xef\xbb\xbf")):  # DeepSeek sends blank lines while one waits
+            self.heard_at = time.monotonic()
+            data = await self._receive()
+        if data and head.startswith((b"{", b"[", b"<")):
+            self._document = bytearray()
+        self._is_sniffed = True
+        return head if data else b""
+
+    async def _read_after_end(self, whole_at: float) -> bytes:
+        """What comes after the answer is whole, which does not wait for its connection to end.
+
+        A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
+        its end can be used again.
+        """
+        patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
+        with contextlib.suppress(TimeoutError, *connection_errors()):
+            async with asyncio.timeout_at(whole_at + patience):
+                data = await self._receive()
+                while data and self.decoder.done:
+                    data = await self._receive()
+                return data
+        return b""
+
+    def _decode(self, data: bytes, deltas: list[Delta]) -> GenerationError | None:
+        """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        if self._document is not None:
+            self._document += data
+            too_large = len(self._document) > PROVIDER_EVENT_BYTES_MAX
+            words = f"{self.provider.name}'s answer is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit"
+            return ProviderProtocol(words) if too_large else None
+        held_characters = self.decoder.held_characters
+        try:
+            for name, payload in self._sse.feed(data):
+                self.decoder.decode(name, payload, deltas)
+        except GenerationError as exc:
+            return exc
+        if self.decoder.held_characters != held_characters:
+            self.grown_at = self.heard_at
+        return None
+
+    def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
+        try:
+            if self._document is not None:
+                self._decode_document(bytes(self._document), deltas)
+            with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
+                for name, payload in self._sse.end():
+                    self.decoder.decode(name, payload, deltas)
+            self.decoder.end(deltas)
+        except ProviderTruncated as exc:
+            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
+        except GenerationError as exc:
+            return exc
+        return None
+
+    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
+        if body.startswith(b"<"):
+            words, _ = body_words("text/html", body)
+            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+        self.decoder.decode_document(body, deltas)
+
+    def _strange_error(self, body: bytes) -> ProviderError:
+        """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
+        if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
+            return in_band_error(self.provider, body)
+        words, _ = body_words(self._response.headers.get("content-type", ""), body)
+        return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
+
+
+def body_reader(response: httpx.Response) -> Callable[[], Awaitable[bytes]]:
+    """What gives the next bytes of a body, and none at its end: aiohttp's own reader where there is nothing to decode."""
+    reader = response.extensions.get("reader")
+    if reader is not None and response.headers.get("content-encoding", "identity") == "identity":
+        return cast("Callable[[], Awaitable[bytes]]", reader.readany)
+    stream = response.aiter_bytes()
+
+    async def read() -> bytes:
+        return await anext(stream, b"")
+
+    return read
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2380,6 +2567,20 @@ def connection_errors() -> tuple[type[Exception], ...]:
     import httpx
 
     return (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
+
+
+def connection_error(provider: Provider, exc: Exception) -> ProviderError:
+    """The error for a request that got no answer; the transport keeps aiohttp's exception as the cause."""
+    import aiohttp
+
+    cause = exc.__cause__ or exc
+    if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
+        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}")
+    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
+        inner = getattr(cause, "os_error", None)
+        reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
+        return ProviderUnavailable(f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True)
+    return ProviderUnavailable(f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True)
 
 
 def reason_of(exc: BaseException) -> str:
@@ -2427,7 +2628,7 @@ class Providers:
     """The configured providers: asks them questions, knows their models, remembers what they refused."""
 
     def __init__(self, config: Config) -> None:
-        self.rejected: set[str] = set()  # names of providers that refused their key when last asked
+        self.rejected: set[str] = set()  # names of providers that refused their key; a list of models may need none
         self._config = config
         self._client: httpx.AsyncClient | None = None
         self._learnt: dict[str, frozenset[str]] = {}
@@ -2440,11 +2641,8 @@ class Providers:
     def _open_client(self) -> httpx.AsyncClient:
         if self._client is None:
             import httpx
-            from httpx_aiohttp import AiohttpTransport
-
             limits = httpx.Limits(max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15)
-            transport = AiohttpTransport(limits=limits)
-            transport.client = open_session(limits, transport.ssl_context)
+            transport = open_transport(limits)
             self._client = httpx.AsyncClient(
                 transport=transport,
                 mounts={f"all://{DEMO_HOST}": open_demo_transport()},
@@ -2489,15 +2687,16 @@ class Providers:
         return await self._send(provider, "POST", provider.base_url + dialect.path(provider), encode_json(body))
 
     async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
-        """One request; the response's body is still to be read. Raises ProviderUnavailable."""
+        """One request; the response's body is still to be read. Raises ProviderError."""
+        if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
+            raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         client = self._open_client()
         headers = {**DIALECTS[provider.dialect].headers(provider), "content-type": "application/json"}
         try:
             request = client.build_request(method, url, content=body, headers=headers)
             return await client.send(request, stream=True)
         except connection_errors() as exc:
-            where = f"{provider.name} cannot be reached at {provider.base_url}"
-            raise ProviderUnavailable(f"{where}: {reason_of(exc)}", transient=True) from exc
+            raise connection_error(provider, exc) from exc
 
     async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
         """The error for a status other than 200, and the body that it was read from."""
@@ -2558,7 +2757,6 @@ class Providers:
         try:
             if response.status_code != 200:
                 raise (await self._refusal(provider, response))[0]
-            self.rejected.discard(provider.name)
             return decode_json(await response.aread())
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
@@ -2581,13 +2779,26 @@ class Providers:
         prefix, slash, rest = wanted.partition("/")
         if slash and rest and self._config.provider(prefix):
             return self._check(Target(self._find(prefix, name), rest), name)
-        for provider in self._config.providers:
-            if wanted in provider.models:
-                return Target(provider, wanted)
+        if found := await self._find_by_model(wanted, name):
+            return found
         if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
             return self._check(Target(self._config.providers[0], wanted), name)
         self._find(prefix if slash else wanted, name)
-        raise InvalidRequest(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+        raise ModelNotFound(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+
+    async def _find_by_model(self, wanted: str, name: str) -> Target | None:
+        """The target of a model without its provider, where only one has it. Raises ModelNotFound.
+
+        The lists that the configuration gives come first; only then are the providers asked for theirs.
+        """
+        found = [Target(one, wanted) for one in self._config.providers if wanted in one.models]
+        if not found and len(self._config.providers) > 1 and self._config.provider(wanted) is None:
+            listed = await asyncio.gather(*map(self.list_models, self._config.providers))
+            pairs = zip(self._config.providers, listed, strict=True)
+            found = [Target(one, wanted) for one, of_one in pairs if wanted in of_one.models]
+        if len(found) > 1:
+            raise ModelNotFound(f"{name}: several providers have {wanted!r}; write one of {', '.join(map(str, found))}")
+        return found[0] if found else None
 
     def _find(self, wanted: str, name: str) -> Provider:
         provider = self._config.provider(wanted)
@@ -2596,13 +2807,13 @@ class Providers:
         configured = ", ".join(one.name for one in self._config.providers)
         known = PROVIDER_FACTS.get(wanted)
         hint = f"; set {known.variables[0]} to switch it on" if known else "; a model is written provider/model"
-        raise InvalidRequest(f"{name}: provider {wanted!r} is not configured; there is {configured}{hint}")
+        raise ModelNotFound(f"{name}: provider {wanted!r} is not configured; there is {configured}{hint}")
 
     def _check(self, target: Target, name: str) -> Target:
         """Refuses a model that is known not to be there: where the list is given, not asked."""
         models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
         if models and target.model not in models:
-            raise InvalidRequest(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
+            raise ModelNotFound(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
         return target
 
     async def _first_model(self, provider: Provider) -> str:
@@ -2621,6 +2832,23 @@ def models_of(document: Any) -> list[str]:
     items = listed if isinstance(listed, list) else []
     names = [item.get("id") or item.get("name") if isinstance(item, dict) else item for item in items]
     return [name.removeprefix("models/") for name in names if isinstance(name, str)]
+
+
+def open_transport(limits: httpx.Limits) -> Any:
+    """httpx's transport over aiohttp, which also hands out the reader of each body."""
+    from httpx_aiohttp import AiohttpTransport
+    from httpx_aiohttp.transport import AiohttpResponseStream
+
+    class Transport(AiohttpTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            response = await super().handle_async_request(request)
+            assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
+            response.extensions["reader"] = response.stream._aiohttp_response.content
+            return response
+
+    transport = Transport(limits=limits)
+    transport.client = open_session(limits, transport.ssl_context)
+    return transport
 
 
 def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
@@ -2751,6 +2979,9 @@ class NewMessage:
     parameters: Parameters
     idempotency_key: str | None = None
     request_hash: str | None = None
+    hidden: bool = False  # a new conversation that is in no list and is deleted some time after it has ended
+    answer_system: str | None = None  # the system prompt of this answer alone; None: the conversation's
+    response: Mapping[str, Any] | None = None  # what a response of section 13 repeats of its request
 
 
 @dataclass(frozen=True)
@@ -2769,19 +3000,24 @@ class Started:
     repeated: bool = False  # an earlier request with the same Idempotency-Key has started it
     status: str = "running"
     is_first: bool = False  # the first answer of its conversation
+    hidden: bool = False
     content: tuple[Delta, ...] = ()
     usage: Usage | None = None
     timing: Timing = NO_TIMING
     attempts: tuple[dict[str, Any], ...] = ()
 
 
-class Row(NamedTuple):
-    """A delta as it is stored."""
+class Session(NamedTuple):
+    """A sign-in of the page, as it is stored. `token_hash` is of cookie and token together: who reads the database or
+    a backup of it has nothing to try guesses at a token on."""
 
-    message_id: int
-    offset: int
-    kind: str
-    text: str
+    cookie_hash: str
+    owner: str
+    token_hash: str
+    expires_at_ms: int
+
+
+Row = tuple[int, int, str, str]  # a delta as it is stored: message_id, offset, kind, text
 
 
 @dataclass(frozen=True)
@@ -2824,8 +3060,12 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     connection.row_factory = sqlite3.Row
     connection.create_function("segment", 1, segment, deterministic=True)
     connection.create_function("owner_token", 1, owner_token, deterministic=True)
-    for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
-        connection.execute(f"PRAGMA {pragma}")
+    try:
+        for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
+            connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
@@ -2836,24 +3076,58 @@ async def open_database(path: str, *, read_only: bool) -> Database:
     return database
 
 
-def prepare_database(path: str) -> int:
+def prepare_database(path: str, *, suspect: bool) -> int:
     """Creates or migrates the file and ends what a dead process left running. Returns how many messages that were.
 
-    Raises StartError with one line for everything that a file can be and a database cannot.
+    `suspect`: nobody knows how its last process ended, so it is checked first. Raises StartError with one line for
+    everything that a file can be and a database cannot.
     """
     if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
         raise StartError(f"SQLite {sqlite3.sqlite_version} is too old; llmchat needs 3.37 or later")
     if Path(path).is_dir():
         raise StartError(f"database {path}: is a folder")
     try:
+        create_private(path)
         with contextlib.closing(connect(path, read_only=False)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+            if suspect:
+                check_database(connection, path)
             migrate(connection, path)
+            connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
     except sqlite3.Error as exc:
-        raise StartError(f"database {path}: {reason_of(exc)}") from exc
+        damaged = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+        raise StartError(f"database {path}: {reason_of(exc)}{DAMAGED_ADVICE if damaged else ''}") from exc
     except OSError as exc:
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
+
+
+def create_private(path: str) -> None:
+    """The file, made for its owner alone if it is not there; what SQLite puts beside it takes the same mode."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+DAMAGED_ADVICE = "; start on a backup with --db, or save what can be read: sqlite3 DAMAGED .recover | sqlite3 NEW"
+
+
+def check_database(connection: sqlite3.Connection, path: str) -> None:
+    """Looks for damage, as a power cut or a broken disk leaves it. Raises StartError.
+
+    A big file is checked without its indexes, and a check that takes too long is given up: it is a net, not a gate.
+    """
+    pragma = "integrity_check" if os.path.getsize(path) <= CHECK_BYTES_MAX else "quick_check"
+    deadline = time.monotonic() + CHECK_SECONDS_MAX
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+    try:
+        found = connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
+    except sqlite3.OperationalError as exc:
+        if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
+            raise
+    else:
+        if found != "ok":
+            raise StartError(f"database {path}: is damaged ({' '.join(found.split())}){DAMAGED_ADVICE}")
+    finally:
+        connection.set_progress_handler(None, 0)
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -2892,8 +3166,100 @@ def sql_statements(script: str) -> Iterator[str]:
 
 def back_up(connection: sqlite3.Connection, path: str) -> None:
     """A consistent copy of the database, also while it is written to."""
+    create_private(path)
     with contextlib.closing(sqlite3.connect(path)) as copy:
         connection.backup(copy)
+
+
+def copy_database(path: str, target: str) -> None:
+    """A copy of the database as it is at one moment, also while it is written to, in a single file.
+
+    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
+    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
+    """
+    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    with contextlib.closing(connect(path, read_only=True)) as source:
+        source.execute("BEGIN")
+        if not source.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'conversation'").fetchone()[0]:
+            raise sqlite3.DatabaseError("is not llmchat's")
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
+            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
+
+
+def open_copy(path: str) -> BinaryIO:
+    """A copy of the database in a file beside it that has no name any more: its end is the end of the copy.
+
+    Raises StoreUnavailable, also when the disk has no room for it beside what is being streamed.
+    """
+    folder = Path(path).absolute().parent
+    try:
+        needed = os.path.getsize(path) * 1.1
+        if shutil.disk_usage(folder).free < needed:
+            raise StoreUnavailable(f"a copy of the database takes {needed:,.0f} bytes; the disk has not as many left")
+        name = folder / f".llmchat-copy-{random.getrandbits(64):016x}"
+        try:
+            copy_database(path, str(name))
+            return name.open("rb")
+        finally:
+            name.unlink(missing_ok=True)
+    except sqlite3.Error as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {reason_of(exc)}", retry_after_seconds=5) from exc
+    except OSError as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {exc.strerror}", retry_after_seconds=5) from exc
+
+
+def remove_left_copies(path: str) -> None:
+    """Copies that a dead process was making."""
+    for name in Path(path).absolute().parent.glob(".llmchat-copy-*"):
+        if re.fullmatch(r"\.llmchat-copy-[0-9a-f]{16}(-journal)?", name.name):
+            name.unlink(missing_ok=True)
+
+
+def save_backup(path: str, target: str) -> int:
+    """What `llmchat backup FILE` does; returns the file's bytes. Raises StartError, also if the file is there already.
+
+    The name is taken first and the copy put in its place when it is whole: never half a backup under that name.
+    """
+    partial_copy = f"{target}.partial"
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as exc:
+        raise StartError(f"backup {target}: is there already; a backup overwrites nothing") from exc
+    except OSError as exc:
+        raise StartError(f"backup {target}: {exc.strerror}") from exc
+    try:
+        copy_database(path, partial_copy)
+        os.replace(partial_copy, target)
+    except BaseException as exc:
+        for name in (partial_copy, f"{partial_copy}-journal", target):
+            Path(name).unlink(missing_ok=True)
+        if isinstance(exc, sqlite3.Error | OSError):
+            raise StartError(f"backup of {path}: {reason_of(exc)}") from exc
+        raise
+    return os.path.getsize(target)
+
+
+NETWORK_FILE_SYSTEMS = re.compile(
+    r"nfs\d?|cifs|smb\w*|9p|afs|ncpfs|ceph|glusterfs|lustre|gfs2?|ocfs2|davfs|virtiofs|vboxsf|"
+    r"fuse\.(sshfs|s3fs|rclone|gcsfuse|grpcfuse|osxfs|glusterfs|ceph\w*|davfs2?|gvfsd-fuse|mergerfs)"
+)
+
+
+def network_file_system(folder: str, mounts: str) -> str | None:
+    """The type of the file system under a folder if it is one that several machines may share; None: it is not.
+
+    `mounts` is /proc/mounts; its paths have spaces and backslashes as octal escapes (man 5 fstab).
+    """
+    best, kind = -1, ""
+    for fields_of_mount in (line.split(" ") for line in mounts.splitlines()):
+        if len(fields_of_mount) < 3:
+            continue
+        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields_of_mount[1])
+        inside = folder == place or folder.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= best:  # of two on the same place, the later one is what is seen
+            best, kind = len(place), fields_of_mount[2]
+    return kind if NETWORK_FILE_SYSTEMS.fullmatch(kind) else None
 
 
 def interrupt_running(connection: sqlite3.Connection) -> int:
@@ -2903,6 +3269,11 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
     connection.execute(
         "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'",
         (now_ms(),),
+    )
+    connection.execute(
+        "UPDATE conversation SET updated_at_ms = ? WHERE hidden = 1 AND id IN"
+        " (SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?)))",
+        (now_ms(), json.dumps([message_id for (message_id,) in running])),
     )
     for (message_id,) in running:
         index_ended(connection, message_id)
@@ -2919,9 +3290,12 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
+INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
 SEARCH_WORDS_MAX = 16  # of one query
-SEARCH_MATCHES_MAX = 400  # newest matches that are ranked; the word "the" is in every message
-SNIPPET_TOKENS = 24
+SEARCH_PREFIX_CHARACTERS_MIN = 2  # of a word that matches as a prefix; a single letter begins half of all words
+SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
+SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
+WORD = re.compile(r"[^\W_]+")
 MARK_START, MARK_END = "\x02", "\x03"
 
 
@@ -2931,8 +3305,17 @@ def segment(text: str | None) -> str:
 
 
 def unsegment(text: str) -> str:
-    """A snippet as it was before."""
-    return re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    """A piece of indexed text as it was before; marks around its words stay."""
+    joined = re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    return joined.replace(MARK_END + MARK_START, "")
+
+
+def fold(word: str) -> str:
+    """A word as the tokenizer compares it: without case, without marks on its letters."""
+    if word.isascii():
+        return word.lower()
+    parts = unicodedata.normalize("NFD", word.lower())
+    return unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
 
 
 def owner_token(owner: str) -> str:
@@ -2949,9 +3332,13 @@ def index_message(connection: sqlite3.Connection, owner: str, message_id: int, t
 
 def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
     owner = connection.execute(
-        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ?", (message_id,)
+        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ? AND hidden = 0",
+        (message_id,),
     ).fetchone()
-    rows = connection.execute("SELECT text FROM delta WHERE message_id = ? AND kind = 'text' ORDER BY offset", (message_id,))
+    rows = connection.execute(
+        "SELECT text FROM delta WHERE message_id = ? AND kind = 'text' AND offset < ? ORDER BY offset",
+        (message_id, INDEXED_CHARACTERS_MAX),
+    )
     if owner is not None:
         index_message(connection, owner[0], message_id, "".join(text for (text,) in rows))
 
@@ -2962,47 +3349,99 @@ def index_title(connection: sqlite3.Connection, owner: str, conversation_id: int
     connection.execute("INSERT INTO message_fts (rowid, owner, title) VALUES (?, ?, ?)", values)
 
 
-def match_expression(owner: str, query: str) -> str | None:
-    """What FTS5 is asked: all words of the query, each as a prefix; None if there is no word in it."""
-    phrases = []
-    for word in query.split()[:SEARCH_WORDS_MAX]:
-        tokens = re.findall(r"[^\W_]+", segment(word))
-        if tokens:
-            phrases.append('"' + " ".join(tokens) + '"*')
-    return f"owner:{owner_token(owner)} AND {{title text}}: ({' AND '.join(phrases)})" if phrases else None
+class Phrase(NamedTuple):
+    """A word of a query: the tokens that have to follow one another, the last perhaps as a prefix."""
+
+    tokens: tuple[str, ...]
+    is_prefix: bool
+
+    def expression(self) -> str:
+        return f'"{" ".join(self.tokens)}"' + ("*" if self.is_prefix else "")
+
+    def matches(self, words: Sequence[str]) -> bool:
+        """Whether the words begin with this phrase."""
+        *whole, last = self.tokens
+        if len(words) < len(self.tokens) or list(words[: len(whole)]) != whole:
+            return False
+        word = words[len(whole)]
+        return word.startswith(last) if self.is_prefix else word == last
+
+
+def parse_query(query: str) -> list[Phrase]:
+    """The words of a query; whatever is no letter or digit only parts them."""
+    found = [tuple(map(fold, WORD.findall(segment(word)))) for word in query.split()[:SEARCH_WORDS_MAX]]
+    return [Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN) for tokens in found if tokens]
 
 
 def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
-    """The conversations with the best matches, titles first; each with a snippet of its best one."""
-    expression = match_expression(owner, query)
-    if expression is None:
+    """The conversations that match, by their titles first, then by their newest matching message; each with a snippet.
+
+    Only the newest matches are looked at, in the index's own order, so that a word that is everywhere costs no more
+    than a rare one: relevance (bm25) would have to count all of them.
+    """
+    phrases = parse_query(query)
+    if not phrases:
         return ConversationList([], None)
-    rows = connection.execute(
-        "SELECT message_fts.rowid AS row, coalesce(message.conversation_id, -message_fts.rowid) AS conversation_id,"
-        f" snippet(message_fts, CASE WHEN matched < 0 THEN 1 ELSE 2 END, '{MARK_START}', '{MARK_END}', '…', {SNIPPET_TOKENS}) AS snippet, score FROM ("
-        "SELECT rowid AS matched, CASE WHEN rowid < 0 THEN -1e6 ELSE 0 END + rank AS score FROM ("
-        f"SELECT rowid, bm25(message_fts) AS rank FROM message_fts WHERE message_fts MATCH ?1 ORDER BY rowid DESC LIMIT {SEARCH_MATCHES_MAX})"
-        ") JOIN message_fts ON message_fts.rowid = matched LEFT JOIN message ON message.id = matched"
-        " WHERE message_fts MATCH ?1 ORDER BY score",
-        (expression,),
-    )
-    best: dict[int, sqlite3.Row] = {}
-    for row in rows:
+    words = " AND ".join(phrase.expression() for phrase in phrases)
+    newest = "SELECT rowid FROM message_fts WHERE message_fts MATCH ? AND rowid {} LIMIT ?"
+    mine = f"owner:{owner_token(owner)} AND"
+    titles = connection.execute(newest.format("< 0 ORDER BY rowid"), (f"{mine} title:({words})", limit))
+    found = [(-row, row) for (row,) in titles]
+    texts = connection.execute(newest.format("> 0 ORDER BY rowid DESC"), (f"{mine} text:({words})", SEARCH_MATCHES_MAX))
+    found += [(conversation_of(connection, row), row) for (row,) in texts]
+    best: dict[int, int] = {}
+    for conversation_id, row in found:
         if len(best) < limit:
-            best.setdefault(row["conversation_id"], row)
-    found = []
+            best.setdefault(conversation_id, row)
+    summaries = []
     for conversation_id, row in best.items():
         summary = summary_of(require_conversation(connection, owner, conversation_id))
-        match = Match(row["row"] if row["row"] > 0 else None, snippet_of(row["snippet"]))
-        found.append(ConversationSummary(**summary, match=match))
-    return ConversationList(found, None)
+        text = connection.execute("SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", (row,)).fetchone()[0]
+        match = Match(row if row > 0 else None, snippet_of(text, phrases))
+        summaries.append(ConversationSummary(**summary, match=match))
+    return ConversationList(summaries, None)
 
 
-def snippet_of(text: str) -> list[SnippetPart]:
-    """A snippet as parts, the marked ones being what was found."""
-    pieces = re.split(f"([{MARK_START}{MARK_END}])", unsegment(text))
+def conversation_of(connection: sqlite3.Connection, message_id: int) -> int:
+    return cast(int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0])
+
+
+def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
+    """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
+    spans = [match.span() for match in WORD.finditer(text)]
+    folded = (fold(text[start:end]) for start, end in spans)
+    words: list[str] = []
+    first = 0
+    for words_seen, word in enumerate(folded):
+        words.append(word)
+        if phrases[0].matches(words[-len(phrases[0].tokens) :]):
+            first = words_seen
+            break
+    words += itertools.islice(folded, SNIPPET_WORDS)
+    marked = {
+        index + more
+        for index in range(max(first - SNIPPET_WORDS_BEFORE, 0), len(words))
+        for phrase in phrases
+        if phrase.matches(words[index:])
+        for more in range(len(phrase.tokens))
+    }
+    start = max(first - SNIPPET_WORDS_BEFORE, 0)
+    return snippet_parts(text, spans, start, min(start + SNIPPET_WORDS, len(spans)), marked)
+
+
+def snippet_parts(
+    text: str, spans: Sequence[tuple[int, int]], start: int, end: int, marked: Iterable[int]
+) -> list[SnippetPart]:
+    """The text from word `start` up to word `end`, with the marked words apart."""
+    at = spans[start][0] if start > 0 else 0
+    pieces = ["…" if start > 0 else ""]
+    for index in sorted(one for one in marked if start <= one < end):
+        word_start, word_end = spans[index]
+        pieces += [text[at:word_start], MARK_START, text[word_start:word_end], MARK_END]
+        at = word_end
+    pieces += [text[at : spans[end - 1][1]], "…"] if end < len(spans) else [text[at:]]
     parts, mark = [], False
-    for piece in pieces:
+    for piece in re.split(f"([{MARK_START}{MARK_END}])", unsegment("".join(pieces))):
         if piece in (MARK_START, MARK_END):
             mark = piece == MARK_START
         elif piece:
@@ -3010,8 +3449,16 @@ def snippet_of(text: str) -> list[SnippetPart]:
     return parts
 
 
-def lock_database(path: str) -> int:
-    """Takes the lock beside the database for as long as the returned descriptor is open. Raises StartError.
+CLEAN = b"ended cleanly\n"  # what the lock file says when nobody holds it; else it has the holder's number
+
+
+class Lock(NamedTuple):
+    descriptor: int
+    suspect: bool  # its last holder did not say that it ended cleanly: it died, or was elsewhere, as after a restore
+
+
+def lock_database(path: str) -> Lock:
+    """Takes the lock beside the database for as long as its descriptor is open. Raises StartError.
 
     A lock of the system's, so that it goes with its process, however that dies; not on the database itself, because
     closing any descriptor of that file would drop SQLite's own locks (https://sqlite.org/howtocorrupt.html, 2.2).
@@ -3022,8 +3469,8 @@ def lock_database(path: str) -> int:
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, b"%d\n" % os.getpid())
+        suspect = os.read(descriptor, len(CLEAN)) != CLEAN
+        mark_lock(descriptor, b"%d\n" % os.getpid())
     except BlockingIOError as exc:
         holder = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
@@ -3032,7 +3479,14 @@ def lock_database(path: str) -> int:
         if descriptor >= 0:
             os.close(descriptor)
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
-    return descriptor
+    return Lock(descriptor, suspect)
+
+
+def mark_lock(descriptor: int, words: bytes) -> None:
+    """Writes into the lock file; on the disk, because a power cut must not leave an older word."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, words, 0)
+    os.fsync(descriptor)
 
 
 # ── operations: what runs in a connection's thread ──────────────────────────────────────────────────────────────────
@@ -3042,31 +3496,53 @@ def commit_together(connection: sqlite3.Connection, operations: Sequence[Callabl
     """Runs the operations in one transaction. Returns the value, or the exception, of each.
 
     `durable`: the commit is fsynced. Raises sqlite3.Error if the transaction as a whole could not be committed; then
-    nothing of it is stored.
+    nothing of it is stored. As few statements as can be: after each, this thread waits for the interpreter.
     """
-    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-    connection.execute("BEGIN IMMEDIATE")
+    if durable:
+        connection.execute("PRAGMA synchronous=FULL")
     try:
-        outcomes = [run_in_savepoint(connection, operation) for operation in operations]
-        connection.execute("COMMIT")
+        connection.execute("BEGIN IMMEDIATE")
+        run = run_alone if len(operations) == 1 else run_in_savepoint
+        outcomes = [run(connection, operation) for operation in operations]
+        if connection.in_transaction:
+            connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:  # a full disk has rolled it back already
             connection.execute("ROLLBACK")
         raise
+    finally:
+        if durable:
+            connection.execute("PRAGMA synchronous=NORMAL")
     return outcomes
+
+
+def run_alone(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
+    """An operation that has the transaction to itself: if it is refused, there is nothing else to keep."""
+    try:
+        return operation(connection)
+    except Exception as exc:
+        if is_disk_error(exc):
+            raise
+        connection.execute("ROLLBACK")
+        return exc
 
 
 def run_in_savepoint(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
     connection.execute("SAVEPOINT operation")
     try:
         value = operation(connection)
-    except sqlite3.OperationalError:  # the disk, not the operation
-        raise
     except Exception as exc:
+        if is_disk_error(exc):
+            raise
         connection.execute("ROLLBACK TO operation")
         value = exc
     connection.execute("RELEASE operation")
     return value
+
+
+def is_disk_error(exc: Exception) -> bool:
+    """Whether the disk or the file is to blame (full, locked, unreadable, corrupt), not the operation."""
+    return isinstance(exc, sqlite3.OperationalError) or type(exc) is sqlite3.DatabaseError
 
 
 def touch(connection: sqlite3.Connection) -> None:
@@ -3091,21 +3567,23 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
         parent_id = find_parent(connection, conversation_id, parent_id)
     if new.system is not None:
         connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    searched_by = None if new.hidden else new.owner
     for turn in new.turns:
-        parent_id = insert_turn(connection, new.owner, conversation_id, parent_id, turn, created_at_ms)
+        parent_id = insert_turn(connection, searched_by, conversation_id, parent_id, turn, created_at_ms)
     return insert_answer(connection, new, conversation_id, parent_id, created_at_ms)
 
 
 def insert_turn(
-    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
+    connection: sqlite3.Connection, owner: str | None, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
 ) -> int:
-    """Stores a message that is whole; returns its id."""
+    """Stores a message that is whole; returns its id. `owner` is whose search finds it; None: nobody's."""
     params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
     message_id = insert_message(
         connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=encode_json(params).decode()
     )
     insert_content(connection, message_id, turn.content)
-    index_message(connection, owner, message_id, text_of(turn.content))
+    if owner is not None:
+        index_message(connection, owner, message_id, text_of(turn.content))
     return message_id
 
 
@@ -3113,12 +3591,13 @@ def insert_answer(
     connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, created_at_ms: int
 ) -> Started:
     """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
-    row = connection.execute("SELECT system, params_json FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
+    row = connection.execute("SELECT system, params_json, hidden FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
     asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
     message_id = insert_message(
         connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
         provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(asked).decode(),
-        idempotency_key=new.idempotency_key, request_hash=new.request_hash,
+        idempotency_key=new.idempotency_key, request_hash=new.request_hash, system=new.answer_system,
+        response_json=encode_json(new.response).decode() if new.response is not None else None,
     )  # fmt: skip
     connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
     answers = "SELECT count(*) FROM message WHERE conversation_id = ? AND role = 'assistant'"
@@ -3126,10 +3605,11 @@ def insert_answer(
         conversation_id,
         message_id,
         parent_id,
-        row["system"],
+        row["system"] if new.answer_system is None else new.answer_system,
         () if parent_id is None else select_path(connection, parent_id),
         msgspec.convert(asked, Parameters),
-        is_first=connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+        is_first=not row["hidden"] and connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+        hidden=bool(row["hidden"]),
     )
 
 
@@ -3139,7 +3619,7 @@ def regenerate_message(connection: sqlite3.Connection, message_id: int, new: New
         return earlier
     row = select_answer(connection, new.owner, message_id)
     asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
-    new = replace(new, parameters=msgspec.convert(asked, Parameters))
+    new = replace(new, parameters=msgspec.convert(asked, Parameters), answer_system=row["system"])
     return insert_answer(connection, new, row["conversation_id"], row["parent_id"], now_ms())
 
 
@@ -3150,20 +3630,21 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
     if row["status"] == "running" or (row["status"] == "completed" and row["finish_reason"] != "length"):
         raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
     connection.execute(
-        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
+        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL, merged = 0,"
         " provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
     rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
     before = message_of(row, [Delta(*one) for one in rows])
-    system = connection.execute("SELECT system FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()[0]
+    conversation = connection.execute("SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()
     return Started(
         before.conversation_id,
         message_id,
         before.parent_id,
-        system,
+        conversation["system"] if row["system"] is None else row["system"],
         select_path(connection, message_id),
         msgspec.convert(json.loads(row["params_json"]), Parameters),
+        hidden=bool(conversation["hidden"]),
         content=tuple(before.content),
         usage=before.usage,
         timing=before.timing,
@@ -3195,10 +3676,11 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
     title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
     cursor = connection.execute(
-        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms) VALUES (?, ?, ?, ?, ?)",
-        (new.owner, title, new.system or "", created_at_ms, created_at_ms),
+        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms, hidden) VALUES (?, ?, ?, ?, ?, ?)",
+        (new.owner, title, new.system or "", created_at_ms, created_at_ms, new.hidden),
     )
-    index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
+    if not new.hidden:
+        index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
     return cast(int, cursor.lastrowid)
 
 
@@ -3256,14 +3738,29 @@ def insert_content(connection: sqlite3.Connection, message_id: int, content: Ite
     rows, offset = [], 0
     for delta in content:
         for piece in split_delta(delta):
-            rows.append(Row(message_id, offset, piece.kind, piece.text))
+            rows.append((message_id, offset, piece.kind, piece.text))
             offset += len(piece.text)
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    insert_rows(connection, rows)
+
+
+def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Stores deltas in one statement, however many: after each, this thread would have to wait for the interpreter,
+    which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
+    encoded = encode_json(rows)
+    if b"\\u0000" in encoded:
+        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    else:
+        connection.execute(
+            "INSERT INTO delta SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),"
+            " json_extract(value, '$[3]') FROM json_each(?)",
+            (encoded.decode(),),
+        )
 
 
 def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
     """A flush: new content of running messages, and the ends of some. The one place that sets a terminal status."""
-    connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+    if rows:
+        insert_rows(connection, rows)
     for outcome in outcomes:
         ending = outcome.ending
         connection.execute(
@@ -3281,6 +3778,59 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
             (now_ms(), outcome.message_id),
         )
         index_ended(connection, outcome.message_id)
+
+
+def find_unmerged(connection: sqlite3.Connection) -> tuple[int, int] | None:
+    """The answer that has waited longest for its rows to be merged, and when it ended; None: there is none."""
+    row = connection.execute(
+        "SELECT id, ended_at_ms FROM message WHERE merged = 0 AND role = 'assistant' AND ended_at_ms IS NOT NULL"
+        " ORDER BY ended_at_ms LIMIT 1"
+    ).fetchone()
+    return None if row is None else (row[0], row[1])
+
+
+def merge_deltas(connection: sqlite3.Connection, message_id: int, ended_at_ms: int, offset: int) -> int | None:
+    """Merges some rows of an ended answer, from this offset on. Returns where to go on; None: all is done.
+
+    Rows that follow each other and are of one kind become one of at most FRAME_CHARACTERS_MAX, which bounds a page.
+    No character changes its offset, so no cursor can tell. Nothing is done if the answer runs again, or is gone.
+    """
+    ended = "SELECT 1 FROM message WHERE id = ? AND ended_at_ms = ?"
+    if connection.execute(ended, (message_id, ended_at_ms)).fetchone() is None:
+        return None
+    rows = connection.execute(
+        "SELECT offset, kind, CASE WHEN kind IN ('text', 'reasoning') THEN text END FROM delta"
+        " WHERE message_id = ? AND offset >= ? ORDER BY offset LIMIT ?",
+        (message_id, offset, MERGE_ROWS),
+    ).fetchall()
+    last = offset
+    for group in group_rows(rows):
+        last = group[0][0]
+        if len(group) > 1:
+            between = (message_id, last + 1, group[-1][0])
+            connection.execute("DELETE FROM delta WHERE message_id = ? AND offset BETWEEN ? AND ?", between)
+            values = ("".join(text for _, _, text in group), message_id, last)
+            connection.execute("UPDATE delta SET text = ? WHERE message_id = ? AND offset = ?", values)
+    if len(rows) == MERGE_ROWS:
+        return last
+    connection.execute("UPDATE message SET merged = 1 WHERE id = ?", (message_id,))
+    return None
+
+
+def group_rows(rows: Iterable[tuple[int, str, str]]) -> Iterator[list[tuple[int, str, str]]]:
+    """Rows (offset, kind, text) in the groups that may become one row each."""
+    group: list[tuple[int, str, str]] = []
+    characters = 0
+    for row in rows:
+        _, kind, text = row
+        fits = kind in MERGED_KINDS and group and kind == group[0][1] and characters + len(text) <= FRAME_CHARACTERS_MAX
+        if group and not fits:
+            yield group
+            group, characters = [], 0
+        group.append(row)
+        characters += len(text) if kind in MERGED_KINDS else 0
+    if group:
+        yield group
 
 
 def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
@@ -3355,8 +3905,16 @@ def reading(connection: sqlite3.Connection) -> Iterator[None]:
         connection.execute("COMMIT")
 
 
-def load_page(connection: sqlite3.Connection, owner: str, message_id: int, cursor: int) -> Page:
-    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row."""
+def load_page(
+    connection: sqlite3.Connection,
+    owner: str,
+    message_id: int,
+    cursor: int,
+    join: Callable[[Iterable[Delta]], list[Delta]] = join_deltas,
+) -> Page:
+    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row.
+
+    `join` may be `list`: then every row is a piece of its own, as it was when it was published."""
     with reading(connection):
         message = message_of(select_message(connection, owner, message_id), ())
         last = connection.execute(
@@ -3375,7 +3933,7 @@ def load_page(connection: sqlite3.Connection, owner: str, message_id: int, curso
             if characters >= FRAME_CHARACTERS_MAX * 4:
                 break
     pieces, offset = [], cursor
-    for delta in join_deltas(found):
+    for delta in join(found):
         for piece in split_delta(delta):
             offset += len(piece.text)
             pieces.append((offset, piece))
@@ -3388,7 +3946,7 @@ def list_conversations(
     """A page of an owner's conversations; `before` is (updated_at_ms, id) of the last one on the page before."""
     rows = connection.execute(
         "SELECT conversation.*, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id)"
-        " AS running FROM conversation WHERE owner = ? AND (updated_at_ms, id) < (?, ?)"
+        " AS running FROM conversation WHERE owner = ? AND hidden = 0 AND (updated_at_ms, id) < (?, ?)"
         " ORDER BY updated_at_ms DESC, id DESC LIMIT ?",
         (owner, *(before or (2**63 - 1, 2**63 - 1)), limit + 1),
     ).fetchall()
@@ -3453,6 +4011,106 @@ def delete_conversation(connection: sqlite3.Connection, owner: str, conversation
     return [row[0] for row in running]
 
 
+def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched: Sequence[int]) -> int | None:
+    """Deletes hidden conversations in which nothing has happened since then, unless somebody reads one of the messages
+    `watched`. Returns when the oldest that is left ended; None: there is none."""
+    ended = (
+        "hidden = 1 AND id NOT IN (SELECT conversation_id FROM message WHERE status = 'running'"
+        " UNION ALL SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?1)))"
+    )
+    connection.execute(
+        f"DELETE FROM conversation WHERE id IN (SELECT id FROM conversation WHERE {ended} AND updated_at_ms <= ?2"
+        f" ORDER BY updated_at_ms LIMIT {SWEPT_MAX})",
+        (json.dumps(watched), ended_before_ms),
+    )
+    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", ("[]",)).fetchone()
+    return cast("int | None", oldest[0])
+
+
+# ── what a response of section 13 needs: the answer, what it was asked with, what it follows ──
+
+
+class StoredResponse(NamedTuple):
+    """An answer, and what its response repeats of its request (nothing, for one that the page asked for)."""
+
+    message: Message
+    asked: dict[str, Any]
+
+
+def select_response(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
+    """The row of an answer. Raises NotFound, also for a message of another role."""
+    row = connection.execute(
+        "SELECT message.*, hidden FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE message.id = ? AND owner = ? AND role = 'assistant'",
+        (message_id, owner),
+    ).fetchone()
+    if row is None:
+        raise NotFound(f"response_id: there is no response resp_{message_id}")
+    return cast(sqlite3.Row, row)
+
+
+def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
+    with reading(connection):
+        row = select_response(connection, owner, message_id)
+        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
+        asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
+        return StoredResponse(message_of(row, [Delta(*one) for one in rows]), asked)
+
+
+def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
+    """The ids of the messages that an answer was asked with, newest first."""
+    count = json.loads(row["response_json"] or "{}").get("input_turns", 1)
+    rows = connection.execute(
+        "WITH RECURSIVE path (id, parent_id, depth) AS ("
+        " SELECT id, parent_id, 1 FROM message WHERE id = ?1"
+        " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id"
+        " WHERE depth < ?2) SELECT id FROM path WHERE depth <= ?2 ORDER BY depth",
+        (row["parent_id"], count),
+    )
+    return [message_id for (message_id,) in rows]
+
+
+def load_input(connection: sqlite3.Connection, owner: str, message_id: int) -> list[tuple[int, Turn]]:
+    """What an answer was asked with: (message id, turn), oldest first."""
+    with reading(connection):
+        ids = input_ids(connection, select_response(connection, owner, message_id))
+        turns = select_path(connection, ids[0]) if ids else ()
+    return list(zip(reversed(ids), turns[len(turns) - len(ids) :], strict=True))
+
+
+def load_previous(connection: sqlite3.Connection, owner: str, message_id: int) -> tuple[int, tuple[Turn, ...]]:
+    """The conversation of an answer that another one is to follow, and the turns up to it. Raises NotFound, Conflict."""
+    with reading(connection):
+        row = select_response(connection, owner, message_id)
+        if row["hidden"]:
+            raise NotFound(f"previous_response_id: resp_{message_id} was not stored")
+        if row["status"] == "running":
+            raise Conflict(f"previous_response_id: resp_{message_id} is still in progress")
+        return row["conversation_id"], select_path(connection, message_id)
+
+
+def delete_response(connection: sqlite3.Connection, owner: str, message_id: int) -> bool:
+    """Deletes an answer, and what it was asked with unless another answer has that too; what follows them stays and
+    moves up. An empty conversation goes along. Returns False, and does nothing, while the answer is running."""
+    row = select_response(connection, owner, message_id)
+    if row["status"] == "running":
+        return False
+    doomed, parent_id = [message_id], row["parent_id"]
+    for asked_id in input_ids(connection, row):
+        children = "SELECT count(*) FROM message WHERE parent_id = ?"
+        if connection.execute(children, (asked_id,)).fetchone()[0] > 1:
+            break
+        doomed.append(asked_id)
+        parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (asked_id,)).fetchone()[0]
+    connection.execute("UPDATE message SET parent_id = ? WHERE parent_id = ?", (parent_id, message_id))
+    for table, key in (("message_fts", "rowid"), ("message", "id")):
+        connection.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),))
+    messages = "SELECT count(*) FROM message WHERE conversation_id = ?"
+    if connection.execute(messages, (row["conversation_id"],)).fetchone()[0] == 0:
+        delete_conversation(connection, owner, row["conversation_id"])
+    return True
+
+
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
     """Sets a title that a model made, unless somebody has set one meanwhile."""
     first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[0]
@@ -3462,6 +4120,21 @@ def title_conversation(connection: sqlite3.Connection, owner: str, conversation_
     question = next(iter(select_path(connection, first)), None)
     if question is not None and row["title"] == make_title(text_of(question.content)):
         update_conversation(connection, owner, conversation_id, {"title": title})
+
+
+def load_sessions(connection: sqlite3.Connection) -> list[Session]:
+    """Every session that has not expired, the newest last."""
+    rows = connection.execute("SELECT * FROM session WHERE expires_at_ms > ? ORDER BY expires_at_ms", (now_ms(),))
+    return [Session(*row) for row in rows]
+
+
+def insert_session(connection: sqlite3.Connection, session: Session) -> None:
+    connection.execute("DELETE FROM session WHERE expires_at_ms <= ?", (now_ms(),))
+    connection.execute("INSERT INTO session VALUES (?, ?, ?, ?)", session)
+
+
+def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
+    connection.execute("DELETE FROM session WHERE cookie_hash = ?", (cookie_hash,))
 
 
 class UsageRow(Struct):
@@ -3502,12 +4175,16 @@ class Store:
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
+        self._is_writable = True
+        self._touched_at = float("-inf")
 
     async def open(self) -> int:
         """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
-        self._lock = lock_database(self._path)
+        lock = lock_database(self._path)
+        self._lock = lock.descriptor
         try:
-            interrupted = await asyncio.to_thread(prepare_database, self._path)
+            await asyncio.to_thread(remove_left_copies, self._path)
+            interrupted = await asyncio.to_thread(partial(prepare_database, self._path, suspect=lock.suspect))
             self._writer = await open_database(self._path, read_only=False)
             self._reader = await open_database(self._path, read_only=True)
         except BaseException:
@@ -3528,6 +4205,9 @@ class Store:
             if database is not None:
                 await database.close()
         if self._lock >= 0:
+            if self._task is not None:  # it was open, so what is left behind was not found damaged
+                with contextlib.suppress(OSError):
+                    mark_lock(self._lock, CLEAN)
             os.close(self._lock)
             self._lock = -1
 
@@ -3539,6 +4219,10 @@ class Store:
         except sqlite3.Error as exc:
             raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
 
+    async def open_copy(self) -> BinaryIO:
+        """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
+        return await asyncio.to_thread(open_copy, self._path)
+
     async def write(self, operation: Callable[..., T], *arguments: Any, durable: bool = False) -> T:
         """Runs an operation in the next group; returns when that is committed. `durable`: and fsynced."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -3546,6 +4230,17 @@ class Store:
         self._waiting.append((bound, durable, future))
         self._wake.set()
         return await future
+
+    async def is_writable(self, seconds: float) -> bool:
+        """Whether a write goes through; what was found within the last `seconds` is good enough."""
+        if time.monotonic() - self._touched_at > seconds:
+            self._touched_at = time.monotonic()
+            try:
+                await self.write(touch)
+                self._is_writable = True
+            except StoreUnavailable:
+                self._is_writable = False
+        return self._is_writable
 
     async def _write_forever(self) -> None:
         """The only writer: takes all that waits, commits it together, tells each how it went."""
@@ -3803,7 +4498,7 @@ class Flush(NamedTuple):
 
     def rows(self) -> list[Row]:
         message_id = self.generation.message_id
-        return [Row(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+        return [(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
 
 
 class Generation:
@@ -3844,6 +4539,7 @@ class Generation:
         self.started_at = time.monotonic()
         self.first_delta_at: float | None = None
         self.attempt_at = self.started_at
+        self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
         self.answer: Answer | None = None
         self.guard: asyncio.Timeout | None = None
@@ -3875,22 +4571,25 @@ class Generation:
             joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
             deltas = [one for one in joined if one.text]
         self.pending += deltas
-        length = sum([len(delta.text) for delta in deltas])
+        length, circle = 0, None
+        for delta in deltas:
+            length += len(delta.text)
+            guard = self._circles.get(delta.kind)
+            circle = circle or (guard.feed(delta.text) if guard is not None else None)
         self.characters += length
         self.pending_characters += length
         if self.pending_characters > PENDING_CHARACTERS_MAX:
             self.room.clear()
         if self.characters > self._characters_max:
             raise TooLong(f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)")
-        for delta in deltas:
-            if delta.kind in MERGED_KINDS and (period := self._circles[delta.kind].feed(delta.text)):
-                raise Repetition(f"the model goes round in circles, repeating {shorten(period, None)!r}")
+        if circle is not None:
+            raise Repetition(f"the model goes round in circles, repeating {shorten(circle, None)!r}")
 
     def take(self) -> Flush:
         """Everything pending, for a flush; with the outcome if this is the last."""
         pieces = []
-        for delta in join_deltas(self.pending):
-            for piece in split_delta(delta):
+        for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
+            for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
                 self.offset += len(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
@@ -3905,15 +4604,27 @@ class Generation:
         if first is None and self.first_delta_at is not None:
             first = round((self.first_delta_at - self.started_at) * 1000)
         total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
-        return Outcome(self.message_id, self.ending, self.target, self.usage(), tuple(self.attempts), first, total)
+        unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
+        attempts = (*self.attempts, *unfinished)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total)
 
     def usage(self) -> Usage | None:
-        """The tokens of all runs of this answer; None: nothing was asked that would cost anything."""
-        usage = self.answer.decoder.usage if self.answer is not None else None
-        if usage is None and self.answer is not None:
-            asked = sum(estimate_tokens(turn.content) for turn in self.started.turns)
-            usage = Usage(asked, (self.characters + 3) // 4, estimated=True)
-        return add_usage(self.started.usage, usage)
+        """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
+        at most what went in. None: nothing was asked that would cost anything."""
+        if self.answer is None:
+            return self.started.usage
+        counted, written = self.answer.decoder.usage, (self.characters + 3) // 4
+        if counted is None:
+            counted = Usage(sum(estimate_tokens(turn.content) for turn in self.started.turns), written, estimated=True)
+        elif self.answer.decoder.finish_reason is None:
+            output_tokens = max(counted.output_tokens, written)
+            counted = msgspec.structs.replace(counted, output_tokens=output_tokens, estimated=True)
+        return add_usage(self.started.usage, counted)
+
+    def attempt_record(self, error: dict[str, Any] | None) -> dict[str, Any]:
+        """The running attempt as it is kept with the message."""
+        elapsed_ms = round((time.monotonic() - self.attempt_at) * 1000)
+        return {"provider": self.provider, "model": self.model, "error": error, "ms": elapsed_ms}
 
     # ── publishing ──
 
@@ -3952,23 +4663,79 @@ class Generation:
         if self.guard is None or not self.room.is_set():  # the silence is ours
             return float("inf")
         since = self.last_delta_at or self.attempt_at
+        if self.answer is not None:
+            since = max(since, self.answer.grown_at)
         patience = config.first_delta_timeout_seconds if self.last_delta_at is None else config.stall_timeout_seconds
         heard = self.answer.heard_at if self.answer is not None else since
         return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
+
+
+class Merger:
+    """Merges the rows of answers that ended a while ago: a stream leaves one every few milliseconds.
+
+    One task, which looks at the start and when `wake` says that something has ended; it sleeps until the oldest answer
+    is due, and without a timer when there is none. Between small transactions it leaves the database to the others.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ended = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.create_task(self._merge_forever(), name="merger")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def wake(self) -> None:
+        """An answer has ended."""
+        self._ended.set()
+
+    async def _merge_forever(self) -> None:
+        while True:
+            self._ended.clear()
+            try:
+                seconds = await self._merge_what_is_due()
+            except (StoreUnavailable, sqlite3.Error) as exc:
+                log.warning("rows not merged", extra={"fields": {"error": reason_of(exc)}})
+                seconds = MERGE_AFTER_SECONDS
+            if seconds is None:
+                await self._ended.wait()
+            else:
+                await asyncio.sleep(seconds)
+
+    async def _merge_what_is_due(self) -> float | None:
+        """Returns the seconds until the next answer is due; None: there is none."""
+        while (found := await self._store.read(find_unmerged)) is not None:
+            message_id, ended_at_ms = found
+            wait = MERGE_AFTER_SECONDS - (now_ms() - ended_at_ms) / 1000
+            if wait > 0:
+                return min(wait, MERGE_AFTER_SECONDS)  # a clock that was set back is not waited for
+            offset: int | None = 0
+            while offset is not None:
+                started_at = time.monotonic()
+                offset = await self._store.write(merge_deltas, message_id, ended_at_ms, offset)
+                await asyncio.sleep((time.monotonic() - started_at) * MERGE_COST_RATIO)
+        return None
 
 
 class Generations:
     """Everything that runs: starts it, stops it, flushes it, streams it, drains it."""
 
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
+        self.merger = Merger(store)
         self.running: dict[int, Generation] = {}
         self.draining = False
-        self.streams: dict[int, int] = {}  # open streams per message
+        self.streams: Counter[int] = Counter()  # open streams per message
+        self.owner_streams: Counter[str] = Counter()  # and per owner
         self.flush_ms = 0.0  # what the last flush took
         self._config = config
         self._store = store
         self._providers = providers
-        self._starting = 0
+        self._starting: Counter[str] = Counter()  # by owner: what is being committed and will run
         self._tasks: set[asyncio.Task[None]] = set()
         self._rendered: dict[tuple[int, int, str], str] = {}
         self._rendered_characters = 0
@@ -3976,18 +4743,24 @@ class Generations:
         self._wake = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
         self._next_flush_at = 0.0
+        self._sweeper: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         self._flusher = asyncio.create_task(self._flush_forever(), name="flusher")
+        self._start_sweep()
+        self.merger.open()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
         for generation in list(self.running.values()):
             self._end(generation, Ending("interrupted"))
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         for task in self._tasks:
             task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        await self.merger.close()
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         if self._flusher is not None:
             self._flusher.cancel()
@@ -4030,16 +4803,21 @@ class Generations:
     ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
-        if len(self.running) + self._starting >= self._config.generations_max:
+        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
+        if self._config.users and theirs >= self._config.owner_generations_max:
+            raise RateLimited(
+                f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
+            )
+        if len(self.running) + self._starting.total() >= self._config.generations_max:
             raise Overloaded(
                 f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
                 retry_after_seconds=5,
             )
-        self._starting += 1
+        self._starting[owner] += 1
         try:
             started = await self._store.write(operation, *arguments, durable=True)
         finally:
-            self._starting -= 1
+            self._starting[owner] -= 1
         if not started.repeated:
             self._launch(Generation(owner, started, targets, self._config))
         return started
@@ -4057,12 +4835,17 @@ class Generations:
         return generation if generation is not None and generation.owner == owner else None
 
     async def stop(self, owner: str, message_id: int) -> None:
-        """Ends a running generation; returns when that is durable. On any other message it does nothing."""
+        """Ends a running generation; returns when that is durable. On any other message it does nothing.
+
+        Raises StoreUnavailable if it has ended, but the database could not take it.
+        """
         generation = self.find(owner, message_id)
         if generation is None:
             return
         self._end(generation, Ending("stopped"))
         await generation.ended.wait()
+        if self.running.get(message_id) is generation:
+            raise StoreUnavailable("the answer has ended, but that cannot be stored now", retry_after_seconds=1)
 
     def _end(self, generation: Generation, ending: Ending) -> None:
         """The end of a generation, whoever wants it; the first one counts. Its provider's connection closes now."""
@@ -4124,18 +4907,18 @@ class Generations:
         started = generation.started
         question = Question(target.model, started.system, started.turns, started.parameters, continues=bool(started.content))
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
-        generation.answer = None
+        generation.attempting, generation.answer = True, None
         failure: GenerationError | None = None
         try:
             async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
                 if started.content:
                     generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
-                async with contextlib.aclosing(generation.answer.deltas()) as batches:
-                    async for deltas in batches:
+                while (deltas := await generation.answer.read()) is not None:
+                    if deltas:
                         generation.receive(deltas)
                         self._mark(generation)
-                        if not generation.room.is_set():
-                            await generation.room.wait()
+                    if not generation.room.is_set():
+                        await generation.room.wait()
         except TimeoutError:
             failure = self._stalled(generation)
         except GenerationError as exc:
@@ -4144,10 +4927,8 @@ class Generations:
             generation.guard = None
             if generation.seam is not None and (rest := generation.seam.end()):
                 generation.receive([Delta("text", rest)])
-        record: dict[str, Any] = {"provider": target.provider.name, "model": target.model}
-        record["error"] = None if failure is None else failure.detail()
-        record["ms"] = round((time.monotonic() - generation.attempt_at) * 1000)
-        generation.attempts.append(record)
+        generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
+        generation.attempting = False
         return failure
 
     def _stalled(self, generation: Generation) -> Stalled:
@@ -4169,7 +4950,7 @@ class Generations:
             return
         loop = asyncio.get_running_loop()
         due = generation.silent_until(self._config)
-        if now >= due and generation.guard is not None:
+        if now >= due and generation.guard is not None and not generation.guard.expired():
             generation.guard.reschedule(loop.time())
         patience = min(self._config.stall_timeout_seconds, self._config.first_delta_timeout_seconds)
         wait = min(deadline - now, patience, due - now if due > now else patience)
@@ -4246,10 +5027,15 @@ class Generations:
             self._announce(generation, outcome)
 
     def _give_up(self, error: StoreUnavailable) -> None:
-        """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
+        """The database has been away for too long: everything that runs ends, before all who look on, as failed.
+
+        Also what was just completed or stopped: nobody is told of an end that is not stored.
+        """
+        failed = Ending("failed", error=error.detail())
         for generation in self.running.values():
-            self._end(generation, Ending("failed", error=error.detail()))
+            self._end(generation, failed)
             if not generation.ended.is_set():
+                generation.ending = failed
                 self._announce(generation, generation.outcome())
 
     def _publish(self, flush: Flush) -> None:
@@ -4263,11 +5049,39 @@ class Generations:
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
+            self.merger.wake()
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
             if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
                 self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
+
+            if generation.started.hidden:
+                self._sweep_in(self._config.unstored_seconds)
+
+    def _sweep_in(self, seconds: float) -> None:
+        """Sets the timer of the sweep, which runs only while there is something to delete one day."""
+        loop = asyncio.get_running_loop()
+        if self._sweeper is not None and self._sweeper.when() <= loop.time() + seconds:
+            return
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweeper = loop.call_later(seconds, self._start_sweep)
+
+    def _start_sweep(self) -> None:
+        self._sweeper = None
+        self._keep(asyncio.create_task(self._sweep(), name="sweep"))
+
+    async def _sweep(self) -> None:
+        """Deletes answers that nobody stored, some time after their end: a client that lost its connection, or asks again
+        with the same Idempotency-Key, has that long to come back. Those that somebody still reads wait."""
+        kept_ms = round(self._config.unstored_seconds * 1000)
+        try:
+            oldest = await self._store.write(sweep_unstored, now_ms() - kept_ms, list(self.streams))
+        except StoreUnavailable:
+            oldest = now_ms()
+        if oldest is not None:
+            self._sweep_in(max((oldest + kept_ms - now_ms()) / 1000, SWEEP_SECONDS_MIN))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         """Owns a task until it has ended; `close` awaits it."""
@@ -4285,7 +5099,7 @@ class Generations:
                 question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
                 deltas: list[Delta] = []
                 async with self._providers.ask(target, question) as answer:
-                    async for batch in answer.deltas():
+                    while (batch := await answer.read()) is not None:
                         deltas += batch
             title = make_title(text_of(deltas).strip().strip('"'))
             if title:
@@ -4315,7 +5129,7 @@ class Generations:
     # ── subscribers ──
 
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
-        """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
+        """A stream from a cursor on. Raises NotFound, InvalidRequest."""
         about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
@@ -4325,20 +5139,33 @@ class Generations:
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
     async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
-        """An open stream of HTML; it has no cursor. Raises NotFound, Overloaded."""
+        """A stream of HTML; it has no cursor. Raises NotFound."""
         about, status, _ = await self._look_at(owner, message_id, 0)
         return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
 
+    async def subscribe_to_view(self, owner: str, message_id: int, view: View) -> ViewStream:
+        """An open stream of all events, translated. Raises NotFound, Overloaded."""
+        about, status, _ = await self._look_at(owner, message_id, 0)
+        return ViewStream(self, owner, message_id, encode_start(start_data(about, message_id, status, 0)), view)
+
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
-        """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
-        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
-            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
-            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        """What a new stream is about, its status and its length. Raises NotFound."""
         generation = self.find(owner, message_id)
         if generation is not None and cursor <= generation.published:
             return generation, "running", generation.published
         page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
         return page.message, page.message.status, page.length
+
+    def check_streams(self, owner: str, message_id: int = 0) -> None:
+        """Whether one more stream may be opened now, of this message or of one to come. Raises Overloaded, RateLimited."""
+        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
+            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
+            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        if self.owner_streams.total() >= self._config.streams_max:
+            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
+        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
+            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
+            raise RateLimited(limit, retry_after_seconds=5)
 
     async def rendering(self, generation: Generation) -> Rendering | None:
         """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
@@ -4356,6 +5183,9 @@ class Generations:
 
     async def load(self, owner: str, message_id: int, cursor: int) -> Page:
         return await self._store.read(load_page, owner, message_id, cursor)
+
+    async def load_rows(self, owner: str, message_id: int, cursor: int) -> Page:
+        return await self._store.read(load_page, owner, message_id, cursor, list)
 
     async def load_whole(self, owner: str, message_id: int) -> Message:
         return await self._store.read(load_message, owner, message_id)
@@ -4378,7 +5208,8 @@ class Generations:
 
 
 class Stream:
-    """One subscriber's whole life, from its cursor to `end`. `close` may be called at any time, from a callback."""
+    """One subscriber's whole life, from its cursor to `end`; a context, in which it counts for its message's limit and
+    its heart beats. `close` may be called at any time, from a callback."""
 
     def __init__(self, generations: Generations, owner: str, message_id: int, cursor: int, first: bytes) -> None:
         self._generations = generations
@@ -4386,11 +5217,29 @@ class Stream:
         self._message_id = message_id
         self._cursor = cursor
         self._first = first
+        self._source: Generation | Rendering | None = None  # what the subscriber is attached to
         self._subscriber: Subscriber | None = None
         self._closed = False
         self._finished = False
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Stream:
+        """Raises Overloaded, RateLimited."""
+        self._generations.check_streams(self._owner, self._message_id)
+        self._generations.streams[self._message_id] += 1
+        self._generations.owner_streams[self._owner] += 1
+        self._beat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._detach()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._generations.owner_streams[self._owner] -= 1
+        self._generations.streams[self._message_id] -= 1
+        if not self._generations.streams[self._message_id]:  # there will be many messages
+            del self._generations.streams[self._message_id]
 
     def close(self) -> None:
         """The client is gone: whatever the stream waits for, it ends now."""
@@ -4401,67 +5250,51 @@ class Stream:
         if self._subscriber is not None and self._subscriber.queue.empty():
             self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """What is to be sent, one item per send."""
-        with self._counted():
-            yield self._first
-            while not self._closed and not self._finished:
-                generation = self._generations.running.get(self._message_id)
-                attached = generation.attach(self._cursor) if generation is not None else None
-                if generation is not None and attached is not None:
-                    async with contextlib.aclosing(self._follow(generation, *attached)) as live:
-                        async for data in live:
-                            yield data
-                    continue
-                page = await self._generations.load(self._owner, self._message_id, self._cursor)
-                if page.pieces:
-                    self._cursor = page.pieces[-1][0]
-                    yield b"".join(encode_delta(delta, offset) for offset, delta in page.pieces)
-                if page.message.status != "running" and self._cursor >= page.length:
-                    self._finished = True
-                    yield encode_end_of(page.message)
-                elif not page.pieces:
-                    await asyncio.sleep(STARTED_WAIT_SECONDS)
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """While this stream is open: it counts for its message's limit, and its heart beats."""
-        streams = self._generations.streams
-        streams[self._message_id] = streams.get(self._message_id, 0) + 1
-        self._beat()
-        try:
-            yield
-        finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            streams[self._message_id] -= 1
-            if not streams[self._message_id]:
-                del streams[self._message_id]
-
-    async def _follow(
-        self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes
-    ) -> AsyncGenerator[bytes, None]:
-        """What lies behind, then the queue, until the end, or until this stream lags or is closed."""
-        self._subscriber = subscriber
-        try:
-            self._cursor = subscriber.cursor
-            if behind:
-                self._sent_at = time.monotonic()
-                yield behind
-            while not self._closed and not subscriber.lagging:
-                if source.ended.is_set() and subscriber.queue.empty():
-                    self._finished = True
-                    return
+    async def read(self) -> bytes | None:
+        """What is to be sent next, everything that is there in one piece; None: the stream is over."""
+        data, self._first = self._first, b""
+        while not data:
+            if self._closed or self._finished:
+                return None
+            subscriber, source = self._subscriber, self._source
+            if subscriber is None or source is None or subscriber.lagging:
+                self._detach()
+                data = await self._catch_up()
+            elif source.ended.is_set() and subscriber.queue.empty():
+                self._finished = True
+            else:
                 data = await subscriber.get()
-                if subscriber.lagging:
-                    return
                 self._cursor = subscriber.cursor
-                if data:
-                    self._sent_at = time.monotonic()
-                    yield data
-        finally:
-            self._subscriber = None
-            source.subscribers.discard(subscriber)
+        self._sent_at = time.monotonic()
+        return data
+
+    async def _catch_up(self) -> bytes:
+        """What the ring has beyond the cursor, from where the queue goes on; else some of what the store has."""
+        generation = self._generations.running.get(self._message_id)
+        attached = generation.attach(self._cursor) if generation is not None else None
+        if generation is not None and attached is not None:
+            return self._attach(generation, *attached)
+        page = await self._load()
+        frames = [encode_delta(delta, offset) for offset, delta in page.pieces]
+        self._cursor = page.pieces[-1][0] if page.pieces else self._cursor
+        if page.message.status != "running" and self._cursor >= page.length:
+            self._finished = True
+            frames.append(encode_end_of(page.message))
+        if not frames:
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+        return b"".join(frames)
+
+    async def _load(self) -> Page:
+        return await self._generations.load(self._owner, self._message_id, self._cursor)
+
+    def _attach(self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes) -> bytes:
+        self._source, self._subscriber, self._cursor = source, subscriber, subscriber.cursor
+        return behind
+
+    def _detach(self) -> None:
+        if self._source is not None and self._subscriber is not None:
+            self._source.subscribers.discard(self._subscriber)
+        self._source = self._subscriber = None
 
     def _beat(self) -> None:
         """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
@@ -4476,44 +5309,405 @@ class Stream:
 class HtmlStream(Stream):
     """The same with the text as HTML: `html` events in place of text deltas."""
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        with self._counted():
-            yield self._first
-            while not self._closed and not self._finished:
-                generation = self._generations.running.get(self._message_id)
-                rendering = await self._generations.rendering(generation) if generation is not None else None
-                if rendering is not None:
-                    async with contextlib.aclosing(self._follow(rendering, *rendering.attach())) as live:
-                        async for data in live:
-                            yield data
-                    continue
-                message = await self._generations.load_whole(self._owner, self._message_id)
-                if message.status == "running":
-                    await asyncio.sleep(STARTED_WAIT_SECONDS)
-                    continue
-                self._finished = True
-                yield await self._whole(message)
-
-    async def _whole(self, message: Message) -> bytes:
-        """Everything of a message that has ended."""
+    async def _catch_up(self) -> bytes:
+        generation = self._generations.running.get(self._message_id)
+        rendering = await self._generations.rendering(generation) if generation is not None else None
+        if rendering is not None:
+            return self._attach(rendering, *rendering.attach())
+        message = await self._generations.load_whole(self._owner, self._message_id)
+        if message.status == "running":
+            await asyncio.sleep(STARTED_WAIT_SECONDS)
+            return b""
+        self._finished = True
         length = sum(len(delta.text) for delta in message.content)
         others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
         html_text = await self._generations.render_message(message)
         return b"".join([*others, encode_html(Frame(((0, html_text),), "", 0.0), length), encode_end_of(message)])
 
 
+class View(Protocol):
+    """Another wire format for our events, one event in and any number out; it is used by one stream, from its start."""
+
+    def translate(self, name: bytes, data: bytes) -> bytes: ...
+
+
+class ViewStream(Stream):
+    """The same in another wire format. It always begins at the start, and gets every event as it was when it was
+    published, a row of the store each, so that whatever a view counts comes out the same every time."""
+
+    def __init__(self, generations: Generations, owner: str, message_id: int, first: bytes, view: View) -> None:
+        super().__init__(generations, owner, message_id, 0, first)
+        self._view = view
+
+    async def read(self) -> bytes | None:
+        while (data := await super().read()) is not None:
+            events = filter(None, map(parse_sse_block, data.split(b"\n\n")))
+            if translated := b"".join([self._view.translate(*event) for event in events]):
+                return translated
+        return None
+
+    async def _load(self) -> Page:
+        return await self._generations.load_rows(self._owner, self._message_id, self._cursor)
+
+
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 11. Identity
 #
-# Who asks. Every row has an owner, every query of section 9 is given one, and another owner's ids do not exist.
+# Who asks, and whether they may. On the loopback address without a token everybody is the one owner `local`, since
+# whoever is on this machine could read the file as well; elsewhere a request shows a token (a program in its
+# Authorization header, the page by a session cookie that signing in made). Every row has an owner, every query of
+# section 9 is given one, and another owner's ids do not exist. Three attacks need no stolen token, and are refused
+# before anything else: a name that resolves to this machine (DNS rebinding: the Host must be known; an address always
+# is, for nobody can rebind it), a foreign page that posts with the user's cookie (the Origin of every write must be
+# ours), and guessing (failures slow down their address, and everybody). Tokens are compared as hashes, in constant
+# time, all of them each time. Deliberately absent: passwords, registration, roles. A proxy can add those.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 LOCAL_OWNER = "local"
+SESSION_COOKIE = "llmchat_session"
+PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+FORWARDING_HEADERS = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"})
+FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
+FAILURES_FREE_IN_ALL = 100  # and of all addresses together
+FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
+FAILURES_ADDRESSES_MAX = 10_000  # addresses that are remembered; then the oldest is forgotten
+TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
+
+
+def hash_secret(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def bind_token(cookie: str, token_hash: str) -> str:
+    """What ties a session to the token that it began with."""
+    return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def host_and_port(netloc: str) -> tuple[str, str]:
+    """('example.org', '8000') of 'example.org:8000'; brackets of IPv6 are taken off."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::([0-9]+))?", netloc)
+    return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
+
+
+def bare_address(text: str) -> str:
+    """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
+    match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
+    with contextlib.suppress(ValueError):
+        found = "".join(filter(None, match.groups())) if match else ""
+        address = ipaddress.ip_address(found.partition("%")[0])
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return ""
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in text.split(",") if one.strip())
+
+
+def token_path(config: Config) -> str:
+    return f"{config.db}.token"
+
+
+def with_token(config: Config) -> tuple[Config, bool]:
+    """The configuration with the token that it needs, and whether that was made now. Raises StartError."""
+    if config.token or config.users or is_loopback(config.host):
+        return config, False
+    path = Path(token_path(config))
+    try:
+        if path.exists():
+            if is_open_to_others(path):
+                path.chmod(0o600)
+                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
+            return replace(config, token=read_token(path)), False
+        token = secrets.token_urlsafe(24)
+        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(token + "\n")
+        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
+    except OSError as exc:
+        raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
+    return replace(config, token=token), True
+
+
+def read_token(path: Path) -> str:
+    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
+    token = path.read_text("latin-1").strip()
+    if not is_token(token):
+        raise StartError(f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one")
+    return token
+
+
+def is_token(text: str) -> bool:
+    """Whether a token can be one: long enough, and made of what every client can put into a header."""
+    return re.fullmatch(f"[\x21-\x7e]{{{TOKEN_CHARACTERS_MIN},}}", text) is not None
+
+
+def token_owners(config: Config) -> dict[str, str]:
+    """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
+    owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
+    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
+    if config.token and not is_token(config.token):
+        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+    for number, pair in enumerate(comma_list(config.users), 1):
+        name, _, token = pair.partition(":")
+        if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
+        if hash_secret(token) in owners or name in owners.values():
+            raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
+        owners[hash_secret(token)] = name
+    if not owners and (config.users or not is_loopback(config.host)):
+        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host}")
+    return owners
+
+
+def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(one, strict=False) for one in comma_list(config.trusted_proxies))
+    except ValueError as exc:
+        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
+
+
+def parse_hosts(config: Config) -> Iterator[str]:
+    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
+    for one in comma_list(config.hosts):
+        name, _ = host_and_port(one)
+        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
+            raise StartError(f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org")
+        yield name
+
+
+def parse_origins(config: Config) -> frozenset[str]:
+    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
+    for one in comma_list(config.cors_origins):
+        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
+            raise StartError(f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org")
+    return frozenset(comma_list(config.cors_origins))
+
+
+def header_of(scope: Scope, name: bytes) -> str:
+    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
+    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+class Throttle:
+    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself.
+
+    An address from which somebody came in is spared the common budget, so that strangers cannot lock out those who
+    are known; its own budget it keeps, or a user could guess other users' tokens. IPv6 counts by /64: that is what a
+    single machine is given.
+    """
+
+    def __init__(self) -> None:
+        self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._known: dict[str, None] = {}  # addresses that were let in, the newest last
+
+    def wait_seconds(self, address: str) -> float:
+        """How long this address has to wait before it may try again; 0: not at all."""
+        key = self._key(address)
+        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
+
+    def fail(self, address: str) -> None:
+        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
+            count, now = self._count(key, seconds), time.monotonic()
+            self._failures.pop(key, None)
+            self._failures[key] = (count + 1, now)
+        if len(self._failures) > FAILURES_ADDRESSES_MAX:
+            self._failures.pop(next(iter(self._failures)))
+
+    def succeed(self, address: str) -> None:
+        key = self._key(address)
+        self._known.pop(key, None)
+        self._known[key] = None
+        if len(self._known) > FAILURES_ADDRESSES_MAX:
+            self._known.pop(next(iter(self._known)))
+
+    def _key(self, address: str) -> str:
+        return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
+
+    def _count(self, key: str, seconds: float) -> float:
+        count, at = self._failures.get(key, (0.0, 0.0))
+        return max(count - (time.monotonic() - at) / seconds, 0.0)
+
+    def _excess(self, key: str, free: int, seconds: float) -> float:
+        return max(self._count(key, seconds) - free + 1, 0.0) * seconds
+
+
+class Gate:
+    """Admits requests: sets scope["owner"], or raises what section 2 has for it."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self._config = config
+        self._store = store
+        self._owners = token_owners(config)
+        self._proxies = parse_networks(config)
+        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
+        self._origins = parse_origins(config)
+        self._sessions: dict[str, Session] = {}
+        self._throttle = Throttle()
+
+    async def open(self) -> None:
+        self._sessions = {one.cookie_hash: one for one in await self._store.read(load_sessions)}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody needs a token."""
+        return not self._owners
+
+    def admit(self, scope: Scope) -> None:
+        """Raises Forbidden, Unauthorized, RateLimited."""
+        self._check_host(scope)
+        self._check_origin(scope)
+        self._check_forwarded(scope)
+        scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
+        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith("/web/"):
+            raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
+
+    def _check_host(self, scope: Scope) -> None:
+        netloc = header_of(scope, b"host")
+        host, _ = host_and_port(netloc)
+        if not (host in self._hosts or is_address(host) or host.endswith(".localhost") or "*" in self._hosts):
+            raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
+
+    def _check_origin(self, scope: Scope) -> None:
+        """A browser says which page a request comes from; a program says nothing, and cannot be made to write by one.
+
+        A foreign page may link here. Anything else of it is refused, reading too: a backup or a search costs something
+        even if the page is not shown what came.
+        """
+        origin = header_of(scope, b"origin")
+        if origin in self._origins:
+            return
+        if scope["method"] in SAFE_METHODS:
+            refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
+        else:
+            same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
+            refused = is_foreign(scope) or not same
+        if refused:
+            raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+
+    def _check_forwarded(self, scope: Scope) -> None:
+        """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
+        if self.is_open and not self._is_proxy(peer_of(scope)) and any(name in FORWARDING_HEADERS for name, _ in scope["headers"]):
+            raise Forbidden(
+                "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
+                " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
+            )
+
+    def cross_origin_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """The headers that let a listed origin's page read the answer; none for all others."""
+        origin = header_of(scope, b"origin")
+        if origin not in self._origins:
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+            (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+            (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
+            (b"access-control-max-age", b"600"),
+            (b"cross-origin-resource-policy", b"cross-origin"),
+            (b"vary", b"origin"),
+        ]
+
+    def _find_owner(self, scope: Scope) -> str | None:
+        scheme, _, token = header_of(scope, b"authorization").partition(" ")
+        if scheme.lower() == "bearer":
+            return self.owner_of_token(scope, token.strip())
+        cookie = cookie_of(scope)
+        session = self._sessions.get(hash_secret(cookie)) if cookie else None
+        if session is None or session.expires_at_ms <= now_ms():
+            return None
+        known = (bind_token(cookie, token_hash) for token_hash, name in self._owners.items() if name == session.owner)
+        return session.owner if any(hmac.compare_digest(one, session.token_hash) for one in known) else None
+
+    def owner_of_token(self, scope: Scope, token: str) -> str:
+        """Raises Unauthorized; RateLimited after too many of those."""
+        address = self.address_of(scope)
+        if wait := self._throttle.wait_seconds(address):
+            raise RateLimited(f"too many failed sign-ins; wait {math.ceil(wait)} s", retry_after_seconds=wait)
+        shown, owner = hash_secret(token), None
+        for known, name in self._owners.items():
+            if hmac.compare_digest(known, shown):
+                owner = name
+        if owner is None:
+            self._throttle.fail(address)
+            log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
+            raise Unauthorized("the token is not right")
+        self._throttle.succeed(address)
+        return owner
+
+    def address_of(self, scope: Scope) -> str:
+        """The client's address: the newest that no trusted proxy vouches for."""
+        address = peer_of(scope)
+        for hop in reversed(comma_list(header_of(scope, b"x-forwarded-for"))):
+            if not self._is_proxy(address) or not bare_address(hop):
+                break
+            address = bare_address(hop)
+        return address
+
+    def _is_proxy(self, address: str) -> bool:
+        return bool(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+
+    def is_encrypted(self, scope: Scope) -> bool:
+        """Whether the browser speaks TLS: to us, to a proxy that we trust, or as the Origin of its own page says."""
+        said = header_of(scope, b"x-forwarded-proto").rpartition(",")[2].strip().lower()
+        of_page = header_of(scope, b"origin").lower().startswith("https://")
+        return scope["scheme"] == "https" or of_page or (self._is_proxy(peer_of(scope)) and said == "https")
+
+    async def sign_in(self, scope: Scope, token: str) -> str:
+        """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
+        owner = self.owner_of_token(scope, token)
+        cookie = secrets.token_urlsafe(32)
+        expires_at_ms = now_ms() + self._config.session_days * 86_400_000
+        session = Session(hash_secret(cookie), owner, bind_token(cookie, hash_secret(token)), expires_at_ms)
+        await self._store.write(insert_session, session, durable=True)
+        self._sessions[session.cookie_hash] = session
+        attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
+        return f"{SESSION_COOKIE}={cookie}; {attributes}" + ("; Secure" if self.is_encrypted(scope) else "")
+
+    async def sign_out(self, scope: Scope) -> str:
+        """Ends the session; returns the cookie that takes the old one away."""
+        cookie_hash = hash_secret(cookie_of(scope))
+        await self._store.write(delete_session, cookie_hash, durable=True)
+        self._sessions.pop(cookie_hash, None)
+        return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
+
+
+def cookie_of(scope: Scope) -> str:
+    """The session cookie's value; empty if there is none."""
+    for pair in header_of(scope, b"cookie").split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == SESSION_COOKIE:
+            return value
+    return ""
 
 
 def owner_of(request: Request) -> str:
     """The owner that a request speaks for."""
-    return LOCAL_OWNER
+    owner = request.scope["owner"]
+    assert owner is not None, "the gate admits no one else here"
+    return cast(str, owner)
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4571,7 +5765,7 @@ class Asked(Struct, forbid_unknown_fields=True):
 class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
     """A question. Null is the same as absent, but for parent_id."""
 
-    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(min_length=1, max_length=64)]
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
     conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
     parent_id: (
         Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
@@ -4647,15 +5841,15 @@ class GenerationList(Struct):
 
 
 class HealthAnswer(Struct):
-    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503."""
+    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503. Strangers get nothing else."""
 
     status: str
-    version: str
-    database_writable: bool
-    running_generations: int
-    subscribers: int
-    last_flush_ms: float
-    uptime_seconds: float
+    version: str | UnsetType = UNSET
+    database_writable: bool | UnsetType = UNSET
+    running_generations: int | UnsetType = UNSET
+    subscribers: int | UnsetType = UNSET
+    last_flush_ms: float | UnsetType = UNSET
+    uptime_seconds: float | UnsetType = UNSET
 
 
 class ProviderHelp(Struct):
@@ -4699,7 +5893,10 @@ class Service:
     store: Store
     providers: Providers
     generations: Generations
+    gate: Gate
+    endpoints: tuple[Endpoint, ...]
     started_at: float  # monotonic seconds
+    at_work: set[str] = field(default_factory=set)  # kinds of work that are done once at a time
     web: dict[str, WebFile] = field(default_factory=dict)  # the page's files, read when one is first asked for
 
 
@@ -4730,13 +5927,22 @@ async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BY
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
     body = bytearray()
+    loop = asyncio.get_running_loop()
+    began_at = loop.time()
     try:
-        async for data in request.stream():
-            body += data
-            if len(body) > bytes_max:
-                raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
+        async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
+            async for data in request.stream():
+                body += data
+                slowest = began_at + BODY_STALL_SECONDS + len(body) / BODY_BYTES_PER_SECOND
+                guard.reschedule(min(loop.time() + BODY_STALL_SECONDS, slowest))
+                if len(body) > bytes_max:
+                    raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
     except ClientDisconnect as exc:
         raise InvalidRequest("body: the connection was closed before it was whole") from exc
+    except TimeoutError as exc:
+        raise InvalidRequest(
+            f"body: came too slowly: nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
+        ) from exc
     return bytes(body)
 
 
@@ -4896,10 +6102,17 @@ def cursor_of(request: Request) -> int:
 def error_response(error: LlmchatError, request_id: str, message_id: int | None = None) -> Response:
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
+    return json_response(ErrorAnswer(detail, message_id), error.status, error_headers(error))
+
+
+def error_headers(error: LlmchatError) -> dict[str, str]:
+    """What a client is to know of an error before it reads the words."""
     headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503 or error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
-    return json_response(ErrorAnswer(detail, message_id), error.status, headers)
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds or 1)))
+    return headers
 
 
 class EventStream(Response):
@@ -4916,18 +6129,19 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
-        if scope["method"] == "HEAD":
-            await send({"type": "http.response.body", "body": b""})
-            return
-        gone = asyncio.ensure_future(self._watch_client(receive))
-        try:
-            async with contextlib.aclosing(self._stream.frames()) as frames:
-                async for data in frames:
+        with self._stream as stream:  # refuses before anything is sent
+            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
+            gone = asyncio.ensure_future(self._watch_client(receive))
+            send = scope["server_send"]  # the layers between have nothing to say about a body
+            try:
+                while (data := await stream.read()) is not None:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            gone.cancel()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                gone.cancel()
 
     async def _watch_client(self, receive: Receive) -> None:
         """The server tells of a closed connection only to who asks."""
@@ -4936,38 +6150,119 @@ class EventStream(Response):
         self._stream.close()
 
 
-class Envelope:
-    """The outermost layer: a request's id, the headers of every response, and what becomes of an exception."""
+class Download(Response):
+    """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._frames = frames
+        self._close = close
+        self._fields = [
+            (b"content-type", media_type.encode()),
+            (b"content-disposition", attachment(file_name)),
+            (b"cache-control", b"no-store"),
+        ]
+        self._fields += [] if length is None else [(b"content-length", b"%d" % length)]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(self._watch_client(receive))
+        try:
+            async with contextlib.aclosing(self._frames) as frames:
+                await send({"type": "http.response.start", "status": 200, "headers": self._fields})
+                async for data in frames:
+                    if scope["method"] == "HEAD" or gone.done():
+                        break
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+            self._close()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def attachment(file_name: str) -> bytes:
+    """A Content-Disposition: the name in UTF-8 for whoever knows RFC 6266 and 5987, and in ASCII for everybody else."""
+    plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", file_name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}".encode()
+
+
+async def read_chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    while data := await asyncio.to_thread(file.read, DOWNLOAD_BYTES):
+        yield data
+
+
+# Of every response that does not say otherwise. A JSON answer that a browser is made to show as a page can do nothing.
+SECURITY_HEADERS = {
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"cache-control": b"no-store",  # one URL answers each owner differently; no cache on the way may mix them up
+}
+
+
+class Envelope:
+    """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, render_error: Callable[[LlmchatError, Scope], Response]) -> None:
         self._app = app
+        self._gate = gate
+        self._render_error = render_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = find_request_id(scope)
-        started = False
-
-        async def send_in_envelope(message: AsgiMessage) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), (b"date", http_date())]
-            await send(message)
-
+        envelope = EnvelopedSend(scope, send)
         try:
-            await self._app(scope, receive, send_in_envelope)
-            return
+            envelope.headers += self._gate.cross_origin_headers(scope)
+            if scope["method"] == "OPTIONS" and envelope.headers:
+                response = Response(status_code=204)
+            else:
+                self._gate.admit(scope)
+                await self._app(scope, receive, envelope)
+                return
+        except Unauthorized as exc:
+            response = self._render_error(exc, scope)
+            if wants_page(scope):
+                response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
         except LlmchatError as exc:
-            error = exc
+            response = self._render_error(exc, scope)
         except HTTPException as exc:
-            error = routing_error(exc, scope)
+            response = self._render_error(routing_error(exc, scope), scope)
         except Exception:
-            log.exception("request broke", extra={"fields": {"request_id": request_id, "path": scope["path"]}})
-            error = InternalError("an error of llmchat's own; its log says more under this request id")
-        if not started:
-            await error_response(error, request_id)(scope, receive, send_in_envelope)
+            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
+            internal = InternalError("an error of llmchat's own; its log says more under this request id")
+            response = self._render_error(internal, scope)
+        if not envelope.started:
+            await response(scope, receive, envelope)
+
+
+class EnvelopedSend:
+    """The server's `send`, with the headers that every response gets."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.started = False
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._send = send
+        self._request_id = scope["request_id"] = find_request_id(scope)
+        scope["server_send"] = send
+
+    async def __call__(self, message: AsgiMessage) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            given = [*message["headers"], *self.headers]
+            names = {name for name, _ in given}
+            security = [(name, value) for name, value in SECURITY_HEADERS.items() if name not in names]
+            own = [(b"x-request-id", self._request_id.encode()), (b"date", http_date())]
+            message["headers"] = given + security + own
+        await self._send(message)
 
 
 def find_request_id(scope: Scope) -> str:
@@ -4996,9 +6291,9 @@ def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
 async def chat(request: Request) -> Response:
     service, owner = service_of(request), owner_of(request)
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     turns = turns_of(asked.message)
-    if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
-        raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+    refuse_large(body, turns)
     new = await new_message(request, asked, body, turns)
     is_new = asked.conversation_id is None
     system = asked.system if asked.system is not None or not is_new else service.config.system or None
@@ -5009,6 +6304,7 @@ async def chat(request: Request) -> Response:
 async def regenerate(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
@@ -5019,12 +6315,19 @@ async def regenerate(request: Request) -> Response:
 async def continue_answer(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
     target = await service.providers.resolve(asked.provider, asked.model)
     started = await service.generations.go_on(owner, message_id, target)
     return await answer_started(request, asked, started, owner)
+
+
+def check_answer(request: Request, asked: Asked | ContinueRequest) -> None:
+    """Refuses what could not be streamed before it is paid for. Raises Overloaded, RateLimited."""
+    if asked.stream and not asked.background:
+        service_of(request).generations.check_streams(owner_of(request))
 
 
 async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
@@ -5038,14 +6341,28 @@ async def answer_started(request: Request, asked: Asked | ContinueRequest, start
     return await finished_message(request, started.message_id)
 
 
-async def finished_message(request: Request, message_id: int) -> Response:
-    """The message once it has ended; a failed one as its error."""
+def refuse_large(body: bytes, turns: Sequence[Turn]) -> None:
+    """Raises TooLarge for a body that only images may fill."""
+    if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
+        raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+
+
+async def ended_message(request: Request, message_id: int) -> tuple[Message, dict[str, Any] | None]:
+    """The message once it has ended, and its error. The generation knows that too when the database is away."""
     service, owner = service_of(request), owner_of(request)
     generation = service.generations.find(owner, message_id)
     if generation is not None:
         await generation.ended.wait()
     message = await service.store.read(load_message, owner, message_id)
-    error = generation.ending.error if generation is not None and generation.ending is not None else message.error
+    if generation is None and message.status == "running":  # a repeat, a moment before what it repeats is known here
+        await asyncio.sleep(STARTED_WAIT_SECONDS)
+        return await ended_message(request, message_id)
+    return message, generation.ending.error if generation is not None and generation.ending is not None else message.error
+
+
+async def finished_message(request: Request, message_id: int) -> Response:
+    """The message once it has ended; a failed one as its error."""
+    message, error = await ended_message(request, message_id)
     if error is None:
         return json_response(message)
     detail = ErrorDetail(error["code"], error["message"], error["retryable"], request.scope["request_id"])
@@ -5153,11 +6470,8 @@ async def remove_conversation(request: Request) -> Response:
 async def get_health(request: Request) -> Response:
     service = service_of(request)
     generations = service.generations
-    try:
-        await service.store.write(touch)
-        writable = True
-    except StoreUnavailable:
-        writable = False
+    is_known = request.scope["owner"] is not None
+    writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
     status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
     answer = HealthAnswer(
         status=status,
@@ -5168,14 +6482,14 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    return json_response(answer, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    return json_response(answer if is_known else HealthAnswer(status), 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
     service = service_of(request)
     refresh = request.query_params.get("refresh", "0") not in ("0", "")
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
-    endpoints = [EndpointHelp(one.method, one.path, one.summary) for one in ENDPOINTS]
+    endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
     default = service.config.default_model or next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
     return json_response(HelpAnswer(__version__, default, endpoints, listed, list(service.config.unusable_keys)))
 
@@ -5190,12 +6504,115 @@ async def provider_help(service: Service, provider: Provider, refresh: bool) -> 
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
+@contextlib.contextmanager
+def alone(service: Service, what: str) -> Iterator[None]:
+    """Holds a kind of work that is done once at a time, for the sake of the disk. Raises Overloaded."""
+    if what in service.at_work:
+        raise Overloaded(f"{what}: there is one on the way already", retry_after_seconds=10)
+    service.at_work.add(what)
+    try:
+        yield
+    finally:
+        service.at_work.discard(what)
+
+
+async def get_backup(request: Request) -> Response:
+    if owner_of(request) != LOCAL_OWNER:
+        raise Forbidden("backup: holds every owner's conversations; on the server: llmchat backup FILE")
+    service = service_of(request)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(service, "backup"))
+        file = stack.enter_context(await service.store.open_copy())
+        name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.db", time.gmtime())
+        close = stack.pop_all().close  # the download does it now
+    return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
+
+
 async def get_openapi(request: Request) -> Response:
-    return json_response(openapi_document())
+    return json_response(openapi_document(service_of(request).endpoints))
 
 
 async def get_docs(request: Request) -> Response:
-    return HTMLResponse(docs_page(str(request.base_url).rstrip("/")))
+    return html_page(docs_page(service_of(request).endpoints, str(request.base_url).rstrip("/")))
+
+
+# ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; --accent: light-dark(#0b6b53, #5fd3b0) }
+body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
+code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
+pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
+table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+.method { display: inline-block; min-width: 4rem; color: var(--accent) }
+.sign-in { max-width: 22rem; margin: 20vh auto 0 } .sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box }
+.sign-in input { padding: .7rem .8rem; border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: .5rem }
+.sign-in button { margin-top: .75rem; padding: .7rem; border: 0; border-radius: .5rem; background: var(--accent); color: Canvas }
+.error { color: light-dark(#a3211a, #ff9d94) }
+"""
+PAGE_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()}';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def html_page(body: str, status: int = 200) -> Response:
+    """A page without a script and without another file."""
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
+
+
+async def get_sign_in(request: Request) -> Response:
+    """The form; or, with the token in the link that the first start printed, the sign-in itself."""
+    gate = service_of(request).gate
+    if gate.is_open:
+        return redirect("/")
+    if "token" in request.query_params and not is_foreign(request.scope):
+        return await sign_in_with(request, request.query_params["token"])
+    return sign_in_form(request.query_params.get("next", "/"))
+
+
+async def post_sign_in(request: Request) -> Response:
+    form = urllib.parse.parse_qs((await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace"))
+    return await sign_in_with(request, form.get("token", [""])[0].strip(), form.get("next", ["/"])[0])
+
+
+async def sign_in_with(request: Request, token: str, next_path: str = "/") -> Response:
+    try:
+        cookie = await service_of(request).gate.sign_in(request.scope, token)
+    except LlmchatError as exc:
+        return sign_in_form(next_path, exc)
+    return redirect(next_path, {"Set-Cookie": cookie})
+
+
+async def post_sign_out(request: Request) -> Response:
+    return redirect("/sign-in", {"Set-Cookie": await service_of(request).gate.sign_out(request.scope)})
+
+
+def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
+    said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
+    page = html_page(
+        f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
+        f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
+        error.status if error is not None else 200,
+    )
+    page.headers.update(error_headers(error) if error is not None else {})
+    return page
+
+
+def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """303 to a path of ours; anything that a browser could take for another site becomes `/`."""
+    safe = path if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) else "/"
+    return Response(status_code=303, headers={"Location": safe, "Cache-Control": "no-store", **(headers or {})})
+
+
+def wants_page(scope: Scope) -> bool:
+    """Whether a browser asks, to show the answer."""
+    return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
 
 
 async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
@@ -5401,6 +6818,15 @@ class Endpoint:
     query: tuple[tuple[str, dict[str, Any], str], ...] = ()
     errors: tuple[int, ...] = ()
     curl: str = ""
+    media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
+    error: Any = ErrorAnswer  # the shape of those errors
+    example_id: str = ""
+    id_schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "integer", "minimum": 1})
+
+    @property
+    def shown_path(self) -> str:
+        """The path without the router's own notation."""
+        return self.path.replace(":path}", "}")
 
 
 WHOLE_NUMBER = {"type": "integer", "minimum": 0}
@@ -5422,7 +6848,7 @@ ENDPOINTS = (
         Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
         curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(404,)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(400, 404)),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
         streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
@@ -5445,7 +6871,7 @@ ENDPOINTS = (
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
         ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
     ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(404,)),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(400, 404)),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
@@ -5454,13 +6880,26 @@ ENDPOINTS = (
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint(
+        "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
+        errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
+    ),
     Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
-    Endpoint("GET", "/docs", get_docs, "this API, to read"),
+    Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
 
 
-PAGE_ROUTES = [Route("/c/{id}", get_page, methods=["GET"]), Route("/web/{name}", get_web_file, methods=["GET"])]
+async def sign_in(request: Request) -> Response:
+    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+
+
+PAGE_ROUTES = [
+    Route("/c/{id}", get_page, methods=["GET"]),
+    Route("/web/{name}", get_web_file, methods=["GET"]),
+    Route("/sign-in", sign_in, methods=["GET", "POST"]),
+    Route("/sign-out", post_sign_out, methods=["POST"]),
+]
 
 
 def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
@@ -5481,68 +6920,69 @@ def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[R
     return by_method
 
 
-def openapi_document() -> dict[str, Any]:
+def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
-    types = {kind for one in ENDPOINTS for kind in (one.body, one.answer) if kind is not None} | {ErrorAnswer, StartedAnswer}
+    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {StartedAnswer}
     ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     references = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
-    for one in ENDPOINTS:
-        paths.setdefault(one.path, {})[one.method.lower()] = operation_of(one, references)
+    for one in endpoints:
+        paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
     return {
         "openapi": "3.1.0",
         "info": {"title": "llmchat", "version": __version__, "description": "Answers that survive: streamed, stored, resumed."},
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"token": []}],  # on this machine alone none is needed
     }
+
+
+# Of each event of a stream, as tools read a schema of text/event-stream before OpenAPI 3.2 has a word for it.
+EVENT_SCHEMA = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "event": {"type": "string", "description": "start, delta, html, heartbeat, notice, reset or end"},
+        "data": {"type": "string", "description": "JSON"},
+        "id": {"type": "string", "pattern": "^[0-9]*$", "description": "the offset after the event"},
+        "retry": {"type": "integer"},
+    },
+}
 
 
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
     if one.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    if one.path == "/docs":
-        content = {"text/html": {"schema": {"type": "string"}}}
+        content["text/event-stream"] = {"schema": EVENT_SCHEMA}
+    content.update({media: {"schema": {"type": "string"}} for media in one.media})
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is not None and one.streams:
+    if one.body is not None and one.streams and one.error is ErrorAnswer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
-    for status in sorted({*one.errors, 500}):
-        shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else ErrorAnswer]
+    for status in sorted({*one.errors, 401, 403, 429, 500}):
+        shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
     parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
-    if "{id}" in one.path:
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 1}})
+    if "{id}" in one.shown_path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
     if one.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
     return {**operation, "responses": responses}
 
 
-DOCS_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif }
-body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
-code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
-pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
-table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
-.method { display: inline-block; min-width: 4rem; color: light-dark(#0b6b53, #5fd3b0) }
-"""
-
-
-def docs_page(base_url: str) -> str:
+def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
-    document = openapi_document()
-    sections = "".join(docs_section(one, base_url, document) for one in ENDPOINTS)
+    document = openapi_document(endpoints)
+    sections = "".join(docs_section(one, base_url, document) for one in endpoints)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>llmchat {__version__}: the API</title><style>{DOCS_STYLE}</style><body><h1>llmchat {__version__}</h1>"
+        f"<h1>llmchat {__version__}</h1>"
         f'<p>Every call with a line to try it. The same for machines: <a href="/openapi.json">/openapi.json</a>.'
         f"{sections}<h2>Errors</h2><pre>"
         f'{{"error": {{"code": "not_found", "message": "…", "retryable": false, "request_id": "…"}}}}</pre>'
-        f"<table><tr><th>code<th>status{codes}</table></html>"
+        f"<table><tr><th>code<th>status{codes}</table>"
     )
 
 
@@ -5553,10 +6993,10 @@ def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> s
     rows = "".join(
         f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}" for name, text in fields_of_body + fields_of_query
     )
-    url = base_url + one.path.replace("{id}", "2" if "messages" in one.path else "1")
+    url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
     curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
     return (
-        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.path)}</code></h2><p>{html.escape(one.summary)}'
+        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2><p>{html.escape(one.summary)}'
         f"<pre>{curl}</pre>{f'<table>{rows}</table>' if rows else ''}"
     )
 
@@ -5579,6 +7019,950 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 13. OpenAI view
+#
+# The API that everybody's tools speak, as a translation of the same messages: a chat completion and a response are each
+# a message of ours, started, committed, stopped and resumed by section 10 like any other, so both survive a lost
+# connection, and a restart as far as they had come. `chatcmpl-42` and `resp_42` are message 42. There is one
+# translation each way per format: turns of requests, and a View that takes our events one by one (ChatView,
+# ResponseView); a finished response goes through the same view. What a client did not ask to store lies in a hidden
+# conversation, and is swept LLMCHAT_UNSTORED_SECONDS after its end.
+#
+# What the official SDKs need, found by running them: (1) on a stream neither `id:` nor `retry:`, and a heartbeat is a
+# comment with one newline: their decoder hands an event without data on to the JSON parser; (2) a chat stream that ends
+# without a finish_reason passes for whole, so a failure is an error event, then [DONE]; (3) on /v1/responses a
+# top-level error event is raised, so there a failure is `response.failed`; (4) their helper replays from 0 and counts:
+# sequence_number comes from the stored rows alone; (5) they repeat a request after a 5xx, which could be paid twice:
+# x-should-retry says when not to. https://platform.openai.com/docs/api-reference
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+OPENAI_PREFIX = "/v1/"
+OPENAI_MESSAGES_MAX = 4096  # of one request
+OPENAI_HEARTBEAT = b": hb\n"  # (1)
+METADATA_MAX = 16  # pairs, as OpenAI has it
+INPUT_ITEMS_MAX = 100  # of one page
+
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Where OpenAI's status or code for the same is another than ours, so that SDKs raise what their users catch.
+OPENAI_STATUSES = {**ERROR_STATUSES, "provider_rejected": 400, "provider_rate_limited": 429}
+OPENAI_CODES = {
+    "unauthorized": "invalid_api_key",
+    "rate_limited": "rate_limit_exceeded",
+    "provider_rate_limited": "rate_limit_exceeded",
+}
+
+
+class OpenAIErrorDetail(Struct):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class OpenAIErrorAnswer(Struct, omit_defaults=True):
+    """Every error on /v1. `message_id`: the failed message, when there is one."""
+
+    error: OpenAIErrorDetail
+    message_id: int | None = None
+
+
+def openai_error(code: str, message: str, status: int) -> OpenAIErrorDetail:
+    """An error in OpenAI's words. Our messages begin with the field that they are about."""
+    field_name = re.match(r"([a-zA-Z_][\w.-]*): ", message) if status < 500 else None
+    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "server_error"
+    if status < 500:
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    return OpenAIErrorDetail(message, kind, field_name[1] if field_name else None, OPENAI_CODES.get(code, code))
+
+
+def render_error(error: LlmchatError, scope: Scope) -> Response:
+    """An error in the shape that its path promises. Nothing was started, so a repeat costs nothing (5)."""
+    plain = error_response(error, scope["request_id"])
+    if not scope["path"].startswith(OPENAI_PREFIX):
+        return plain
+    status, code = OPENAI_STATUSES[error.code], error.code
+    if isinstance(error, ModelNotFound):
+        status, code = 404, "model_not_found"
+    headers = {name: plain.headers[name] for name in ("www-authenticate", "retry-after") if name in plain.headers}
+    headers["x-should-retry"] = "true" if error.retryable else "false"
+    return json_response(OpenAIErrorAnswer(openai_error(code, error.message, status)), status, headers)
+
+
+def openai_failure(message_id: int, error: Mapping[str, Any]) -> Response:
+    """The error of an answer that was started: a repeated request would be paid again, so no SDK shall (5)."""
+    status = OPENAI_STATUSES.get(error["code"], 500)
+    detail = openai_error(error["code"], error["message"], status)
+    return json_response(OpenAIErrorAnswer(detail, message_id), status, {"x-should-retry": "false"})
+
+
+INTERRUPTED = {"code": "server_error", "message": "llmchat was stopped before the answer was finished; its text is kept"}
+
+# ── requests: chat completions ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Clients send many fields that they do not need: what is unknown is ignored, and what is known is checked. What would
+# change the answer's shape and cannot be had is refused, by `refuse_unsupported`.
+
+
+class OpenAIText(Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ImageUrl(Struct):
+    url: Annotated[str, Meta(description="a data URL; an address is not fetched")]
+
+
+class OpenAIImage(Struct, tag_field="type", tag="image_url"):
+    image_url: ImageUrl | str
+
+
+class OpenAIRefusal(Struct, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+class CalledFunction(Struct):
+    name: str
+    arguments: str = ""
+
+
+class OpenAIToolCall(Struct):
+    id: str
+    function: CalledFunction
+
+
+class SystemMessage(Struct, tag_field="role", tag="system"):
+    content: str | list[OpenAIText]
+
+
+class DeveloperMessage(Struct, tag_field="role", tag="developer"):
+    content: str | list[OpenAIText]
+
+
+class UserMessage(Struct, tag_field="role", tag="user"):
+    content: str | list[OpenAIText | OpenAIImage]
+
+
+class AssistantMessage(Struct, tag_field="role", tag="assistant"):
+    content: str | list[OpenAIText | OpenAIRefusal] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[OpenAIToolCall] | None = None
+
+
+class ToolMessage(Struct, tag_field="role", tag="tool"):
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    content: str | list[OpenAIText]
+
+
+OpenAIMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class Sampling(Struct):
+    """What both of OpenAI's requests may say about how a model is to answer."""
+
+    model: ModelName | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    stream: bool | None = None
+
+
+class ChatCompletionRequest(Sampling, kw_only=True):
+    """OpenAI's chat completion. Unknown fields are ignored; `store`: keep it as a conversation."""
+
+    messages: Annotated[list[OpenAIMessage], Meta(min_length=1, max_length=OPENAI_MESSAGES_MAX)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    stop: str | Annotated[list[str], Meta(max_length=16)] | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=20)] | None = None
+    seed: int | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    n: int | None = None
+    store: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    modalities: list[str] | None = None
+    functions: Any = None
+
+
+def refuse_unsupported(asked: ChatCompletionRequest) -> None:
+    """Raises InvalidRequest for what no answer of ours could hold."""
+    if asked.n not in (None, 1):
+        raise InvalidRequest(f"n: {asked.n} is not accepted; a request has 1 answer")
+    if asked.logprobs:
+        raise InvalidRequest("logprobs: true is not accepted; probabilities are not kept")
+    if asked.modalities and asked.modalities != ["text"]:
+        raise InvalidRequest(f"modalities: {printable(', '.join(asked.modalities), 60)} is not accepted; there is text")
+    if asked.functions:
+        raise InvalidRequest("functions: is not accepted; it is called tools")
+
+
+OpenAIParts = Sequence[OpenAIText | OpenAIImage | OpenAIRefusal]
+
+
+def content_of(content: str | OpenAIParts | None, name: str) -> tuple[Delta, ...]:
+    """A message's content as deltas; texts that were parts of their own stay paragraphs of their own."""
+    parts = [OpenAIText(content)] if isinstance(content, str) else content or []
+    deltas: list[Delta] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, OpenAIImage):
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            deltas.append(image_of(ImagePart(url), f"{name}.{index}"))
+            continue
+        text = part.refusal if isinstance(part, OpenAIRefusal) else part.text
+        if text and deltas and deltas[-1].kind == "text":
+            deltas.append(Delta("text", "\n\n"))
+        deltas += [Delta("text", text)] if text else []
+    return tuple(join_deltas(deltas))
+
+
+def turn_of(message: OpenAIMessage, name: str) -> Turn:
+    """One message of a client's history as a turn."""
+    content = content_of(message.content, f"{name}.content")
+    if isinstance(message, ToolMessage):
+        return Turn("tool", content, tool_call_id=message.tool_call_id)
+    if isinstance(message, UserMessage):
+        return Turn("user", content)
+    if not isinstance(message, AssistantMessage):
+        return Turn("system", content)
+    reasoning = [Delta("reasoning", message.reasoning_content)] if message.reasoning_content else []
+    calls = [called_delta(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return Turn("assistant", (*reasoning, *content, *calls))
+
+
+def called_delta(identity: str, name: str, arguments: str) -> Delta:
+    return Delta("tool_call", encode_json({"id": identity, "name": name, "arguments": arguments}).decode())
+
+
+async def create_chat_completion(request: Request) -> Response:
+    asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
+    refuse_unsupported(asked)
+    turns = [turn_of(message, f"messages.{index}") for index, message in enumerate(asked.messages)]
+    refuse_large(body, turns)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("messages: are empty; there is at least one character that is not a space")
+    leading = len(list(itertools.takewhile(lambda turn: turn.role == "system", turns)))
+    own = Asked(
+        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_completion_tokens or asked.max_tokens,
+        reasoning_effort=cast(Any, asked.reasoning_effort), tools=asked.tools, tool_choice=asked.tool_choice,
+    )  # fmt: skip
+    new = await new_message(request, own, body, tuple(turns[leading:]))
+    parameters = msgspec.structs.replace(
+        new.parameters, top_p=asked.top_p, stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop,
+        response_format=asked.response_format, seed=asked.seed, frequency_penalty=asked.frequency_penalty or None,
+        presence_penalty=asked.presence_penalty or None, parallel_tool_calls=asked.parallel_tool_calls,
+    )  # fmt: skip
+    system = "\n\n".join(text_of(turn.content) for turn in turns[:leading])
+    new = replace(new, parameters=parameters, system=system, hidden=not asked.store)
+    started = await service_of(request).generations.start(new)
+    return await answer_chat_completion(request, asked, started.message_id)
+
+
+# ── answers: chat completions ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def answer_chat_completion(request: Request, asked: ChatCompletionRequest, message_id: int) -> Response:
+    """The chat completion as a stream from its start, or whole."""
+    if asked.stream:
+        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        view = ChatView(message_id, with_usage)
+        return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+    message, error = await ended_message(request, message_id)
+    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
+    return json_response(chat_completion(message)) if error is None else openai_failure(message_id, error)
+
+
+def chat_completion(message: Message) -> dict[str, Any]:
+    calls = [openai_tool_call(json.loads(delta.text)) for delta in message.content if delta.kind == "tool_call"]
+    reasoning = "".join(delta.text for delta in message.content if delta.kind == "reasoning")
+    said = {
+        "role": "assistant", "content": message.text if message.text or not calls else None, "refusal": None,
+        **({"reasoning_content": reasoning} if reasoning else {}), **({"tool_calls": calls} if calls else {}),
+    }  # fmt: skip
+    return {
+        "id": f"chatcmpl-{message.id}",
+        "object": "chat.completion",
+        "created": message.created_at_ms // 1000,
+        "model": f"{message.provider}/{message.model}",
+        "choices": [{"index": 0, "message": said, "logprobs": None, "finish_reason": message.finish_reason or "stop"}],
+        "usage": chat_usage(message.usage),
+    }
+
+
+def chat_usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+decode_delta = msgspec.json.Decoder(Delta).decode
+
+
+class EndData(Struct):
+    """The data of an `end` event."""
+
+    status: str
+    finish_reason: str | None
+    usage: Usage | None
+    timing: Timing
+    error: dict[str, Any] | None
+
+
+decode_end = msgspec.json.Decoder(EndData).decode
+
+
+class ChatView:
+    """Our events as chunks of a chat completion. The first chunk names the role, as every client expects."""
+
+    def __init__(self, message_id: int, with_usage: bool) -> None:
+        self._message_id = message_id
+        self._with_usage = with_usage
+        self._calls = 0
+        self._head = b""
+        self._tail = b""
+
+    def translate(self, name: bytes, data: bytes) -> bytes:
+        if name == b"delta":
+            return self._delta(decode_delta(data))
+        if name == b"heartbeat":
+            return OPENAI_HEARTBEAT
+        if name == b"start":
+            return self._start(decode_json(data))
+        return self._end(decode_end(data)) if name == b"end" else b""
+
+    def _start(self, start: Mapping[str, Any]) -> bytes:
+        shape = {
+            "id": f"chatcmpl-{self._message_id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": f"{start['provider']}/{start['model']}",
+        }
+        self._head = b"data: " + encode_json(shape)[:-1]
+        self._tail = b',"usage":null}\n\n' if self._with_usage else b"}\n\n"
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _chunk(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> bytes:
+        choice = encode_json({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
+        return b'%s,"choices":[%s]%s' % (self._head, choice, self._tail)
+
+    def _delta(self, delta: Delta) -> bytes:
+        if delta.kind == "text":
+            return self._chunk({"content": delta.text})
+        if delta.kind == "reasoning":
+            return self._chunk({"reasoning_content": delta.text})
+        if delta.kind == "tool_call":
+            call = {"index": self._calls, **openai_tool_call(json.loads(delta.text))}
+            self._calls += 1
+            return self._chunk({"tool_calls": [call]})
+        return b""
+
+    def _end(self, end: EndData) -> bytes:
+        error = INTERRUPTED if end.status == "interrupted" else end.error
+        if error is not None:
+            detail = openai_error(error["code"], error["message"], OPENAI_STATUSES.get(error["code"], 500))
+            last = b"data: %s\n\n" % encode_json(OpenAIErrorAnswer(detail))
+        else:
+            last = self._chunk({}, end.finish_reason or "stop")
+            if self._with_usage:
+                last += b'%s,"choices":[],"usage":%s}\n\n' % (self._head, encode_json(chat_usage(end.usage)))
+        return last + b"data: [DONE]\n\n"
+
+
+# ── requests: responses ─────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Input is a list of items, and so is output: a message, reasoning, a call, the result of one. Ours are messages with
+# runs of deltas; an item's id says which message and which run of it, so a client may send the item back, or its id.
+
+
+class InputText(Struct, tag_field="type", tag="input_text"):
+    text: str
+
+
+class OutputText(Struct, tag_field="type", tag="output_text"):
+    text: str
+
+
+class InputImage(Struct, tag_field="type", tag="input_image"):
+    image_url: Annotated[str, Meta(description="a data URL; an address is not fetched")]
+
+
+class InputMessage(Struct):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText | InputImage | OpenAIRefusal]
+
+
+class InputCall(Struct):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    name: str
+    arguments: str = ""
+
+
+class InputCallOutput(Struct):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    output: str | list[InputText]
+
+
+class ReasoningText(Struct):
+    text: str
+
+
+class InputReasoning(Struct):
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
+
+
+class ItemReference(Struct):
+    id: str
+
+
+INPUT_ITEMS: dict[str, type[Struct]] = {
+    "message": InputMessage,
+    "function_call": InputCall,
+    "function_call_output": InputCallOutput,
+    "reasoning": InputReasoning,
+    "item_reference": ItemReference,
+}
+
+
+class ReasoningOptions(Struct):
+    effort: Annotated[str, Meta(max_length=20)] | None = None
+
+
+class TextOptions(Struct):
+    format: dict[str, Any] | None = None
+
+
+class ResponseRequest(Sampling, kw_only=True):
+    """OpenAI's response. Unknown fields are ignored. `instructions` are for this response alone; without `store` it is
+    deleted some time after its end; it survives a lost connection with or without `background`."""
+
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=OPENAI_MESSAGES_MAX)] = ""
+    instructions: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | None = None
+    previous_response_id: Annotated[str, Meta(max_length=100)] | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=METADATA_MAX)] | None = None
+    max_output_tokens: MaxTokens | None = None
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+
+def message_id_of(response_id: str, name: str) -> int:
+    """Raises NotFound for what is no id of a response."""
+    match = re.fullmatch(r"resp_([0-9]{1,15})", response_id)
+    if match is None:
+        raise NotFound(f"{name}: there is no response {printable(response_id, 60)!r}")
+    return int(match[1])
+
+
+def convert_item(item: dict[str, Any], name: str) -> Struct:
+    """An item of the input as its type. Raises InvalidRequest."""
+    kind = item.get("type") or "message"
+    wanted = INPUT_ITEMS.get(kind) if isinstance(kind, str) else None
+    if wanted is None:
+        accepted = ", ".join(INPUT_ITEMS)
+        raise InvalidRequest(f"{name}.type: {printable(json.dumps(kind), 60)} is not accepted; there is {accepted}")
+    try:
+        return msgspec.convert(item, wanted)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"{name}.{explain_validation(exc, item, wanted)}") from exc
+
+
+def chat_part(part: InputText | OutputText | InputImage | OpenAIRefusal) -> OpenAIText | OpenAIImage | OpenAIRefusal:
+    """A part of a response's input as a chat completion has it."""
+    if isinstance(part, InputImage):
+        return OpenAIImage(part.image_url)
+    return OpenAIText(part.text) if isinstance(part, InputText | OutputText) else part
+
+
+async def turn_of_item(request: Request, item: Struct, name: str) -> Turn:
+    """An item of the input as a turn. Raises InvalidRequest, NotFound."""
+    if isinstance(item, InputMessage):
+        parts = item.content if isinstance(item.content, str) else [chat_part(one) for one in item.content]
+        return Turn("system" if item.role == "developer" else item.role, content_of(parts, f"{name}.content"))
+    if isinstance(item, InputCall):
+        return Turn("assistant", (called_delta(item.call_id, item.name, item.arguments),))
+    if isinstance(item, InputCallOutput):
+        texts = item.output if isinstance(item.output, str) else [OpenAIText(one.text) for one in item.output]
+        return Turn("tool", content_of(texts, f"{name}.output"), tool_call_id=item.call_id)
+    if isinstance(item, InputReasoning):
+        text = "\n\n".join(one.text for one in item.content or item.summary or ())
+        return Turn("assistant", (Delta("reasoning", text),) if text else ())
+    assert isinstance(item, ItemReference), "every type of INPUT_ITEMS is here"
+    return await referenced_turn(request, item.id, name)
+
+
+async def referenced_turn(request: Request, item_id: str, name: str) -> Turn:
+    """What an item's id stands for. Raises NotFound."""
+    match = re.fullmatch(r"(msg|rs|fc)_([0-9]{1,15})_([0-9]{1,6})", item_id)
+    if match is not None:
+        with contextlib.suppress(NotFound):
+            message = await service_of(request).store.read(load_message, owner_of(request), int(match[2]))
+            items = group_items(message.content) if message.role == "assistant" else [message.content]
+            if message.role != "tool" and int(match[3]) < len(items):
+                return Turn(message.role, tuple(items[int(match[3])]))
+    raise NotFound(f"{name}.id: there is no item {printable(item_id, 60)!r}")
+
+
+def group_items(content: Iterable[Delta]) -> list[list[Delta]]:
+    """An answer's content by output item. A signature belongs to the reasoning before it, and is no item."""
+    groups: list[list[Delta]] = []
+    for delta in join_deltas(content):
+        if delta.kind != "signature":
+            groups.append([delta])
+        elif groups:
+            groups[-1].append(delta)
+    return groups
+
+
+async def turns_of_input(request: Request, given: str | Sequence[dict[str, Any]]) -> tuple[Turn, ...]:
+    """A response's input as turns; neighbouring items of an assistant are one."""
+    if isinstance(given, str):
+        return (Turn("user", (Delta("text", given),)),) if given.strip() else ()
+    turns: list[Turn] = []
+    for index, one in enumerate(given):
+        turn = await turn_of_item(request, convert_item(one, f"input.{index}"), f"input.{index}")
+        if turns and turn.role == turns[-1].role == "assistant":
+            turns[-1] = replace(turns[-1], content=turns[-1].content + turn.content)
+        else:
+            turns.append(turn)
+    return tuple(turns)
+
+
+def response_format_of(options: TextOptions | None) -> dict[str, Any] | None:
+    """The `text.format` of a response as a chat completion has it: its schema one level further in."""
+    form = options.format if options is not None else None
+    if form is None or form.get("type") == "text":
+        return None
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
+
+
+def tool_choice_of(choice: Any) -> Any:
+    """The `tool_choice` of a response as a chat completion has it."""
+    if isinstance(choice, dict) and choice.get("type") == "function" and "name" in choice:
+        return {"type": "function", "function": {"name": choice["name"]}}
+    return choice
+
+
+async def new_response(request: Request, asked: ResponseRequest, body: bytes) -> NewMessage:
+    """What a request for a response means. Raises InvalidRequest, NotFound, Conflict."""
+    for name in ("conversation", "prompt"):
+        if getattr(asked, name) is not None:
+            raise InvalidRequest(f"{name}: is not accepted; use previous_response_id, instructions and input")
+    turns = await turns_of_input(request, asked.input)
+    refuse_large(body, turns)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("input: is empty; there is at least one character that is not a space")
+    own = Asked(
+        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_output_tokens, tools=asked.tools,
+        reasoning_effort=cast(Any, asked.reasoning.effort if asked.reasoning is not None else None),
+        tool_choice=tool_choice_of(asked.tool_choice),
+    )  # fmt: skip
+    new = await new_message(request, own, body, turns)
+    parameters = msgspec.structs.replace(
+        new.parameters, top_p=asked.top_p, response_format=response_format_of(asked.text),
+        parallel_tool_calls=asked.parallel_tool_calls,
+    )  # fmt: skip
+    echoed = {name: value for name in RESPONSE_ECHOES if (value := getattr(asked, name)) is not None}
+    echoed |= {"model": str(new.targets[0]), "input_turns": len(turns)}
+    new = replace(new, parameters=parameters, answer_system=asked.instructions, response=echoed)
+    return await following(request, replace(new, hidden=asked.store is False), asked.previous_response_id)
+
+
+async def following(request: Request, new: NewMessage, previous_response_id: str | None) -> NewMessage:
+    """The new message behind another response: in its conversation if it is stored, else in one with a copy."""
+    if previous_response_id is None:
+        return new
+    message_id = message_id_of(previous_response_id, "previous_response_id")
+    conversation_id, turns = await service_of(request).store.read(load_previous, owner_of(request), message_id)
+    if new.hidden:
+        return replace(new, turns=turns + new.turns)
+    return replace(new, conversation_id=conversation_id, parent_id=message_id)
+
+
+# ── answers: responses ──────────────────────────────────────────────────────────────────────────────────────────────
+
+RESPONSE_ECHOES = (
+    "background", "metadata", "previous_response_id", "max_output_tokens", "temperature", "top_p", "tools",
+    "tool_choice", "parallel_tool_calls", "reasoning", "text",
+)  # fmt: skip
+RESPONSE_STATUSES = {
+    "running": "in_progress",
+    "completed": "completed",
+    "stopped": "cancelled",
+    "failed": "failed",
+    "interrupted": "failed",
+}
+INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
+RESPONSE_ERROR_CODES = {"provider_rate_limited": "rate_limit_exceeded", "provider_rejected": "invalid_prompt"}
+TERMINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed"}  # else response.incomplete
+
+
+def response_shape(stored: StoredResponse) -> dict[str, Any]:
+    """Everything of a response object that is known when it is created, and repeats its request."""
+    message, asked = stored
+    defaults = {
+        "background": False, "metadata": {}, "previous_response_id": None, "instructions": None, "temperature": None,
+        "max_output_tokens": None, "top_p": None, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
+        "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}, "store": True,
+        "model": f"{message.provider}/{message.model}",
+    }  # fmt: skip
+    return {
+        "id": f"resp_{message.id}",
+        "object": "response",
+        "created_at": message.created_at_ms // 1000,
+        **{name: asked.get(name, value) for name, value in defaults.items()},
+        "truncation": "disabled",
+    }
+
+
+def response_outcome(created_at_ms: int, end: EndData) -> dict[str, Any]:
+    """Everything of a response object that its end decides."""
+    status, error, incomplete = RESPONSE_STATUSES[end.status], end.error, None
+    if end.status == "completed" and end.finish_reason in INCOMPLETE_REASONS:
+        status, incomplete = "incomplete", {"reason": INCOMPLETE_REASONS[end.finish_reason]}
+    if end.status == "interrupted":
+        error = INTERRUPTED
+    if error is not None:
+        error = {"code": RESPONSE_ERROR_CODES.get(error["code"], "server_error"), "message": error["message"]}
+    completed_at = (created_at_ms + (end.timing.total_ms or 0)) // 1000 if status == "completed" else None
+    return {
+        "status": status,
+        "completed_at": completed_at,
+        "error": error,
+        "incomplete_details": incomplete,
+        "usage": response_usage(end.usage),
+    }
+
+
+def response_usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+
+
+class ResponseView:
+    """Our events as those of a response, and its output items.
+
+    Every event is numbered, and the numbers follow from the stored rows alone: two at the start, one for each row, and
+    those that open and close an item where the kind of content changes. Those up to `after` are left out. Once rows
+    were merged there are fewer: whoever then asks for what is after a number beyond the end gets the end.
+    """
+
+    def __init__(self, stored: StoredResponse, after: int = -1) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._shape = response_shape(stored)
+        self._created_at_ms = stored.message.created_at_ms
+        self._message_id = stored.message.id
+        self._after = after
+        self._number = 0
+        self._kind = ""  # of the open item; none is open at first
+        self._texts: list[str] = []  # of the open item
+
+    def translate(self, name: bytes, data: bytes) -> bytes:
+        if name == b"delta":
+            return self.take(decode_delta(data))
+        if name == b"heartbeat":
+            return OPENAI_HEARTBEAT
+        if name == b"start":
+            begun = {**self._shape, **UNFINISHED, "output": []}
+            return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+        return self._end(decode_end(data)) if name == b"end" else b""
+
+    def response(self, message: Message) -> dict[str, Any]:
+        """The response object of a message as it is now."""
+        for delta in message.content:
+            self.take(delta)
+        if message.status == "running":
+            self.close("in_progress")
+            return {**self._shape, **UNFINISHED, "output": self.items}
+        end = EndData(message.status, message.finish_reason, message.usage, message.timing, message.error)
+        return self._finished(end)
+
+    def take(self, delta: Delta) -> bytes:
+        """The events of a piece of content."""
+        if delta.kind != self._kind or delta.kind not in MERGED_KINDS:
+            events = self.close("completed") + self._open(delta)
+        else:
+            events = b""
+        if delta.kind not in ITEM_EVENTS:
+            return events
+        text = delta.text if delta.kind in MERGED_KINDS else self.items[-1]["arguments"]
+        self._texts.append(text)
+        position = {} if delta.kind == "tool_call" else {"content_index": 0}
+        extra: dict[str, Any] = {"logprobs": []} if delta.kind == "text" else {}
+        return events + self._item_event(f"{ITEM_EVENTS[delta.kind]}.delta", **position, delta=text, **extra)
+
+    def close(self, status: str) -> bytes:
+        """The events that end the open item, if there is one."""
+        if not self._kind:
+            return b""
+        kind, self._kind = self._kind, ""
+        item, text, name = self.items[-1], "".join(self._texts), ITEM_EVENTS[kind]
+        item["status"] = status
+        self._texts.clear()
+        if kind == "tool_call":
+            events = self._item_event(f"{name}.done", name=item["name"], arguments=text)
+        else:
+            part = {**CONTENT_PARTS[kind], "text": text}
+            item["content"] = [part]
+            extra: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+            events = self._item_event(f"{name}.done", content_index=0, text=text, **extra)
+            events += self._item_event("response.content_part.done", content_index=0, part=part)
+        return events + self._event("response.output_item.done", output_index=len(self.items) - 1, item=item)
+
+    def _open(self, delta: Delta) -> bytes:
+        """The events that begin an item; signatures and the like are none."""
+        if delta.kind not in ITEM_EVENTS:
+            return b""
+        self._kind = delta.kind
+        item = output_item(f"{self._message_id}_{len(self.items)}", delta)
+        self.items.append(item)
+        begun = {**item, "arguments": ""} if delta.kind == "tool_call" else item
+        events = self._event("response.output_item.added", output_index=len(self.items) - 1, item=begun)
+        if delta.kind != "tool_call":
+            part = {**CONTENT_PARTS[delta.kind], "text": ""}
+            events += self._item_event("response.content_part.added", content_index=0, part=part)
+        return events
+
+    def _end(self, end: EndData) -> bytes:
+        status = response_outcome(self._created_at_ms, end)["status"]
+        events = self.close("completed" if status == "completed" else "incomplete")
+        if self._after > self._number:
+            self._after = self._number - 1
+        return events + self._event(TERMINAL_EVENTS.get(status, "response.incomplete"), response=self._finished(end))
+
+    def _finished(self, end: EndData) -> dict[str, Any]:
+        outcome = response_outcome(self._created_at_ms, end)
+        self.close("completed" if outcome["status"] == "completed" else "incomplete")
+        return {**self._shape, **outcome, "output": self.items}
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        number = self._number
+        self._number += 1
+        if number <= self._after:
+            return b""
+        data = encode_json({"type": kind, "sequence_number": number, **fields})
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
+
+
+UNFINISHED = {"status": "in_progress", "completed_at": None, "error": None, "incomplete_details": None, "usage": None}
+ITEM_EVENTS = {
+    "text": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "tool_call": "response.function_call_arguments",
+}
+CONTENT_PARTS: dict[str, dict[str, Any]] = {
+    "text": {"type": "output_text", "annotations": [], "logprobs": []},
+    "reasoning": {"type": "reasoning_text"},
+}
+
+
+def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
+    """A new item of a response's output; the content of a call is complete, of the others it is still to come."""
+    if delta.kind == "text":
+        return {"id": f"msg_{suffix}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+    if delta.kind == "reasoning":
+        return {"id": f"rs_{suffix}", "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
+    call = json.loads(delta.text)
+    named = {"call_id": call["id"], "name": call["name"], "arguments": call["arguments"] or "{}"}
+    return {"id": f"fc_{suffix}", "type": "function_call", **named, "status": "in_progress"}
+
+
+# ── handlers: responses and models ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def create_response(request: Request) -> Response:
+    asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
+    new = await new_response(request, asked, body)
+    started = await service_of(request).generations.start(new)
+    if asked.stream:
+        return await stream_response(request, started.message_id, -1)
+    if asked.background:
+        stored = await load_stored(request, started.message_id)
+        shown = ResponseView(stored).response(stored.message)
+        return json_response({**shown, "status": "queued"} if shown["status"] == "in_progress" else shown)
+    message, error = await ended_message(request, started.message_id)
+    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
+    if error is not None:
+        return openai_failure(started.message_id, error)
+    return await answer_response(request, started.message_id)
+
+
+async def load_stored(request: Request, message_id: int) -> StoredResponse:
+    return await service_of(request).store.read(load_response, owner_of(request), message_id)
+
+
+async def answer_response(request: Request, message_id: int) -> Response:
+    """The response object as it is now."""
+    stored = await load_stored(request, message_id)
+    return json_response(ResponseView(stored).response(stored.message))
+
+
+async def stream_response(request: Request, message_id: int, after: int) -> Response:
+    view = ResponseView(await load_stored(request, message_id), after)
+    return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+
+
+def response_of_path(request: Request) -> int:
+    return message_id_of(request.path_params["id"], "response_id")
+
+
+async def get_response(request: Request) -> Response:
+    message_id = response_of_path(request)
+    after = query_integer(request, "starting_after", -1, -1, 2**53)
+    if request.query_params.get("stream", "false").lower() in ("true", "1"):
+        return await stream_response(request, message_id, after)
+    return await answer_response(request, message_id)
+
+
+async def cancel_response(request: Request) -> Response:
+    message_id = response_of_path(request)
+    await service_of(request).generations.stop(owner_of(request), message_id)
+    return await answer_response(request, message_id)
+
+
+async def remove_response(request: Request) -> Response:
+    service, owner, message_id = service_of(request), owner_of(request), response_of_path(request)
+    while not await service.store.write(delete_response, owner, message_id, durable=True):
+        await service.generations.stop(owner, message_id)
+    return json_response({"id": f"resp_{message_id}", "object": "response", "deleted": True})
+
+
+def input_items_of(message_id: int, turn: Turn) -> list[dict[str, Any]]:
+    """A turn of a response's input as items; what an assistant said has the shape that it had as output."""
+    if turn.role == "tool":
+        output = {"call_id": turn.tool_call_id, "output": text_of(turn.content)}
+        return [{"id": f"fco_{message_id}_0", "type": "function_call_output", **output, "status": "completed"}]
+    if turn.role != "assistant":
+        said = {"role": turn.role, "content": [input_part(delta) for delta in turn.content]}
+        return [{"id": f"msg_{message_id}_0", "type": "message", **said, "status": "completed"}]
+    items = [output_item(f"{message_id}_{index}", group[0]) for index, group in enumerate(group_items(turn.content))]
+    for item, group in zip(items, group_items(turn.content), strict=True):
+        item["status"] = "completed"
+        if group[0].kind in CONTENT_PARTS:
+            item["content"] = [{**CONTENT_PARTS[group[0].kind], "text": group[0].text}]
+    return items
+
+
+def input_part(delta: Delta) -> dict[str, Any]:
+    if delta.kind != "image":
+        return {"type": "input_text", "text": delta.text}
+    image = json.loads(delta.text)
+    return {"type": "input_image", "detail": "auto", "image_url": f"data:{image['media_type']};base64,{image['data']}"}
+
+
+async def list_input_items(request: Request) -> Response:
+    """A page of what a response was asked with, newest first unless `order=asc`."""
+    limit = query_integer(request, "limit", 20, 1, INPUT_ITEMS_MAX)
+    order, after = request.query_params.get("order", "desc"), request.query_params.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order: {printable(order, 40)!r} is not accepted; there is asc and desc")
+    turns = await service_of(request).store.read(load_input, owner_of(request), response_of_path(request))
+    items = [item for message_id, turn in turns for item in input_items_of(message_id, turn)]
+    ordered = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in ordered]
+    if after is not None and after not in ids:
+        raise InvalidRequest(f"after: there is no item {printable(after, 60)!r} in this response's input")
+    first = 0 if after is None else ids.index(after) + 1
+    page = ordered[first : first + limit]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return json_response({"object": "list", "data": page, **ends, "has_more": first + limit < len(items)})
+
+
+async def list_openai_models(request: Request) -> Response:
+    service = service_of(request)
+    listed = await asyncio.gather(*map(service.providers.list_models, service.config.providers))
+    pairs = zip(service.config.providers, listed, strict=True)
+    data = [openai_model(Target(provider, model)) for provider, of_one in pairs for model in of_one.models]
+    return json_response({"object": "list", "data": data})
+
+
+async def get_openai_model(request: Request) -> Response:
+    providers = service_of(request).providers
+    target = await providers.resolve(None, request.path_params["id"])
+    listed = await providers.list_models(target.provider)
+    if listed.models and target.model not in listed.models:
+        raise ModelNotFound(f"model: {target.provider.name} has no model {printable(target.model, 60)!r}")
+    return json_response(openai_model(target))
+
+
+def openai_model(target: Target) -> dict[str, Any]:
+    return {"id": str(target), "object": "model", "created": 0, "owned_by": target.provider.name}
+
+
+# ── the table of these endpoints ────────────────────────────────────────────────────────────────────────────────────
+
+RESPONSE_ID = {"type": "string", "pattern": "^resp_[0-9]+$"}
+STREAM = ("stream", {"type": "boolean", "default": False}, "true: the events, live or long finished")
+STARTING_AFTER = ("starting_after", WHOLE_NUMBER, "only events with a greater sequence_number")
+ITEMS_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": INPUT_ITEMS_MAX, "default": 20}, "at most so many")
+ITEMS_ORDER = ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}, "by age")
+ITEMS_AFTER = ("after", {"type": "string"}, "the last_id of the page before")
+OpenAIEndpoint = partial(Endpoint, error=OpenAIErrorAnswer)
+OfResponse = partial(OpenAIEndpoint, id_schema=RESPONSE_ID, example_id="resp_2")
+
+OPENAI_ENDPOINTS = (
+    OpenAIEndpoint("GET", "/v1/models", list_openai_models, "for OpenAI clients: the models of all providers"),
+    OpenAIEndpoint(
+        "GET", "/v1/models/{id:path}", get_openai_model, "one of them",
+        errors=(404,), id_schema={"type": "string"}, example_id="demo/demo",
+    ),
+    OpenAIEndpoint(
+        "POST", "/v1/chat/completions", create_chat_completion, "OpenAI's chat completion, with any model",
+        body=ChatCompletionRequest, streams=True, errors=(400, 404, 409, 413, 429, 502, 503, 504),
+        curl=JSON_CURL + """'{"messages": [{"role": "user", "content": "Hello"}]}'""",
+    ),
+    OpenAIEndpoint(
+        "POST", "/v1/responses", create_response, "OpenAI's response, with any model",
+        body=ResponseRequest, streams=True, errors=(400, 404, 409, 413, 429, 502, 503, 504),
+        curl=JSON_CURL + """'{"input": "Hello"}'""",
+    ),
+    OfResponse(
+        "GET", "/v1/responses/{id}", get_response, "a response, or its events once more", streams=True,
+        query=(STREAM, STARTING_AFTER), errors=(400, 404, 503),
+    ),
+    OfResponse(
+        "DELETE", "/v1/responses/{id}", remove_response, "deletes a response and what it was asked with",
+        errors=(404,), curl="-X DELETE",
+    ),
+    OfResponse(
+        "POST", "/v1/responses/{id}/cancel", cancel_response, "ends a running response", errors=(404,), curl="-X POST",
+    ),
+    OfResponse(
+        "GET", "/v1/responses/{id}/input_items", list_input_items, "what a response was asked with",
+        query=(ITEMS_LIMIT, ITEMS_ORDER, ITEMS_AFTER), errors=(400, 404),
+    ),
+)  # fmt: skip
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 14. main
 #
 # `create_app` builds everything from a Config and opens it in its lifespan, whose end is the one place that says in
@@ -5587,6 +7971,7 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 # service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
+SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
 CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
 
 
@@ -5603,13 +7988,19 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
             line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
-            return json.dumps({**line, "trace": trace} if trace else line, ensure_ascii=False, default=str)
+            return printable_json({**line, "trace": trace} if trace else line)
         pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
         return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
 
     def _quote(self, value: Any) -> str:
         text = str(value)
-        return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"=]", text) or not text else text
+        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else printable_json(text)
+
+
+def printable_json(value: Any) -> str:
+    """JSON without any character that a terminal obeys or a log's reader takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isprintable() else json.dumps(value, default=str)
 
 
 def open_log(config: Config) -> None:
@@ -5618,13 +8009,14 @@ def open_log(config: Config) -> None:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
 
 class App(Starlette):
-    """Starlette with our envelope in place of its layers: one error renderer, and nothing between a stream and its socket."""
+    """Starlette with our envelope in place of its layers: one error renderer, and little between a stream and its socket."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Envelope(self.router)
+        return Envelope(self.router, self.state.service.gate, render_error)
 
 
 def create_app(config: Config) -> Starlette:
@@ -5632,11 +8024,14 @@ def create_app(config: Config) -> Starlette:
     store = Store(config.db)
     providers = Providers(config)
     generations = Generations(config, store, providers)
+    gate = Gate(config, store)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.interrupted = await store.open()
+        warn_of_network(config.db)
         generations.open()
+        await gate.open()
         try:
             yield
         finally:
@@ -5644,9 +8039,24 @@ def create_app(config: Config) -> Starlette:
             await providers.close()
             await store.close()
 
-    app = App(routes=[*routes_of(ENDPOINTS), *PAGE_ROUTES], lifespan=lifespan)
-    app.state.service = Service(config, store, providers, generations, time.monotonic())
+    endpoints = (*ENDPOINTS, *OPENAI_ENDPOINTS)
+    app = App(routes=[*routes_of(endpoints), *PAGE_ROUTES], lifespan=lifespan)
+    app.state.service = Service(config, store, providers, generations, gate, endpoints, time.monotonic())
     return app
+
+
+MOUNTS = Path("/proc/mounts")  # Linux
+
+
+def warn_of_network(path: str) -> None:
+    """A line in the log if the database is where SQLite's locks and its shared memory cannot be relied on."""
+    with contextlib.suppress(OSError):
+        folder = os.path.realpath(Path(path).absolute().parent)
+        kind = network_file_system(folder, MOUNTS.read_text(encoding="utf-8", errors="replace"))
+        if kind is not None:
+            advice = "SQLite can lose data there: https://sqlite.org/useovernet.html; put the database on a local disk"
+            fields_of_line = {"type": kind, "folder": folder, "advice": advice}
+            log.warning("database on a network file system", extra={"fields": fields_of_line})
 
 
 def open_socket(config: Config) -> socket.socket:
@@ -5654,11 +8064,105 @@ def open_socket(config: Config) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as exc:
+        listener.close()
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
     return listener
+
+
+def refusal(is_too_large: bool) -> bytes:
+    """The whole response to what is no request."""
+    status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
+    if is_too_large:
+        status, error = 431, TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+    request_id = f"{random.getrandbits(64):016x}"
+    response = error_response(error, request_id)
+    own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
+    lines = [b"%s: %s\r\n" % pair for pair in [*response.raw_headers, *SECURITY_HEADERS.items(), *own]]
+    return b"HTTP/1.1 %d %s\r\n%s\r\n%s" % (status, HTTPStatus(status).phrase.encode(), b"".join(lines), response.body)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there.
+
+    The timer runs whenever a head is awaited: from the connection's start, from a request's first byte, and from any
+    byte after an answer (blank lines, the rest of a body that nobody read), for uvicorn's own timer ends with such a
+    byte. `_head_bytes` counts what the parser has reported of the head, and of trailers, which are dropped: nothing
+    that comes after a body may pass for a header. `_silent_bytes` counts what it keeps to itself: one endless line.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _silent_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        self._silent_bytes += len(data)
+        super().data_received(data)
+        if self._silent_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = self._silent_bytes = 0
+        self._await_head()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + len(": \r\n"))
+        if self._head_timer is not None:  # else it is a trailer
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._silent_bytes = 0
+        super().on_body(body)
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        self._silent_bytes = 0
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise TooLarge("the parser hands this on as an error of its own")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
+        running = self.cycle is not None and not self.cycle.response_complete
+        if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
+            self.transport.write(refusal(max(self._head_bytes, self._silent_bytes) > HEAD_BYTES_MAX))
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing is upgraded here, and anybody could fill the log with it."""
+
+    def _end_head(self) -> None:
+        self._silent_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class Server(uvicorn.Server):
@@ -5687,25 +8191,36 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._generations.drain()
-        await super().shutdown(sockets)
+        timer = self._loop.call_later(CLOSE_SECONDS, self._abort_connections)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _abort_connections(self) -> None:
+        """Ends what clients that do not read keep open, so that their streams end as when a client goes away."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 async def serve(config: Config) -> None:
     """Runs the service until a signal. Raises StartError."""
     with open_socket(config) as listener:
+        config, is_new_token = with_token(config)
         app = create_app(config)
         async with app.router.lifespan_context(app):
             settings = uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, date_header=False, timeout_graceful_shutdown=CLOSE_SECONDS,
+                app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSE_SECONDS + 1,
             )  # fmt: skip
             host, port = listener.getsockname()[:2]
-            greeting = partial(greet, config, host, port, app.state.interrupted)
+            greeting = partial(greet, config, host, port, app.state.interrupted, is_new_token)
             await Server(settings, app.state.service.generations, greeting).serve([listener])
 
 
-def greet(config: Config, host: str, port: int, interrupted: int) -> None:
-    """Where it listens, which database it uses, which providers it found; and what to set for keys it cannot use."""
+def greet(config: Config, host: str, port: int, interrupted: int, is_new_token: bool) -> None:
+    """Where it listens, which database it uses, which providers it found; what to set for keys it cannot use; how to
+    sign in with a token that was made now. That link is shown this once; the token stays in its file."""
     shown = f"[{host}]" if ":" in host else host
     found = ", ".join(one.name for one in config.providers)
     hint = " (no key was found; set one such as OPENAI_API_KEY, or OLLAMA_BASE_URL)" if found == DEMO else ""
@@ -5713,6 +8228,9 @@ def greet(config: Config, host: str, port: int, interrupted: int) -> None:
     print(f"llmchat {__version__} listens on http://{shown}:{port}")
     print(f"database: {Path(config.db).absolute()}{ended}")
     print(f"providers: {found}{hint}", *config.unusable_keys, sep="\n", flush=True)
+    if is_new_token:
+        reached = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
+        print(f"sign in at http://{reached}:{port}/sign-in?token={config.token} (kept in {token_path(config)})", flush=True)
 
 
 def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -5725,19 +8243,31 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
         "  <PROVIDER>_MODELS (comma list) and <PROVIDER>_DIALECT (openai | anthropic) say more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("command", nargs="?", choices=("backup",), help="copies the database, also while it runs")
+    parser.add_argument("file", nargs="?", help="where the backup goes; nothing is overwritten")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", help="TCP port to listen on")
     parser.add_argument("--db", help="path of the SQLite database")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if (parsed.command is None) != (parsed.file is None):
+        parser.error("backup: say where to: llmchat backup FILE")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     flags = vars(parse_arguments_of_main(arguments))
+    command, file = flags.pop("command"), flags.pop("file")
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
+        if command == "backup":
+            print(f"backup of {config.db}: {file}, {save_backup(config.db, file):,} bytes")
+            return 0
         open_log(config)
+        if is_open_to_others(Path(".env")):
+            log.warning("others on this machine can read .env with the keys in it; chmod 600 .env")
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serve(config))
     except StartError as exc:

@@ -24,10 +24,22 @@ class EventStream:
     """One request whose answer is a stream; a context manager. A status other than 200 is in `status` and `error`."""
 
     def __init__(
-        self, url: str, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 20
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 20,
+        receive_bytes: int | None = None,
     ) -> None:
+        """`receive_bytes` bounds what the kernel takes for a client that does not read."""
         address = urlsplit(url)
-        self._socket = socket.create_connection((address.hostname, address.port), timeout)
+        self._socket = socket.socket()
+        self._socket.settimeout(timeout)
+        if receive_bytes is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self._socket.connect((address.hostname, address.port))
         self._unread = b""
         self._frames = b""
         self.ended = False  # the response was whole

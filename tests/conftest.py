@@ -28,6 +28,8 @@ START_SECONDS = 20
 class Server:
     """One llmchat process on a free port. Its environment holds nothing but what the test gives."""
 
+    program: tuple[str, ...] = (str(ROOT / "llmchat.py"),)  # what Python runs
+
     def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
         self.folder = folder
         self.db = folder / "llmchat.db"
@@ -39,7 +41,7 @@ class Server:
     def start(self) -> None:
         """Starts the process, again after an end; returns once it listens. Raises AssertionError with its output."""
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "llmchat.py"), "--port", "0", "--db", str(self.db), *self.arguments],
+            [sys.executable, *self.program, "--port", "0", "--db", str(self.db), *self.arguments],
             cwd=self.folder, env=self.environment, text=True, bufsize=1, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.output: list[str] = []

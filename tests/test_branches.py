@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.client import EventStream, Reader
 from tests.conftest import Server
-from tests.provider import Cut, Hang, Provider, openai_json, openai_text
+from tests.provider import Cut, Hang, Provider, openai_error, openai_json, openai_text
 
 
 def whole(server: Server, message: Any = "Hello", **more: Any) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def test_only_the_path_to_the_root_goes_upstream(server: Server, provider: Provi
 
 
 def test_a_failed_and_an_empty_answer_leave_no_hole_in_the_history(server: Server, provider: Provider) -> None:
-    provider.script([Cut()], openai_text("B"))
-    assert server.post("/api/v1/chat", {"message": "one", "stream": False}).status_code == 502
+    provider.script(openai_error(400, "no"), openai_text("B"))
+    assert server.post("/api/v1/chat", {"message": "one", "stream": False}).status_code == 422
     whole(server, "two", conversation_id=1)
     assert asked(provider) == [("user", "one\n\ntwo")]
 

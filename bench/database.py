@@ -1,0 +1,131 @@
+"""Row database: the list, the search, a long conversation and the start with 100,000 messages in the database.
+
+llmchat makes the database and the first chat itself; the rest is added in SQL, since 100,000 chats through the API
+would take longer than the rest of the benchmark. 1,990 conversations have 50 messages, one has 500. The words are
+drawn as words of a language are: few very often, most seldom.
+"""
+
+import random
+import sqlite3
+import time
+from collections.abc import Iterator
+from itertools import accumulate, product
+from pathlib import Path
+from urllib.parse import quote
+
+from client import Connection, Failure, encode_request
+from rows import Figures
+from servers import Running
+
+CONVERSATIONS = [500, *[50] * 1_990]  # messages in each
+MESSAGE_WORDS = 60
+LISTS, SEARCHES, OPENINGS = 200, 200, 60
+
+SYLLABLES = ["ba", "ce", "do", "fi", "gu", "ka", "le", "mo", "ni", "pu", "ra", "se", "to", "vi", "zu", "an", "er", "is"]
+WORDS = ["".join(syllables) for syllables in product(SYLLABLES, repeat=3)]
+WEIGHTS = list(accumulate(1 / (rank + 5) for rank in range(len(WORDS))))
+
+
+def sentences(count: int) -> Iterator[str]:
+    """The same `count` texts every time."""
+    chance = random.Random(7)
+    for _ in range(count):
+        yield " ".join(chance.choices(WORDS, cum_weights=WEIGHTS, k=MESSAGE_WORDS))
+
+
+def fill(path: Path, home: Path) -> None:
+    """Adds the conversations to a database that llmchat has made and in which there is one chat; moves it to `home`."""
+    now = int(time.time() * 1000)
+    with sqlite3.connect(path) as database:
+        owner = database.execute("SELECT owner FROM conversation").fetchone()[0]
+        texts = sentences(sum(CONVERSATIONS))
+        for number, messages in enumerate(CONVERSATIONS):
+            at = now - 3_600_000 - number * 60_000
+            title = f"Conversation {number}"
+            conversation = database.execute(
+                "INSERT INTO conversation (owner, title, created_at_ms, updated_at_ms) VALUES (?, ?, ?, ?)",
+                (owner, title, at, at),
+            ).lastrowid
+            add_messages(database, conversation or 0, messages, at, texts)
+        add_to_search(database)
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    path.parent.rename(home)
+
+
+def add_messages(database: sqlite3.Connection, conversation: int, count: int, at: int, texts: Iterator[str]) -> None:
+    """A chain of `count` messages, user and assistant in turn."""
+    parent = None
+    for number in range(count):
+        role, provider = ("assistant", "openai") if number % 2 else ("user", None)
+        parent = database.execute(
+            "INSERT INTO message (conversation_id, parent_id, role, status, provider, model, finish_reason,"
+            " created_at_ms, first_delta_at_ms, ended_at_ms) VALUES (?, ?, ?, 'completed', ?, ?, ?, ?, ?, ?)",
+            (conversation, parent, role, provider, provider and "bench", provider and "stop", at, at, at),
+        ).lastrowid
+        database.execute("INSERT INTO delta VALUES (?, 0, 'text', ?)", (parent, next(texts)))
+
+
+def add_to_search(database: sqlite3.Connection) -> None:
+    """Adds what is missing in the full-text table, where the first chat shows how an owner is written there.
+
+    The texts are ASCII words, which need no segmentation. Message n has row n, the title of conversation n has row -n.
+    """
+    if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'message_fts'").fetchone():
+        return
+    (owner,) = database.execute("SELECT owner FROM message_fts WHERE rowid > 0 LIMIT 1").fetchone()
+    database.execute(
+        "INSERT INTO message_fts (rowid, owner, text) SELECT message_id, ?, text FROM delta"
+        " WHERE message_id NOT IN (SELECT rowid FROM message_fts)",
+        (owner,),
+    )
+    database.execute(
+        "INSERT INTO message_fts (rowid, owner, title) SELECT -id, ?, title FROM conversation"
+        " WHERE -id NOT IN (SELECT rowid FROM message_fts)",
+        (owner,),
+    )
+
+
+def searches() -> list[str]:
+    """Words of every frequency, and pairs of them."""
+    chance = random.Random(11)
+    found = []
+    for number in range(SEARCHES):
+        words = chance.choices(WORDS, cum_weights=WEIGHTS, k=1 + number % 2)
+        found.append(f"/api/v1/conversations?query={quote(' '.join(words))}")
+    return found
+
+
+async def timed(connection: Connection, targets: list[str]) -> tuple[float, float, int]:
+    """p50 and p99 of the requests in ms, and the bytes of all the answers."""
+    seconds, size = [], 0
+    for target in targets:
+        pieces: list[bytes] = []
+        started = time.perf_counter()
+        status = await connection.request(encode_request("GET", target), pieces.append)
+        seconds.append(time.perf_counter() - started)
+        size += sum(map(len, pieces))
+        if status != 200:
+            raise Failure(f"{target}: {status} {b''.join(pieces)[:200]!r}")
+    seconds.sort()
+    return seconds[len(seconds) // 2] * 1e3, seconds[len(seconds) * 99 // 100] * 1e3, size
+
+
+async def run_database(running: Running, path: Path) -> Figures:
+    """`list_ms`, `search_ms`, `open_ms` (p99), `search_p50_ms` and the start on the filled database (`start_ms`)."""
+    with sqlite3.connect(path) as database:
+        longest = database.execute(
+            "SELECT conversation_id FROM message GROUP BY conversation_id ORDER BY count(*) DESC LIMIT 1"
+        ).fetchone()[0]
+    database.close()
+    connection = Connection(running.port)
+    try:
+        _, lists, _ = await timed(connection, ["/api/v1/conversations"] * LISTS)
+        found_p50, found, size = await timed(connection, searches())
+        _, opened, opened_size = await timed(connection, [f"/api/v1/conversations/{longest}"] * OPENINGS)
+    finally:
+        connection.close()
+    if size < SEARCHES * 100 or opened_size < OPENINGS * 500 * MESSAGE_WORDS:
+        raise Failure(f"searches brought {size} bytes, openings {opened_size}: not what was stored")
+    figures = {"list_ms": lists, "search_p50_ms": found_p50, "search_ms": found, "open_ms": opened}
+    return figures | {"start_ms": running.start_seconds * 1e3}
