@@ -53,6 +53,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import codecs
 import contextlib
 import email.utils
 import functools
@@ -81,10 +82,23 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    cast,
+)
 from urllib.parse import quote
 
 import aiosqlite
@@ -168,6 +182,14 @@ SWEEP_SECONDS_MIN = 0.25  # between two of those
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
 
+ARCHIVE_BYTES_MAX = 1_000_000_000  # of a file that is imported, and of what comes out of it if it is a zip
+ARCHIVE_ENTRIES_BYTES_MAX = 20_000_000  # of a zip's table of contents, which is read whole
+ARCHIVE_VALUE_CHARACTERS_MAX = 32_000_000  # of one message of ours or one conversation of others: it is held in memory
+ARCHIVE_GROUP_CHARACTERS = 256 * 1024  # of content that is imported in one transaction; the last message may go beyond
+ARCHIVE_GROUP_MESSAGES = 100  # the same
+ARCHIVE_READ_BYTES = 256 * 1024  # of one read
+LEFT_OUT_MAX = 50  # different reasons that an import tells
+
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
 MERGE_COST_RATIO = 4  # merging may take one part in this many of the time, and one
@@ -180,6 +202,7 @@ DOWNLOAD_BYTES = 256 * 1024  # of one send of a file
 assert FRAME_CHARACTERS_MAX * 6 <= 64 * 1024, "a frame must fit what proxies pass on at once"
 assert FRAME_CHARACTERS_MAX * 6 <= RING_BYTES_MAX, "the ring must hold at least one event"
 assert FRAME_CHARACTERS_MAX * 6 <= SEND_BYTES_MAX, "a queue must hold at least one event"
+assert IMAGE_REQUEST_BYTES_MAX * 3 // 2 < ARCHIVE_VALUE_CHARACTERS_MAX, "what could be sent must come in again"
 assert DATABASE_BUSY_MS / 1000 < FLUSH_PATIENCE_SECONDS, "a busy database must be tried more than once"
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3630,8 +3653,8 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
     if row["status"] == "running" or (row["status"] == "completed" and row["finish_reason"] != "length"):
         raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
     connection.execute(
-        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL, merged = 0,"
-        " provider = ?, model = ? WHERE id = ?",
+        "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
+        " merged = 0, provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
     rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
@@ -3961,6 +3984,16 @@ def summary_of(row: sqlite3.Row) -> dict[str, Any]:
     return {**{name: row[name] for name in names}, "parameters": parameters, "running": bool(row["running"])}
 
 
+def path_to_newest(parents: Mapping[int, int | None]) -> list[int]:
+    """The ids from the root to the newest leaf, which is the newest message of all."""
+    path: list[int] = []
+    leaf = max(parents, default=None)
+    while leaf is not None:
+        path.append(leaf)
+        leaf = parents[leaf]
+    return path[::-1]
+
+
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
     with reading(connection):
         summary = summary_of(require_conversation(connection, owner, conversation_id))
@@ -3972,14 +4005,9 @@ def load_conversation(connection: sqlite3.Connection, owner: str, conversation_i
             (conversation_id,),
         ):
             contents[message_id].append(Delta(kind, text))
-    parents = {row["id"]: row["parent_id"] for row in rows}
-    path: list[int] = []
-    leaf = max(parents, default=None)
-    while leaf is not None:
-        path.append(leaf)
-        leaf = parents[leaf]
+    path = path_to_newest({row["id"]: row["parent_id"] for row in rows})
     messages = [message_of(row, contents[row["id"]]) for row in rows]
-    return Conversation(**summary, messages=messages, path=path[::-1])
+    return Conversation(**summary, messages=messages, path=path)
 
 
 def update_conversation(
@@ -4137,6 +4165,1072 @@ def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
     connection.execute("DELETE FROM session WHERE cookie_hash = ?", (cookie_hash,))
 
 
+# ── archives: conversations as files ────────────────────────────────────────────────────────────────────────────────
+#
+# An archive is {"format": "llmchat", "version": 1, "conversations": […]}, complete but for keys, which are stored
+# nowhere, and ids, which belong to one database. In their place stands an origin: what a conversation or a message is
+# called wherever it goes. What came in keeps the origin that it came with; what was made here is called
+# `llmchat:<id>-<created_at_ms>`, since an id is never used again. So what comes in a second time is known, also in the
+# database that it came from.
+
+Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
+Role = Literal["user", "assistant", "system", "tool"]
+Origin = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+class ArchivedMessage(Struct, kw_only=True):
+    """A message in an archive. `parent` is the origin of the message that it follows; null: it is a first one."""
+
+    origin: Origin
+    parent: Origin | None = None
+    role: Role
+    status: Literal["running", "completed", "stopped", "failed", "interrupted"] = "completed"
+    provider: str | None = None
+    model: str | None = None
+    params: dict[str, Any] = {}
+    content: list[Delta] = []
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"] | None = None
+    error: dict[str, Any] | None = None
+    usage: Usage | None = None
+    attempts: list[dict[str, Any]] = []
+    created_at_ms: Milliseconds
+    first_delta_at_ms: Milliseconds | None = None
+    ended_at_ms: Milliseconds | None = None
+
+
+class ArchivedConversation(Struct, kw_only=True):
+    """A conversation in an archive; its messages stand in the order in which they were made."""
+
+    origin: Origin
+    title: str = ""
+    system: str = ""
+    parameters: Parameters = NO_PARAMETERS
+    created_at_ms: Milliseconds
+    updated_at_ms: Milliseconds
+    messages: list[ArchivedMessage] = []
+
+
+class Archive(Struct):
+    """What an export is, and what an import takes."""
+
+    format: Literal["llmchat"]
+    version: Literal[1]
+    conversations: list[ArchivedConversation]
+
+
+ARCHIVE_START, ARCHIVE_END = b'{"format":"llmchat","version":1,"conversations":[', b"]}\n"
+
+
+def origin_sql(table: str) -> str:
+    """The origin of a row as SQL."""
+    return f"coalesce({table}.origin, 'llmchat:' || {table}.id || '-' || {table}.created_at_ms)"
+
+
+def archive_head(connection: sqlite3.Connection, owner: str, conversation_id: int) -> bytes:
+    """A conversation as JSON up to its first message. Raises NotFound."""
+    row = require_conversation(connection, owner, conversation_id)
+    origin = f"SELECT {origin_sql('conversation')} FROM conversation WHERE id = ?"
+    head = ArchivedConversation(
+        origin=connection.execute(origin, (conversation_id,)).fetchone()[0],
+        title=row["title"],
+        system=row["system"],
+        parameters=msgspec.json.decode(row["params_json"], type=Parameters),
+        created_at_ms=row["created_at_ms"],
+        updated_at_ms=row["updated_at_ms"],
+    )
+    return encode_json(head).removesuffix(b"]}")
+
+
+def archive_page(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, after: int
+) -> tuple[bytes, int | None]:
+    """Some messages from behind an id on, as JSON with commas between, and the last one's id; None: it was the last."""
+    rows = connection.execute(
+        f"SELECT message.*, {origin_sql('message')} AS origin_here, {origin_sql('parent')} AS parent_origin"
+        " FROM message JOIN conversation ON conversation.id = message.conversation_id LEFT JOIN message AS parent"
+        " ON parent.id = message.parent_id WHERE message.conversation_id = ? AND owner = ? AND message.id > ?"
+        " ORDER BY message.id",
+        (conversation_id, owner, after),
+    )
+    page = bytearray()
+    for row in rows:
+        page += b"," * bool(page) + encode_json(archived_message(connection, row))
+        if len(page) > SEND_BYTES_MAX:
+            return bytes(page), row["id"]
+    return bytes(page), None
+
+
+def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> ArchivedMessage:
+    content = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
+    message = message_of(row, [Delta(*one) for one in content])
+    return ArchivedMessage(
+        origin=row["origin_here"],
+        parent=None if row["parent_id"] is None else row["parent_origin"],
+        role=cast(Role, message.role),
+        status=message.status,
+        provider=message.provider,
+        model=message.model,
+        params=json.loads(row["params_json"]),
+        content=message.content,
+        finish_reason=message.finish_reason,
+        error=message.error,
+        usage=message.usage,
+        attempts=message.attempts,
+        created_at_ms=message.created_at_ms,
+        first_delta_at_ms=row["first_delta_at_ms"],
+        ended_at_ms=row["ended_at_ms"],
+    )
+
+
+def next_conversation(connection: sqlite3.Connection, owner: str, after: int) -> int | None:
+    """The id that follows among an owner's conversations."""
+    found = connection.execute("SELECT min(id) FROM conversation WHERE owner = ? AND id > ? AND hidden = 0", (owner, after))
+    return cast("int | None", found.fetchone()[0])
+
+
+class Outline(NamedTuple):
+    """What of a conversation is written as Markdown."""
+
+    conversation: ConversationSummary
+    path: list[int]  # from the first message to the newest
+    branches: int  # paths from a first message to a last one
+
+
+def load_outline(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Outline:
+    with reading(connection):
+        summary = ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
+        rows = connection.execute("SELECT id, parent_id FROM message WHERE conversation_id = ?", (conversation_id,))
+        parents = dict(map(tuple, rows))
+    return Outline(summary, path_to_newest(parents), len(parents.keys() - set(parents.values())))
+
+
+def markdown_head(outline: Outline) -> str:
+    """The beginning of a conversation as Markdown."""
+    conversation, others = outline.conversation, outline.branches - 1
+    title = " ".join(conversation.title.split()) or f"Conversation {conversation.id}"
+    span = f"{utc(conversation.created_at_ms)} to {utc(conversation.updated_at_ms)}"
+    lines = [f"# {title}", f"*{len(outline.path)} messages, {span}*"]
+    if others > 0:
+        branches = "There is 1 other branch" if others == 1 else f"There are {others} other branches"
+        lines.append(f"*{branches}: this is the newest one. The export as JSON has them all.*")
+    if conversation.system:
+        lines.append("**System prompt**\n\n" + quoted(conversation.system))
+    return "\n\n".join(lines) + "\n"
+
+
+def markdown_message(message: Message) -> str:
+    """A message as Markdown: who and when, then its content, each kind in a form that can be read."""
+    names = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+    model = "/".join(filter(None, (message.provider, message.model)))
+    who = f"{names[message.role]} ({model})" if model and message.role == "assistant" else names[message.role]
+    blocks = [f"## {who}, {utc(message.created_at_ms)}", *filter(None, map(markdown_delta, message.content))]
+    if message.error is not None:
+        blocks.append(f"*{message.status}: {message.error.get('message', '')}*")
+    elif message.status != "completed":
+        blocks.append(f"*{message.status}*")
+    elif message.finish_reason not in (None, "stop", "tool_calls"):
+        blocks.append(f"*cut off: {message.finish_reason}*")
+    return "\n" + "\n\n".join(blocks) + "\n"
+
+
+def markdown_delta(delta: Delta) -> str:
+    if delta.kind == "text":
+        return close_fence(delta.text.strip("\n"))
+    if delta.kind == "reasoning":
+        return quoted(f"*Reasoning:* {delta.text.strip()}")
+    if delta.kind == "tool_call":
+        call = json.loads(delta.text)
+        return f"Tool call `{call['name']}`:\n\n{fenced(call['arguments'] or '{}', 'json')}"
+    if delta.kind == "image":
+        image = json.loads(delta.text)
+        return f"*Image ({image['media_type']}, {len(image['data']) * 3 // 4:,} bytes)*"
+    return ""  # a signature is for its provider
+
+
+def utc(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(milliseconds // 1000))
+
+
+def quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
+
+
+def fenced(text: str, language: str) -> str:
+    """The text as a code block; the fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def close_fence(text: str) -> str:
+    """The text with its last code block closed: an answer that broke off in one would take in all that follows."""
+    fence = ""
+    for found in re.finditer(r"^ {0,3}(`{3,}|~{3,})(.*)$", text, re.MULTILINE):
+        if not fence and not (found[1][0] == "`" and "`" in found[2]):
+            fence = found[1]
+        elif fence and found[1].startswith(fence) and not found[2].strip():
+            fence = ""
+    return f"{text}\n{fence}" if fence else text
+
+
+# ── archives: what comes in ─────────────────────────────────────────────────────────────────────────────────────────
+#
+# Three formats become one: ours; ChatGPT's `conversations.json`, a list of trees under `mapping`; and Claude's, a list
+# of `chat_messages`. Neither service documents its own; these are the shapes that their users find in their exports.
+# A zip, as both deliver it, is read for its conversations and for the images that they point to. A file is read
+# through a window that holds one message of ours or one conversation of theirs, and comes in as pieces, a few in a
+# transaction: whatever breaks, what came before is in, and the same file, mended, brings the rest and nothing twice.
+# What is there is never changed. What cannot come in is counted by its reason.
+#
+# The tools of other services cannot be called from here. Their calls and results are kept to be read, the results
+# without an id, so that neither goes upstream when such a conversation goes on (see `pair_tools`).
+
+OTHER_REASONS = "other reasons"
+
+
+class Piece(NamedTuple):
+    """Some messages of a conversation that comes in. `begins`: they are the first."""
+
+    conversation: ArchivedConversation
+    begins: bool
+    messages: list[ArchivedMessage]
+
+
+class ImportCount(Struct):
+    """`present` was there already, and stayed as it was."""
+
+    imported: int = 0
+    present: int = 0
+
+    def add(self, more: ImportCount) -> None:
+        self.imported += more.imported
+        self.present += more.present
+
+
+class LeftOut(Struct):
+    """Something that did not come in: why, how often, and where it was first."""
+
+    reason: str
+    count: int
+    first: str
+
+
+class ImportAnswer(Struct):
+    conversations: ImportCount
+    messages: ImportCount
+    left_out: list[LeftOut]
+
+    def leave_out(self, reason: str, where: str, count: int = 1) -> None:
+        by_reason = {one.reason: one for one in self.left_out}
+        reason = shorten(reason, None)
+        if reason not in by_reason and len(self.left_out) >= LEFT_OUT_MAX:
+            reason = OTHER_REASONS
+        if reason in by_reason:
+            by_reason[reason].count += count
+        else:
+            self.left_out.append(LeftOut(reason, count, shorten(where, None)))
+
+
+NOT_SPACE = re.compile(r"[^ \t\r\n]")
+NUMBER_CHARACTERS = 32  # a number this close to the window's end may go on beyond it
+
+
+class JsonWindow:
+    """A JSON document, read value by value through a window of text that is as wide as its widest value.
+
+    Raises InvalidRequest with the position for what is no JSON or too wide.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._scan = json.JSONDecoder(parse_constant=lambda word: None).raw_decode
+        self._text = ""
+        self._at = 0
+        self._gone = 0  # characters before the window
+        self._bytes = 0
+        self._ended = False
+
+    @property
+    def position(self) -> int:
+        """Of the next character in the document."""
+        return self._gone + self._at
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while (found := NOT_SPACE.search(self._text, self._at)) is None:
+            self._at = len(self._text)
+            if self._ended:
+                return ""
+            self._widen()
+        self._at = found.start()
+        return found[0]
+
+    def take(self, character: str) -> bool:
+        """Steps over the next character if it is this one."""
+        if self.peek() != character:
+            return False
+        self._at += 1
+        return True
+
+    def expect(self, character: str) -> None:
+        if not self.take(character):
+            self.refuse(f"expected {character}")
+
+    def value(self) -> Any:
+        """The next value, whole."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._scan(self._text, self._at)
+            except json.JSONDecodeError as exc:
+                cut = exc.msg.startswith("Unterminated string") or exc.pos >= len(self._text) - NUMBER_CHARACTERS
+                if self._ended or not cut:
+                    self.refuse(exc.msg[:1].lower() + exc.msg[1:], exc.pos)
+            except RecursionError:
+                self.refuse("nested too deep")
+            except ValueError:
+                self.refuse("a number has too many digits")
+            else:
+                margin = NUMBER_CHARACTERS if isinstance(value, int | float) else 0
+                if self._ended or end + margin < len(self._text):
+                    self._at = end
+                    return value
+            self._widen()
+
+    def items(self) -> Iterator[None]:
+        """Steps through a list; at each step the next value is to be read."""
+        self.expect("[")
+        if self.take("]"):
+            return
+        yield
+        while not self.take("]"):
+            self.expect(",")
+            yield
+
+    def members(self) -> Iterator[str]:
+        """Steps through an object; at each step, whose name is given, the value is to be read."""
+        self.expect("{")
+        if self.take("}"):
+            return
+        yield self._name()
+        while not self.take("}"):
+            self.expect(",")
+            yield self._name()
+
+    def _name(self) -> str:
+        if self.peek() != '"':
+            self.refuse("expected a name in quotes")
+        name = cast(str, self.value())
+        self.expect(":")
+        return name
+
+    def _widen(self) -> None:
+        """Drops what was read, and doubles the rest."""
+        self._gone += self._at
+        self._text, self._at = self._text[self._at :], 0
+        if len(self._text) > ARCHIVE_VALUE_CHARACTERS_MAX:
+            self.refuse(f"one value is longer than {ARCHIVE_VALUE_CHARACTERS_MAX:,} characters, the limit,")
+        parts, wanted = [self._text], 2 * len(self._text) + 1
+        while wanted > sum(map(len, parts)) and not self._ended:
+            parts.append(self._decode(next(self._chunks, b"")))
+        self._text = "".join(parts)
+
+    def _decode(self, data: bytes) -> str:
+        self._ended = not data
+        held = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(data, final=self._ended)
+        except UnicodeDecodeError as exc:
+            place = self._bytes - held + exc.start
+            raise InvalidRequest(f"body: is not UTF-8: {exc.reason} at byte {place:,}") from exc
+        self._bytes += len(data)
+        return text
+
+    def refuse(self, what: str, at: int | None = None) -> NoReturn:
+        at = self._at if at is None else at
+        ends = ", where it ends" if self._ended and not self._text[at:].strip() else ""
+        raise InvalidRequest(f"body: cannot be imported: {what} at character {self._gone + at:,}{ends}")
+
+
+class LeaveOut(Protocol):
+    def __call__(self, reason: str) -> None: ...
+
+
+class ArchiveReader:
+    """Reads a file as pieces; what does not come in goes into the answer.
+
+    `image` finds an image by ChatGPT's name for it, as content; None: it is not there.
+    """
+
+    def __init__(self, chunks: Iterator[bytes], answer: ImportAnswer, image: Callable[[str], Delta | None]) -> None:
+        self._window = JsonWindow(chunks)
+        self._answer = answer
+        self._image = image
+
+    def pieces(self) -> Iterator[Piece]:
+        window = self._window
+        if window.peek() == "{":
+            yield from self._document()
+        else:
+            for _ in window.items():
+                yield from self._conversation()
+        if window.peek():
+            window.refuse("something follows the end")
+
+    def _document(self) -> Iterator[Piece]:
+        """An archive of ours, or a list under the same name, or one conversation of another service by itself."""
+        window, head, listed_some = self._window, dict[str, Any](), False
+        for name in window.members():
+            if name == "conversations" and window.peek() == "[":
+                if head.get("format") == "llmchat" and head.get("version") != 1:
+                    version = str(head.get("version"))
+                    raise InvalidRequest(f"version: {version[:40]} was made by a newer llmchat; this one knows 1")
+                listed_some = True
+                for _ in window.items():
+                    yield from self._conversation()
+            else:
+                head[name] = window.value()
+        if "mapping" in head or "chat_messages" in head:
+            yield from self._whole(head, "the file")
+        elif not listed_some:
+            raise InvalidRequest("body: holds no conversations of a format that is known")
+
+    def _conversation(self) -> Iterator[Piece]:
+        """The next conversation. Messages of ours are read one by one: they may hold many images."""
+        window, head, streamed = self._window, dict[str, Any](), False
+        where = f"character {window.position:,}"
+        if window.peek() != "{":
+            window.value()
+            self._answer.leave_out("not a conversation", where)
+            return
+        for name in window.members():
+            if name == "messages" and "origin" in head and window.peek() == "[":
+                streamed = True
+                yield from self._ours(head, (window.value() for _ in window.items()), where)
+            else:
+                head[name] = window.value()
+        if not streamed:
+            yield from self._whole(head, where)
+
+    def _whole(self, head: dict[str, Any], where: str) -> Iterator[Piece]:
+        """A conversation that was read whole, of whatever service."""
+        title = head.get("title") or head.get("name")
+        where = title if isinstance(title, str) else where
+        leave_out = partial(self._answer.leave_out, where=where)
+        if isinstance(head.get("mapping"), dict):
+            yield from self._foreign(partial(chatgpt_conversation, head, self._image, leave_out), leave_out)
+        elif isinstance(head.get("chat_messages"), list):
+            yield from self._foreign(partial(claude_conversation, head, leave_out), leave_out)
+        elif "origin" in head and isinstance(head.get("messages"), list):
+            yield from self._ours(head, iter(head.pop("messages")), where)
+        else:
+            leave_out("not a conversation of a format that is known")
+
+    def _foreign(self, convert: Callable[[], ArchivedConversation], leave_out: LeaveOut) -> Iterator[Piece]:
+        try:
+            found = convert()
+        except (ValueError, RecursionError) as exc:
+            leave_out(f"a conversation that makes no sense: {reason_of(exc)}")
+            return
+        if found.messages:
+            yield from cut_pieces(found, iter(found.messages))
+        else:
+            leave_out("a conversation without a message")
+
+    def _ours(self, head: dict[str, Any], messages: Iterator[Any], where: str) -> Iterator[Piece]:
+        try:
+            conversation = msgspec.convert(storable({**head, "messages": []}), ArchivedConversation)
+        except (msgspec.ValidationError, ValueError) as exc:
+            count = 1 + sum(1 for _ in messages)
+            self._answer.leave_out(f"a conversation with its messages: {exc}", where, count)
+            return
+        yield from cut_pieces(conversation, self._our_messages(messages, conversation.title or where))
+
+    def _our_messages(self, values: Iterator[Any], where: str) -> Iterator[ArchivedMessage]:
+        for value in values:
+            try:
+                yield our_message(value)
+            except (msgspec.MsgspecError, ValueError) as exc:
+                self._answer.leave_out(f"a message: {exc}", where)
+
+
+def characters_of(message: ArchivedMessage) -> int:
+    return sum(len(delta.text) for delta in message.content)
+
+
+def characters_of_piece(piece: Piece) -> int:
+    """What counts towards a transaction; a few messages of many characters weigh as much as many messages."""
+    fewest = ARCHIVE_GROUP_CHARACTERS // ARCHIVE_GROUP_MESSAGES
+    return sum(max(fewest, characters_of(message)) for message in piece.messages)
+
+
+def cut_pieces(conversation: ArchivedConversation, messages: Iterator[ArchivedMessage]) -> Iterator[Piece]:
+    """The conversation in pieces of bounded size. What was whole before the file breaks off is a piece too."""
+    head = msgspec.structs.replace(conversation, messages=[])
+    begins = True
+    for group in grouped(messages, characters_of):
+        yield Piece(head, begins, group)
+        begins = False
+    if begins:
+        yield Piece(head, True, [])
+
+
+def grouped(values: Iterator[T], weigh: Callable[[T], int]) -> Iterator[list[T]]:
+    """The values in groups for one transaction each; those before a failure come before it."""
+    group: list[T] = []
+    characters = 0
+    failure: LlmchatError | None = None
+    while True:
+        try:
+            value = next(values)
+        except StopIteration:
+            break
+        except LlmchatError as exc:
+            failure = exc
+            break
+        group.append(value)
+        characters += weigh(value)
+        if len(group) >= ARCHIVE_GROUP_MESSAGES or characters >= ARCHIVE_GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+    if failure is not None:
+        raise failure
+
+
+def storable(value: Any, depth: int = 1) -> Any:
+    """A value of a file as the database and every encoder can hold it. Raises ValueError for deep nesting."""
+    if isinstance(value, str):
+        return without_halves(value).replace("\0", "\ufffd")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, dict | list) and depth > NESTING_MAX:
+        raise ValueError(f"nested deeper than {NESTING_MAX} levels")
+    if isinstance(value, dict):
+        return {storable(name): storable(below, depth + 1) for name, below in value.items()}
+    return [storable(below, depth + 1) for below in value] if isinstance(value, list) else value
+
+
+class StoredCall(Struct):
+    """The text of a tool_call."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class StoredImage(Struct):
+    """The text of an image."""
+
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
+    data: Annotated[str, Meta(pattern="^[A-Za-z0-9+/]+={0,2}$")]
+
+
+STORED_KINDS: dict[str, Any] = {"tool_call": StoredCall, "image": StoredImage, "signature": dict[str, str]}
+
+
+def our_message(value: Any) -> ArchivedMessage:
+    """A message of an archive. Raises ValueError and MsgspecError for what could not be one."""
+    content = value.get("content") if isinstance(value, dict) else None
+    texts = content if isinstance(content, list) else []
+    message = msgspec.convert(storable({**value, "content": []} if isinstance(value, dict) else value), ArchivedMessage)
+    for delta in msgspec.convert(texts, list[Delta]):
+        delta = Delta(delta.kind, without_halves(delta.text))
+        if delta.kind in STORED_KINDS:
+            msgspec.json.decode(delta.text, type=STORED_KINDS[delta.kind])
+        elif delta.kind not in MERGED_KINDS:
+            raise ValueError(f"content of kind {delta.kind!r}")
+        message.content += [delta] if delta.text else []
+    msgspec.convert(message.params, Parameters)
+    if not isinstance(message.params.get("tool_call_id", ""), str):
+        raise ValueError("a tool_call_id that is no text")
+    return message
+
+
+# ── ChatGPT and Claude ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def foreign_origin(service: str, *names: Any) -> str:
+    """An origin of the first name that is one. Other people's names may be anything, so a strange one is hashed."""
+    name = next((one for one in names if isinstance(one, str) and one), json.dumps(names))
+    plain = re.fullmatch(r"[\x21-\x7e]{1,100}", name)
+    return f"{service}:{name if plain else hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def text_in(document: Any, *names: str) -> str:
+    """The first of these members that is a text with something in it; empty: none is."""
+    found = (document.get(name) for name in names) if isinstance(document, dict) else ()
+    return next((cast(str, storable(one)) for one in found if isinstance(one, str) and one.strip()), "")
+
+
+def milliseconds_of(value: Any) -> int | None:
+    """A time as seconds since 1970 or as ISO 8601, in milliseconds; None: it is none that is possible."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, str):
+            at = datetime.fromisoformat(value)
+            value = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, int | float) and 0 <= value < 2**43:
+            return round(value * 1000)
+    return None
+
+
+def in_tree_order(parents: Mapping[str, str | None], rank: Mapping[str, int]) -> list[str]:
+    """Every node after its parent, level by level, siblings by their rank. A circle is opened where it is met first."""
+    children: dict[str | None, list[str]] = {}
+    for node, parent in parents.items():
+        children.setdefault(parent if parent in parents else None, []).append(node)
+    order: list[str] = []
+    seen: set[str] = set()
+    for root in itertools.chain(children.get(None, ()), parents):
+        waiting = deque([root])
+        while waiting:
+            node = waiting.popleft()
+            if node not in seen:
+                seen.add(node)
+                order.append(node)
+                waiting.extend(sorted(children.get(node, ()), key=lambda child: rank.get(child, 0)))
+    return order
+
+
+def link_messages(
+    parents: Mapping[str, str | None], rank: Mapping[str, int], made: Mapping[str, list[ArchivedMessage]], newest: Any
+) -> list[ArchivedMessage]:
+    """The messages that nodes became, each linked to the next one above it; the newest leaf is the last of all."""
+    linked: list[ArchivedMessage] = []
+    above: dict[str | None, str | None] = {}
+    for node in in_tree_order(parents, rank):
+        parent = above.get(parents[node])
+        for message in made.get(node, ()):
+            message.parent = parent
+            parent = message.origin
+            linked.append(message)
+        above[node] = parent
+    leaf = above.get(newest) if isinstance(newest, str) else None
+    if leaf not in {message.parent for message in linked}:
+        linked.sort(key=lambda message: message.origin == leaf)
+    return linked
+
+
+def chatgpt_conversation(
+    document: Mapping[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut
+) -> ArchivedConversation:
+    """{title, create_time, update_time, mapping: {id: {parent, children, message}}, current_node, conversation_id}."""
+    nodes = {key: node for key, node in document["mapping"].items() if isinstance(node, dict)}
+    parents: dict[str, str | None] = {}
+    rank: dict[str, int] = {}
+    for key, node in nodes.items():
+        children = node.get("children")
+        for index, child in enumerate(children if isinstance(children, list) else ()):
+            if isinstance(child, str) and child in nodes:
+                rank.setdefault(child, index)
+                parents.setdefault(child, key)
+    for key, node in nodes.items():
+        given = node.get("parent")
+        parents[key] = given if isinstance(given, str) and given in nodes else parents.get(key)
+    origin = foreign_origin("chatgpt", document.get("conversation_id"), document.get("id"), next(iter(nodes), None))
+    created_at_ms = milliseconds_of(document.get("create_time")) or now_ms()
+    messages = {key: chatgpt_message(key, node, created_at_ms, image, leave_out) for key, node in nodes.items()}
+    linked = link_messages(parents, rank, messages, document.get("current_node"))
+    return foreign_conversation(document, origin, created_at_ms, document.get("update_time"), linked)
+
+
+def foreign_conversation(
+    document: Mapping[str, Any], origin: str, created_at_ms: int, updated: Any, messages: list[ArchivedMessage]
+) -> ArchivedConversation:
+    """A conversation of another service; what its system said becomes the system prompt."""
+    said = [text_of(message.content) for message in messages if message.role == "system"]
+    above: dict[str | None, str | None] = {}
+    for message in messages:  # parents come first
+        message.parent = above.get(message.parent, message.parent)
+        if message.role == "system":
+            above[message.origin] = message.parent
+    kept = [message for message in messages if message.role != "system"]
+    asked = next((text_of(message.content) for message in kept if message.role == "user"), "")
+    return ArchivedConversation(
+        origin=origin,
+        title=text_in(document, "title", "name")[:200] or make_title(asked),
+        system="\n\n".join(said)[:SYSTEM_CHARACTERS_MAX],
+        created_at_ms=created_at_ms,
+        updated_at_ms=max(milliseconds_of(updated) or 0, created_at_ms),
+        messages=kept,
+    )
+
+
+def chatgpt_message(
+    key: str, node: Mapping[str, Any], created_at_ms: int, image: Callable[[str], Delta | None], leave_out: LeaveOut
+) -> list[ArchivedMessage]:
+    """What a node becomes: a message, or nothing. Nodes without a message only hold the tree together."""
+    message = node.get("message")
+    if not isinstance(message, dict):
+        return []
+    role, content, metadata = text_in(message.get("author"), "role"), message.get("content"), message.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    kind = text_in(content, "content_type")
+    if kind == "user_editable_context":  # the user's own instructions, hidden as they are
+        role = "system"
+    elif metadata.get("is_visually_hidden_from_conversation") or kind == "model_editable_context":
+        leave_out("hidden by ChatGPT")
+        return []
+    if role not in ("user", "assistant", "system", "tool"):
+        leave_out(f"a message of the role {role!r}")
+        return []
+    deltas = chatgpt_content(content, image, leave_out) if isinstance(content, dict) else []
+    recipient = text_in(message, "recipient")
+    answers = role == "assistant"
+    if answers and recipient not in ("", "all"):
+        deltas = [foreign_call(key, recipient, text_in(content, "text") or text_of(deltas))]
+    if answers and any(delta.kind == "image" for delta in deltas):
+        leave_out("an image in an answer, which no provider takes back")
+        deltas = [delta for delta in deltas if delta.kind != "image"]
+    if not deltas:
+        if role != "system":  # the first one of most conversations says nothing
+            leave_out("a message without content")
+        return []
+    finish = text_in(metadata.get("finish_details"), "type")
+    at = milliseconds_of(message.get("create_time")) or created_at_ms
+    made = ArchivedMessage(
+        origin=foreign_origin("chatgpt", key),
+        role=cast(Role, role),
+        status="stopped" if answers and finish == "interrupted" else "completed",
+        provider="openai" if answers else None,
+        model=text_in(metadata, "model_slug") or None if answers else None,
+        content=deltas,
+        finish_reason=cast(Any, FINISH_REASONS.get(finish)) if answers else None,
+        created_at_ms=at,
+    )
+    return [made]
+
+
+def chatgpt_content(content: dict[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut) -> list[Delta]:
+    """What a message's content says, whichever of its many shapes it has."""
+    kind = text_in(content, "content_type")
+    if kind == "thoughts":
+        thoughts = ((text_in(one, "summary"), text_in(one, "content")) for one in listed(content.get("thoughts")))
+        said = ["\n\n".join(filter(None, one)) for one in thoughts]
+        return [Delta("reasoning", "\n\n".join(filter(None, said)))] if any(said) else []
+    if kind == "reasoning_recap":
+        return [Delta("reasoning", text)] if (text := text_in(content, "content")) else []
+    if kind == "code":
+        return [Delta("text", fenced(text, text_in(content, "language")))] if (text := text_in(content, "text")) else []
+    if kind == "user_editable_context":
+        said = [text_in(content, name) for name in ("user_profile", "user_instructions")]
+        return [Delta("text", "\n\n".join(filter(None, said)))] if any(said) else []
+    deltas: list[Delta] = []
+    for part in listed(content.get("parts")) or [content]:
+        delta = chatgpt_part(part, image, leave_out)
+        if delta is not None and deltas and delta.kind == deltas[-1].kind == "text":
+            deltas[-1] = Delta("text", f"{deltas[-1].text}\n{delta.text}")
+        elif delta is not None:
+            deltas.append(delta)
+    return deltas
+
+
+def chatgpt_part(part: Any, image: Callable[[str], Delta | None], leave_out: LeaveOut) -> Delta | None:
+    """A part of a message: a text, an image, or one of the objects that tools leave."""
+    if isinstance(part, str):
+        return Delta("text", storable(part)) if part.strip() else None
+    kind = text_in(part, "content_type")
+    if kind == "image_asset_pointer":
+        found = image(text_in(part, "asset_pointer"))
+        if found is None:
+            leave_out("an image that is not in the file")
+        return found
+    body = text_in(part, "text", "result", "content", "name")
+    if kind.endswith(("asset_pointer", "video")) or (not body and kind not in ("text", "multimodal_text")):
+        leave_out(f"content of the type {kind or 'none'!r}")
+        return None
+    lines = [text_in(part, "title"), text_in(part, "url"), body]
+    return Delta("text", "\n\n".join(filter(None, lines))) if body else None
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def foreign_call(call_id: str, name: str, arguments: str) -> Delta:
+    """A call of another service's tool; arguments that are no JSON become its only one."""
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        arguments = json.dumps({"input": arguments}, ensure_ascii=False)
+    return Delta("tool_call", encode_json(storable({"id": call_id, "name": name, "arguments": arguments})).decode())
+
+
+def claude_conversation(document: Mapping[str, Any], leave_out: LeaveOut) -> ArchivedConversation:
+    """{uuid, name, created_at, updated_at, chat_messages: [{uuid, sender, text, content, created_at, attachments}]}.
+
+    The messages are a list; where they say whom they follow, a tree.
+    """
+    origin = foreign_origin("claude", document.get("uuid"), document.get("created_at"))
+    created_at_ms = milliseconds_of(document.get("created_at")) or now_ms()
+    parents: dict[str, str | None] = {}
+    made: dict[str, list[ArchivedMessage]] = {}
+    before: str | None = None
+    for index, message in enumerate(document["chat_messages"]):
+        if not isinstance(message, dict):
+            leave_out("a message that is no object")
+            continue
+        key = text_in(message, "uuid")
+        key = key if key and key not in made else f"{origin}/{index}"
+        parents[key] = text_in(message, "parent_message_uuid") if "parent_message_uuid" in message else before
+        made[key] = claude_messages(key, message, text_in(document, "model"), created_at_ms, leave_out)
+        before = key
+    linked = link_messages(parents, {}, made, document.get("current_leaf_message_uuid"))
+    return foreign_conversation(document, origin, created_at_ms, document.get("updated_at"), linked)
+
+
+def claude_messages(
+    key: str, message: Mapping[str, Any], model: str, created_at_ms: int, leave_out: LeaveOut
+) -> list[ArchivedMessage]:
+    """What a message becomes: itself, and where tools gave results in it, one for each of those and one after it."""
+    role = {"human": "user", "assistant": "assistant"}.get(text_in(message, "sender"))
+    if role is None:
+        leave_out(f"a message of the sender {text_in(message, 'sender')!r}")
+        return []
+    runs: list[tuple[str, list[Delta]]] = [(role, claude_attachments(message, leave_out))]
+    for index, block in enumerate(listed(message.get("content")) or [{"type": "text", "text": message.get("text")}]):
+        if text_in(block, "type") == "tool_result":
+            result = claude_result(block.get("content"))
+            runs += [("tool", [Delta("text", result)] if result else []), (role, [])]
+        else:
+            runs[-1][1].extend(claude_block(block, f"{key}-{index}", leave_out))
+    finish_reason = FINISH_REASONS.get(text_in(message, "stop_reason")) if role == "assistant" else None
+    made = [
+        ArchivedMessage(
+            origin=foreign_origin("claude", key if index == 0 else f"{key}/{index}"),
+            role=cast(Role, role_of_run),
+            provider="anthropic" if role_of_run == "assistant" else None,
+            model=model or None if role_of_run == "assistant" else None,
+            content=content,
+            finish_reason=cast(Any, finish_reason),
+            created_at_ms=milliseconds_of(message.get("created_at")) or created_at_ms,
+        )
+        for index, (role_of_run, content) in enumerate(runs)
+        if content
+    ]
+    if not made:
+        leave_out("a message without content")
+    return made
+
+
+def claude_attachments(message: Mapping[str, Any], leave_out: LeaveOut) -> list[Delta]:
+    """The texts of attached files; of other files an export has no more than the names."""
+    texts = []
+    for attached in listed(message.get("attachments")):
+        text = text_in(attached, "extracted_content")
+        texts += [f"{text_in(attached, 'file_name') or 'Attachment'}:\n\n{fenced(text, '')}"] if text else []
+    for _ in listed(message.get("files")):
+        leave_out("a file that is not in the export")
+    return [Delta("text", "\n\n".join(texts) + "\n\n")] if texts else []
+
+
+def claude_block(block: Any, call_id: str, leave_out: LeaveOut) -> list[Delta]:
+    kind = text_in(block, "type")
+    if kind in ("text", "voice_note"):
+        return [Delta("text", text)] if (text := text_in(block, "text")) else []
+    if kind == "thinking":
+        return [Delta("reasoning", text)] if (text := text_in(block, "thinking")) else []
+    if kind == "tool_use":
+        arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
+        return [foreign_call(text_in(block, "id") or call_id, text_in(block, "name"), arguments)]
+    if kind != "token_budget":
+        leave_out(f"content of the type {kind or 'none'!r}")
+    return []
+
+
+def claude_result(content: Any) -> str:
+    """What a tool gave back, as text."""
+    if isinstance(content, str):
+        return cast(str, storable(content))
+    texts = [text_in(one, "text", "title", "url") for one in listed(content)]
+    return "\n\n".join(filter(None, texts)) or (shorten(json.dumps(content), None) if content else "")
+
+
+# ── archives: into the database ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def import_pieces(
+    connection: sqlite3.Connection, owner: str, pieces: Sequence[Piece]
+) -> tuple[ImportCount, ImportCount, int]:
+    """Stores what is not there yet. Returns the counts of conversations, of messages, and of those without a parent."""
+    conversations, messages, orphans = ImportCount(), ImportCount(), 0
+    for piece in pieces:
+        conversation_id = find_by_origin(connection, "conversation", "owner", owner, piece.conversation.origin)
+        conversations.present += piece.begins and conversation_id is not None
+        conversations.imported += piece.begins and conversation_id is None
+        if conversation_id is None:
+            conversation_id = import_conversation(connection, owner, piece.conversation)
+        imported = 0
+        for message in piece.messages:
+            find = partial(find_by_origin, connection, "message", "conversation_id", conversation_id)
+            if find(message.origin) is None:
+                parent_id = None if message.parent is None else find(message.parent)
+                orphans += message.parent is not None and parent_id is None
+                import_message(connection, owner, conversation_id, parent_id, message)
+                imported += 1
+        messages.imported += imported
+        messages.present += len(piece.messages) - imported
+        if imported:
+            changed = "UPDATE conversation SET updated_at_ms = max(updated_at_ms, ?) WHERE id = ?"
+            connection.execute(changed, (piece.conversation.updated_at_ms, conversation_id))
+    return conversations, messages, orphans
+
+
+def find_by_origin(
+    connection: sqlite3.Connection, table: str, scope: str, within: str | int, origin: str
+) -> int | None:
+    """The id of what has this origin, because it came in with it or because it was made here."""
+    row = connection.execute(f"SELECT id FROM {table} WHERE {scope} = ? AND origin = ?", (within, origin)).fetchone()
+    made_here = re.fullmatch("llmchat:([0-9]{1,15})-([0-9]{1,15})", origin)
+    if row is None and made_here:
+        row = connection.execute(
+            f"SELECT id FROM {table} WHERE id = ? AND created_at_ms = ? AND {scope} = ? AND origin IS NULL",
+            (int(made_here[1]), int(made_here[2]), within),
+        ).fetchone()
+    return None if row is None else cast(int, row[0])
+
+
+def import_conversation(connection: sqlite3.Connection, owner: str, conversation: ArchivedConversation) -> int:
+    params_json = encode_json(conversation.parameters).decode()
+    cursor = connection.execute(
+        "INSERT INTO conversation (owner, title, system, params_json, created_at_ms, updated_at_ms, origin)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            owner, conversation.title, conversation.system, params_json, conversation.created_at_ms,
+            conversation.updated_at_ms, conversation.origin,
+        ),
+    )  # fmt: skip
+    index_title(connection, owner, cast(int, cursor.lastrowid), conversation.title)
+    return cast(int, cursor.lastrowid)
+
+
+def import_message(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, message: ArchivedMessage
+) -> None:
+    """Stores a message that is not there yet. Nobody produces what was running: it is interrupted."""
+    error = message.error
+    if message.status == "failed" and error is None:
+        error = InternalError("the error was not kept").detail()
+    message_id = insert_message(
+        connection, conversation_id, parent_id, message.role,
+        "interrupted" if message.status == "running" else message.status, message.created_at_ms,
+        provider=message.provider, model=message.model, params_json=encode_json(message.params).decode(),
+        finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
+        usage_json=None if message.usage is None else encode_json(message.usage).decode(),
+        attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
+        ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
+        origin=message.origin, merged=1,
+    )  # fmt: skip
+    insert_content(connection, message_id, message.content)
+    index_message(connection, owner, message_id, text_of(message.content))
+
+
+# ── archives: files ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_archive(file: BinaryIO, answer: ImportAnswer) -> Iterator[Piece]:
+    """The pieces of a file, which is JSON, or a zip with JSON in it. Raises InvalidRequest, TooLarge."""
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if is_zip:
+        yield from read_zip(file, answer)
+    else:
+        yield from ArchiveReader(iter(partial(file.read, ARCHIVE_READ_BYTES), b""), answer, lambda name: None).pieces()
+
+
+def read_zip(file: BinaryIO, answer: ImportAnswer) -> Iterator[Piece]:
+    import zipfile
+
+    check_zip_entries(file)
+    with zip_errors():
+        archive = zipfile.ZipFile(file)
+    unzipper = Unzipper(archive)
+    names = [name for name in archive.namelist() if re.search(r"(^|/)conversations(-\d+)?\.json$", name)]
+    if not names:
+        raise InvalidRequest("body: is a zip without a conversations.json in it")
+    for name in sorted(names):
+        yield from ArchiveReader(unzipper.read(name), answer, unzipper.image).pieces()
+
+
+@contextlib.contextmanager
+def zip_errors() -> Iterator[None]:
+    """Raises InvalidRequest for everything that can be wrong with a zip; one with a password is a RuntimeError."""
+    import zipfile
+    import zlib
+
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError, ValueError) as exc:
+        raise InvalidRequest(f"body: is a zip that cannot be read: {reason_of(exc)}") from exc
+
+
+def check_zip_entries(file: BinaryIO) -> None:
+    """Raises InvalidRequest if the table of contents is too big to be read (APPNOTE.TXT, 4.3.16 and 4.3.15)."""
+    size = file.seek(0, os.SEEK_END)
+    start = max(0, size - 65_557)  # the end record, 22 bytes, and the longest comment
+    file.seek(start)
+    tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    entries_bytes = int.from_bytes(tail[end + 12 : end + 16], "little")
+    if end < 0 or entries_bytes > ARCHIVE_ENTRIES_BYTES_MAX or b"PK\x06\x07" in tail[max(end - 20, 0) : end]:
+        raise InvalidRequest("body: is a zip that is broken, or has too many files in it")
+    file.seek(0)
+
+
+class Unzipper:
+    """Reads files of a zip, in all no more than ARCHIVE_BYTES_MAX: a small zip can hold a world of zeros."""
+
+    def __init__(self, archive: Any) -> None:
+        self._archive = archive
+        self._left = ARCHIVE_BYTES_MAX
+        self._images: dict[str, str] = {}
+        for name in archive.namelist():
+            if found := re.match(r"file[-_][A-Za-z0-9]+", name.rpartition("/")[2]):
+                self._images.setdefault(found[0], name)
+
+    def read(self, name: str) -> Iterator[bytes]:
+        with zip_errors():
+            file = self._archive.open(name)
+        while True:
+            with zip_errors():
+                data = file.read(ARCHIVE_READ_BYTES)
+            if not data:
+                return
+            self._left -= len(data)
+            if self._left < 0:
+                raise TooLarge(f"body: what comes out of the zip has more than {ARCHIVE_BYTES_MAX:,} bytes, the limit")
+            yield data
+
+    def image(self, pointer: str) -> Delta | None:
+        """The image that `file-service://file-…` or `sediment://file_…` points to."""
+        found = re.match(r"file[-_][A-Za-z0-9]+", pointer.rpartition("/")[2])
+        name = self._images.get(found[0]) if found else None
+        if name is None or self._archive.getinfo(name).file_size > IMAGE_BYTES_MAX:
+            return None
+        return image_delta(b"".join(self.read(name)))
+
+
+IMAGE_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+
+def image_type(data: bytes) -> str | None:
+    """What the bytes of an image say that it is, whatever its label does; None: no image that providers take."""
+    return next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+
+
+def image_delta(data: bytes) -> Delta | None:
+    kind = image_type(data)
+    if kind is None or len(data) > IMAGE_BYTES_MAX:
+        return None
+    return Delta("image", encode_json({"media_type": kind, "data": base64.b64encode(data).decode()}).decode())
+
+
 class UsageRow(Struct):
     """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
 
@@ -4263,6 +5357,27 @@ class Store:
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+
+
+async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnswer:
+    """Brings in a file, a few messages in a transaction. Raises InvalidRequest and TooLarge, which say what came in."""
+    answer = ImportAnswer(ImportCount(), ImportCount(), [])
+    groups = grouped(read_archive(file, answer), characters_of_piece)
+    failure: LlmchatError | None = None
+    try:
+        while (group := await asyncio.to_thread(next, groups, None)) is not None:
+            conversations, messages, orphans = await store.write(import_pieces, owner, group)
+            answer.conversations.add(conversations)
+            answer.messages.add(messages)
+            if orphans:
+                answer.leave_out("a parent that is not in the file: its messages became first ones", "", orphans)
+    except (InvalidRequest, TooLarge) as exc:
+        failure = exc
+    await store.write(touch, durable=True)  # and with it everything before
+    if failure is not None:
+        came = f"{answer.conversations.imported:,} conversations and {answer.messages.imported:,} messages"
+        raise type(failure)(f"{failure.message}; {came} came in before") from failure
+    return answer
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -6504,6 +7619,96 @@ async def provider_help(service: Service, provider: Provider, refresh: bool) -> 
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
+async def export_conversation(request: Request) -> Response:
+    service, owner, conversation_id = service_of(request), owner_of(request), path_id(request, "conversation_id")
+    form = request.query_params.get("format", "json")
+    if form not in ("json", "markdown"):
+        raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
+    outline = await service.store.read(load_outline, owner, conversation_id)
+    name = safe_file_name(outline.conversation.title, f"conversation {conversation_id}")
+    if form == "markdown":
+        return Download(markdown_frames(service.store, owner, outline), "text/markdown; charset=utf-8", f"{name}.md")
+    return Download(archive_frames(service.store, owner, conversation_id), "application/json", f"{name}.json")
+
+
+async def export_all(request: Request) -> Response:
+    name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.json", time.gmtime())
+    return Download(archive_frames(service_of(request).store, owner_of(request)), "application/json", name)
+
+
+ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compressed")
+
+
+async def import_conversations(request: Request) -> Response:
+    service = service_of(request)
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() not in ARCHIVE_TYPES:
+        shown = content_type or "none"
+        raise InvalidRequest(f"content-type: {shown!r} is not accepted; send application/json or application/zip")
+    with alone(service, "import"), await spool(request, service.config.db) as file:
+        return json_response(await import_archive(service.store, owner_of(request), file))
+
+
+async def spool(request: Request, database: str) -> BinaryIO:
+    """The request's body as a file without a name, beside the database: /tmp is often memory."""
+    import tempfile
+
+    file: BinaryIO | None = None
+    size = 0
+    try:
+        file = cast(BinaryIO, await asyncio.to_thread(partial(tempfile.TemporaryFile, dir=Path(database).parent)))
+        async for data in request.stream():
+            size += len(data)
+            if size > ARCHIVE_BYTES_MAX:
+                raise TooLarge(f"body: is larger than {ARCHIVE_BYTES_MAX:,} bytes, the limit")
+            await asyncio.to_thread(file.write, data)
+        await asyncio.to_thread(file.seek, 0)
+    except BaseException as exc:
+        if file is not None:
+            file.close()
+        if isinstance(exc, ClientDisconnect):
+            raise InvalidRequest("body: the connection was closed before it was whole") from exc
+        if isinstance(exc, OSError):
+            raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
+        raise
+    return file
+
+
+async def archive_frames(store: Store, owner: str, only: int | None = None) -> AsyncGenerator[bytes, None]:
+    """An archive of one conversation, or of all that the owner has; a page of messages at a time is in memory."""
+    between = ARCHIVE_START
+    conversation_id = only if only is not None else await store.read(next_conversation, owner, 0)
+    while conversation_id is not None:
+        with contextlib.suppress(NotFound):  # deleted meanwhile
+            yield between + await store.read(archive_head, owner, conversation_id)
+            between = b",\n"
+            after: int | None = 0
+            comma = b""
+            while after is not None:
+                page, after = await store.read(archive_page, owner, conversation_id, after)
+                if page:
+                    yield comma + page
+                comma = b","
+            yield b"]}"
+        conversation_id = await store.read(next_conversation, owner, conversation_id) if only is None else None
+    yield ARCHIVE_END if between != ARCHIVE_START else ARCHIVE_START + ARCHIVE_END
+
+
+async def markdown_frames(store: Store, owner: str, outline: Outline) -> AsyncGenerator[bytes, None]:
+    yield markdown_head(outline).encode()
+    for message_id in outline.path:
+        yield markdown_message(await store.read(load_message, owner, message_id)).encode()
+
+
+def safe_file_name(title: str, otherwise: str) -> str:
+    """A title as a file name that every system takes: no separator, no device's name, no leading dot, no long one."""
+    name = "".join("-" if one in '/\\:*?"<>|' else one if one.isprintable() else " " for one in title)
+    name = " ".join(name.split()).strip(". ")[:TITLE_CHARACTERS_MAX].strip(". ")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        name = f"_{name}"
+    return name or otherwise
+
+
 @contextlib.contextmanager
 def alone(service: Service, what: str) -> Iterator[None]:
     """Holds a kind of work that is done once at a time, for the sake of the disk. Raises Overloaded."""
@@ -6669,14 +7874,6 @@ def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tupl
     return (*results, Turn("user", content)) if content else tuple(results)
 
 
-IMAGE_SIGNATURES = {
-    b"\x89PNG\r\n\x1a\n": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF8": "image/gif",
-    b"RIFF": "image/webp",
-}
-
-
 def image_of(part: ImagePart, name: str) -> Delta:
     """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
     head, comma, rest = part.data.partition(",")
@@ -6687,7 +7884,7 @@ def image_of(part: ImagePart, name: str) -> Delta:
         raise InvalidRequest(f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched") from exc
     if len(data) > IMAGE_BYTES_MAX:
         raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
-    found = next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+    found = image_type(data)
     if found is None or (part.media_type is not None and part.media_type != found):
         raise InvalidRequest(f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type")
     return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
@@ -6819,6 +8016,7 @@ class Endpoint:
     errors: tuple[int, ...] = ()
     curl: str = ""
     media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
+    accepts: tuple[str, ...] = ()  # media types of a body that no type describes
     error: Any = ErrorAnswer  # the shape of those errors
     example_id: str = ""
     id_schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "integer", "minimum": 1})
@@ -6836,6 +8034,7 @@ LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "
 BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
 QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
 DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
+FORMAT = ("format", {"type": "string", "enum": ["json", "markdown"], "default": "json"}, "complete, or to read")
 REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
@@ -6880,6 +8079,16 @@ ENDPOINTS = (
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint(
+        "GET", "/api/v1/conversations/{id}/export", export_conversation, "a conversation as a file",
+        Archive, query=(FORMAT,), errors=(400, 404), curl="-OJ", media=("text/markdown",),
+    ),
+    Endpoint(
+        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's",
+        ImportAnswer, errors=(400, 413, 503), accepts=ARCHIVE_TYPES[:2],
+        curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
+    ),
+    Endpoint("GET", "/api/v1/export", export_all, "all conversations as one file", Archive, curl="-OJ"),
     Endpoint(
         "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
         errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
@@ -6971,6 +8180,8 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
     if one.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
+    if one.accepts:
+        operation["requestBody"] = {"required": True, "content": {media: {} for media in one.accepts}}
     return {**operation, "responses": responses}
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import random
 import socket
 import sqlite3
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+import llmchat
 from tests.conftest import Server, wait_until
 from tests.provider import (
     Cut,
@@ -69,7 +73,7 @@ def server(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def impatient(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that forgets early: in its ring is one event, and what nobody stored goes after a second."""
-    more = {"LLMCHAT_RING_EVENTS": "1", "LLMCHAT_UNSTORED_SECONDS": "1", "LLMCHAT_TITLE_MODEL": "openai/titler"}
+    more = {"LLMCHAT_RING_EVENTS": "1", "LLMCHAT_UNSTORED_SECONDS": "1"}
     running = Server(tmp_path_factory.mktemp("impatient"), **settings(provider, **more))
     yield running
     running.close()
@@ -156,8 +160,8 @@ class Raw:
 
     def read_until(self, mark: bytes) -> None:
         while mark not in self.data:
-            data = self.socket.recv(65536)
-            assert data, self.data
+            data = self.socket.recv(1 << 20)
+            assert data, self.data[-2000:]
             self.data += data
 
     def __enter__(self) -> Raw:
@@ -472,9 +476,7 @@ def test_a_stored_completion_is_a_conversation(server: Server) -> None:
 
 
 @pytest.mark.parametrize("kind", ["completion", "response"])
-def test_what_is_not_stored_is_hidden_and_leaves_nothing_behind(
-    impatient: Server, provider: Provider, kind: str
-) -> None:
+def test_what_is_not_stored_is_hidden_and_leaves_nothing_behind(impatient: Server, kind: str) -> None:
     if kind == "completion":
         complete(impatient, messages=[{"role": "user", "content": "Forget walruses"}])
     else:
@@ -483,10 +485,47 @@ def test_what_is_not_stored_is_hidden_and_leaves_nothing_behind(
     wait_until(lambda: impatient.rows("SELECT count(*) FROM message") == [(0,)], "the sweep")
     for table in ("conversation", "delta", "message_fts"):
         assert impatient.rows(f"SELECT count(*) FROM {table}") == [(0,)]
-    assert provider.chats[-1].json["model"] == "m", "no title was asked for"
 
 
-def test_what_is_not_stored_survives_its_client_and_waits_for_its_readers(
+def test_the_sweep_takes_what_has_ended_and_nobody_reads(tmp_path: Path) -> None:
+    path = str(tmp_path / "llmchat.db")
+    llmchat.prepare_database(path)
+    target = llmchat.Target(llmchat.Provider("p", "openai", "http://p.invalid/v1"), "m")
+    asked = (llmchat.Turn("user", (llmchat.Delta("text", "Hi"),)),)
+    new = llmchat.NewMessage("ann", None, llmchat.UNSET, asked, None, (target,), llmchat.Parameters(), hidden=True)
+    with contextlib.closing(llmchat.connect(path, read_only=False)) as connection:
+        sweep = partial(llmchat.sweep_unstored, connection, llmchat.now_ms() + 60_000)
+        ended, running = (llmchat.start_message(connection, new).message_id for _ in "ab")
+        assert not llmchat.start_message(connection, new).is_first, "nobody pays for a title that nobody sees"
+        stored = llmchat.start_message(connection, replace(new, hidden=False)).message_id
+        for message_id in (ended, stored):
+            ending = llmchat.Ending("completed", "stop")
+            outcome = llmchat.Outcome(message_id, ending, target, None, (), None, 5)
+            llmchat.save_flush(connection, [], [outcome])
+        assert llmchat.sweep_unstored(connection, llmchat.now_ms() - 60_000, []) is not None, "it is too early"
+        assert sweep([ended]) is not None, "somebody reads it"
+        assert sweep([]) is None
+        left = connection.execute("SELECT id FROM message WHERE role = 'assistant' ORDER BY id").fetchall()
+    assert ended not in [row[0] for row in left] and {running, stored} <= {row[0] for row in left}
+
+
+def test_the_sweep_waits_for_a_slow_reader(impatient: Server, provider: Provider) -> None:
+    source = random.Random(1)
+    pieces = ["".join(chr(source.randrange(0x1F300, 0x1F5FF)) for _ in range(1000)) for _ in range(400)]
+    provider.script(openai_text(*pieces))
+    with Raw(impatient, "POST", "/v1/responses", {"model": "m", "input": "Hi", "stream": True, "store": False}) as raw:
+        raw.read_until(b"response.created")
+        response_id = raw.data.split(b'"id":"')[1].split(b'"')[0].decode()
+        path = f"/v1/responses/{response_id}"
+        wait_until(lambda: impatient.get(path).json()["status"] == "completed", "its end")
+        later = complete(impatient).json()["id"].removeprefix("chatcmpl-")
+        wait_until(lambda: impatient.get(f"/api/v1/messages/{later}").status_code == 404, "the sweep of a later one")
+        assert impatient.get(path).status_code == 200
+        raw.read_until(b"event: response.completed")
+    wait_until(lambda: impatient.get(path).status_code == 404, "its sweep")
+
+
+def test_what_is_not_stored_survives_its_client(
     impatient: Server, provider: Provider
 ) -> None:
     provider.script(
@@ -672,9 +711,8 @@ def test_a_response_streams_reasoning_text_and_calls_and_replays_the_same(
         replayed = running.get(f"/v1/responses/{final['id']}?stream=true").text
         assert frames(replayed) == frames(live)
         assert running.get(f"/v1/responses/{final['id']}").json() == final
-    assert (
-        asked(provider)["tools"][0].get("name", asked(provider)["tools"][0].get("function", {}).get("name")) == "look"
-    )
+        tool = asked(provider)["tools"][0]
+        assert tool.get("function", tool)["name"] == "look"
 
 
 def test_each_stored_row_is_one_event(server: Server, provider: Provider) -> None:

@@ -544,7 +544,7 @@ def test_09_code_has_its_language_a_copy_button_and_scrolls_by_itself(page: Devi
     page.finished()
     figure = page.tab.locator("figure.code")
     expect(figure.locator("figcaption")).to_have_text("python")
-    assert figure.locator("pre").evaluate("(node) => node.scrollWidth > node.clientWidth")
+    assert figure.locator("pre").evaluate("(node) => { node.scrollLeft = 50; return node.scrollLeft }") == 50
     assert page.run("() => document.querySelector('#scroller').scrollWidth <= document.querySelector('#scroller').clientWidth")
     figure.get_by_role("button", name="Copy").click()
     expect(figure.get_by_role("button", name="Copied")).to_be_visible()
@@ -648,9 +648,11 @@ def test_14_a_stopped_answer_goes_on_in_place(page: Device, provider: Provider, 
     page.ask("Count")
     expect(page.answer).to_have_text("One, two,")
     page.tab.keyboard.press("Escape")
+    page.run("() => { document.querySelector('.prose p').mark = 1 }")
     provider.script(openai_text(" three."))
     page.tab.get_by_role("button", name="Continue").click()
     expect(page.answer).to_have_text("One, two, three.")
+    assert page.run("() => document.querySelector('.prose p').mark") == 1, "what stood there was never taken away"
     page.finished()
     expect(page.tab.get_by_role("button", name="Continue")).to_have_count(0)
 
@@ -938,6 +940,14 @@ def test_24_a_stream_that_was_refused_is_opened_again(page: Device, provider: Pr
     provider.script(openai_text("There."))
     page.ask("Hello")
     expect(page.answer).to_have_text("There.")
+
+
+def test_24_an_answer_whose_stream_is_always_refused_is_asked_for_in_another_way(page: Device, provider: Provider) -> None:
+    page.tab.route("**/stream?*", lambda route: route.fulfill(status=503, body="{}"))
+    provider.script(openai_text("There."))
+    page.ask("Hello")
+    expect(page.answer).to_have_text("There.")
+    page.finished()
 
 
 def axe_violations(tab: Page, *, without: tuple[str, ...] = ()) -> list[str]:
