@@ -69,7 +69,9 @@ PIECES = st.sampled_from(
         b"x",
     ]
 )
-STREAMS = st.lists(PIECES | st.binary(max_size=20), max_size=40)
+LINES = st.sampled_from([b"data: x", b"data:y", b"event: e", b": ping", b"id: 1", b"\xef\xbb\xbfdata: z", b"<html>"])
+NEWLINES = st.sampled_from([b"\n", b"\r", b"\r\n"])
+STREAMS = st.lists(LINES | NEWLINES, max_size=30) | st.lists(PIECES | st.binary(max_size=20), max_size=40)
 
 
 def decode_stream(pieces: list[bytes]) -> list[tuple[bytes, bytes]]:
