@@ -7042,23 +7042,30 @@ async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BY
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
     body = bytearray()
-    loop = asyncio.get_running_loop()
-    began_at = loop.time()
-    try:
-        async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
-            async for data in request.stream():
-                body += data
-                slowest = began_at + BODY_STALL_SECONDS + len(body) / BODY_BYTES_PER_SECOND
-                guard.reschedule(min(loop.time() + BODY_STALL_SECONDS, slowest))
-                if len(body) > bytes_max:
-                    raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
-    except ClientDisconnect as exc:
-        raise InvalidRequest("body: the connection was closed before it was whole") from exc
-    except TimeoutError as exc:
-        raise InvalidRequest(
-            f"body: came too slowly: nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
-        ) from exc
+    async for data in body_pieces(request, bytes_max):
+        body += data
     return bytes(body)
+
+
+async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises TooLarge, and InvalidRequest for one that comes too slowly or not to its end."""
+    loop, pieces, size = asyncio.get_running_loop(), aiter(request.stream()), 0
+    slowest = loop.time() + BODY_STALL_SECONDS
+    while True:
+        try:
+            async with asyncio.timeout_at(min(loop.time() + BODY_STALL_SECONDS, slowest + size / BODY_BYTES_PER_SECOND)):
+                data = await anext(pieces, None)
+        except ClientDisconnect as exc:
+            raise InvalidRequest("body: the connection was closed before it was whole") from exc
+        except TimeoutError as exc:
+            limits = f"nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
+            raise InvalidRequest(f"body: came too slowly: {limits}") from exc
+        if data is None:
+            return
+        size += len(data)
+        if size > bytes_max:
+            raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
+        yield data
 
 
 def explain(error: Exception, body: bytes, kind: Any) -> str:
@@ -7654,20 +7661,14 @@ async def spool(request: Request, database: str) -> BinaryIO:
     import tempfile
 
     file: BinaryIO | None = None
-    size = 0
     try:
         file = cast(BinaryIO, await asyncio.to_thread(partial(tempfile.TemporaryFile, dir=Path(database).parent)))
-        async for data in request.stream():
-            size += len(data)
-            if size > ARCHIVE_BYTES_MAX:
-                raise TooLarge(f"body: is larger than {ARCHIVE_BYTES_MAX:,} bytes, the limit")
+        async for data in body_pieces(request, ARCHIVE_BYTES_MAX):
             await asyncio.to_thread(file.write, data)
         await asyncio.to_thread(file.seek, 0)
     except BaseException as exc:
         if file is not None:
             file.close()
-        if isinstance(exc, ClientDisconnect):
-            raise InvalidRequest("body: the connection was closed before it was whole") from exc
         if isinstance(exc, OSError):
             raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
         raise
