@@ -6983,7 +6983,10 @@ class EndpointHelp(Struct):
 
 
 class HelpAnswer(Struct):
+    """`token_needed`: somebody can sign out."""
+
     version: str
+    token_needed: bool
     default_model: str | None
     endpoints: list[EndpointHelp]
     providers: list[ProviderHelp]
@@ -7613,7 +7616,7 @@ async def get_help(request: Request) -> Response:
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
     default = service.config.default_model or next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
-    return json_response(HelpAnswer(__version__, default, endpoints, listed, list(service.config.unusable_keys)))
+    return json_response(HelpAnswer(__version__, not service.gate.is_open, default, endpoints, listed, list(service.config.unusable_keys)))
 
 
 async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:

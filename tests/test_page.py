@@ -1252,6 +1252,36 @@ def test_36_the_title_tells_of_an_answer_that_finished_in_the_background(page: D
     expect(page.answer).to_have_text("Wait for it.")
 
 
+# ── who has a token ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_signing_in_out_and_a_session_that_ended(browser: Browser, provider: Provider, tmp_path: Path) -> None:
+    server = start_server(tmp_path, provider, LLMCHAT_TOKEN="a-token-of-a-good-length-0123456789")
+    try:
+        page = Device(browser, server.url)
+        page.tab.goto(server.url)
+        page.tab.get_by_label("Token").fill("a-token-of-a-good-length-0123456789")
+        page.tab.get_by_role("button", name="Sign in").click()
+        provider.script(openai_text("Welcome."))
+        page.ask("Hello")
+        page.finished()
+        page.box.fill("not lost")
+        address = urlsplit(page.tab.url).path
+        page.context.clear_cookies()
+        page.tab.keyboard.press("Enter")
+        page.tab.get_by_label("Token").fill("a-token-of-a-good-length-0123456789")
+        page.tab.get_by_role("button", name="Sign in").click()
+        expect(page.tab.locator(".bubble")).to_have_text("Hello")
+        assert urlsplit(page.tab.url).path == address
+        expect(page.box).to_have_value("not lost")
+        page.tab.get_by_role("button", name="Settings").click()
+        page.tab.get_by_role("button", name="Sign out").click()
+        expect(page.tab.get_by_label("Token")).to_be_visible()
+        page.close()
+    finally:
+        server.close()
+
+
 # ── hostile answers ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
