@@ -567,7 +567,14 @@ def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provi
         if name not in found:
             address = f"{name.upper().replace('-', '_')}_BASE_URL"
             sentences.append(f"{variable} alone switches nothing on: set {address} to the address of {name}'s API")
+    known = {f"LLMCHAT_{one.name.upper()}" for one in SETTINGS}
+    sentences += [f"{name} is no setting; --help lists them" for name in sorted(environment) if is_mistaken(name, known)]
     return tuple(sentences)
+
+
+def is_mistaken(name: str, known: Iterable[str]) -> bool:
+    """Whether a variable looks like a setting and is none; LLMCHAT_SERVICE_… and the like come from Kubernetes."""
+    return name.startswith("LLMCHAT_") and name not in known and not re.match(r"LLMCHAT_(SERVICE|PORT|TEST)_", name)
 
 
 def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
@@ -580,6 +587,9 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
     dialect = environment.get(f"{prefix}_DIALECT") or (known.dialect if known else "openai")
     if base_url is None and (known is None or variable is None or known.local):
         return None
+    told = known or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
+    if not told and not is_base_url(cast(str, base_url)):
+        return None  # some other program's APP_BASE_URL=/app
     if dialect not in DIALECT_NAMES:
         raise StartError(f"{prefix}_DIALECT: {dialect!r} is not accepted; it is one of {', '.join(DIALECT_NAMES)}")
     address = base_url or (known.base_url if known else None)
@@ -602,6 +612,10 @@ def check_key(variable: str, text: str) -> str:
     if found := re.search(r"[^!-~]", text.strip()):
         raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
     return text.strip()
+
+
+def is_base_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
 
 
 def check_base_url(variable: str, text: str) -> str:
@@ -5916,18 +5930,14 @@ class Generations:
     async def _start(
         self, owner: str, targets: tuple[Target, ...], operation: Callable[..., Started], *arguments: Any
     ) -> Started:
-        if self.draining:
-            raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
-        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
-        if self._config.users and theirs >= self._config.owner_generations_max:
-            raise RateLimited(
-                f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
-            )
-        if len(self.running) + self._starting.total() >= self._config.generations_max:
-            raise Overloaded(
-                f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
-                retry_after_seconds=5,
-            )
+        new = arguments[-1]
+        try:
+            self._check_room(owner)
+        except LlmchatError:  # a repeat asks for nothing new
+            keyed = isinstance(new, NewMessage) and new.idempotency_key is not None
+            if keyed and (earlier := await self._store.read(find_repeated, new)):
+                return earlier
+            raise
         self._starting[owner] += 1
         try:
             started = await self._store.write(operation, *arguments, durable=True)
@@ -5936,6 +5946,18 @@ class Generations:
         if not started.repeated:
             self._launch(Generation(owner, started, targets, self._config))
         return started
+
+    def _check_room(self, owner: str) -> None:
+        """Whether one more generation may start. Raises Draining, RateLimited, Overloaded."""
+        if self.draining:
+            raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
+        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
+        if self._config.users and theirs >= self._config.owner_generations_max:
+            words = f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)"
+            raise RateLimited(words, retry_after_seconds=5)
+        if len(self.running) + self._starting.total() >= self._config.generations_max:
+            words = f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)"
+            raise Overloaded(words, retry_after_seconds=5)
 
     def _launch(self, generation: Generation) -> None:
         self.running[generation.message_id] = generation
@@ -9260,6 +9282,7 @@ def create_app(config: Config) -> Starlette:
 
     endpoints = (*ENDPOINTS, *OPENAI_ENDPOINTS)
     app = App(routes=[*routes_of(endpoints), *PAGE_ROUTES], lifespan=lifespan)
+    app.router.redirect_slashes = False  # a path is right, or it is told what there is
     app.state.service = Service(config, store, providers, generations, gate, endpoints, time.monotonic())
     return app
 
@@ -9443,7 +9466,8 @@ def greet(config: Config, host: str, port: int, interrupted: int, is_new_token: 
     shown = f"[{host}]" if ":" in host else host
     found = ", ".join(one.name for one in config.providers)
     hint = " (no key was found; set one such as OPENAI_API_KEY, or OLLAMA_BASE_URL)" if found == DEMO else ""
-    ended = f" ({interrupted} answers were interrupted; their text is kept)" if interrupted else ""
+    what = "1 answer was" if interrupted == 1 else f"{interrupted} answers were"
+    ended = f" ({what} interrupted; the text is kept)" if interrupted else ""
     print(f"llmchat {__version__} listens on http://{shown}:{port}")
     print(f"database: {Path(config.db).absolute()}{ended}")
     print(f"providers: {found}{hint}", *config.unusable_keys, sep="\n", flush=True)
