@@ -59,8 +59,10 @@ def cases(route: str, known: bool) -> Iterator[Any]:
     known_id = 1 if "conversations" in path else f"resp_{walk.COMPLETED}" if "responses" in path else walk.COMPLETED
     fixed = {"path_parameters": {"id": known_id}} if known else {}
     yield operation.as_strategy(GenerationMode.POSITIVE, **fixed)
-    any_id_fits = known or all(one.definition["schema"] == {"type": "string"} for one in operation.path_parameters)
-    if operation.body or operation.query or not any_id_fits:
+    described = SCHEMA.raw_schema["paths"][path][method.lower()]
+    parts = [one["schema"] for one in described["parameters"] if not (known and one["name"] == "id")]
+    parts += [one.get("schema", {}) for one in described.get("requestBody", {}).get("content", {}).values()]
+    if any(part not in ({}, {"type": "string"}) for part in parts):  # there is something that does not fit
         yield operation.as_strategy(GenerationMode.NEGATIVE, **fixed)
 
 
