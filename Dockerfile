@@ -13,4 +13,4 @@ EXPOSE 8000
 ENV LLMCHAT_HOST=0.0.0.0 LLMCHAT_DB=/data/llmchat.db
 HEALTHCHECK --interval=30s --timeout=3s --start-period=5s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/api/v1/health', timeout=2)"]
-CMD ["python", "llmchat.py"]
+CMD ["python", "-m", "llmchat"]

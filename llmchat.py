@@ -53,9 +53,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import codecs
 import contextlib
 import email.utils
 import functools
+import gzip
 import hashlib
 import hmac
 import html
@@ -64,22 +66,40 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
 import secrets
+import shutil
 import socket
 import sqlite3
 import sys
 import time
+import unicodedata
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    cast,
+)
+from urllib.parse import quote
 
 import aiosqlite
 import msgspec
@@ -124,6 +144,8 @@ SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
 HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
 HEAD_SECONDS = 20  # for them to come
 BODY_STALL_SECONDS = 30  # between two pieces of a body
+BODY_BYTES_PER_SECOND = 2_000  # of a body, at least, on the whole
+HEALTH_SECONDS = 1  # how long strangers are told the same of the database: each look at it is a write
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
@@ -160,9 +182,27 @@ SWEEP_SECONDS_MIN = 0.25  # between two of those
 FALLBACKS_MAX = 8  # models named in one request
 STARTED_WAIT_SECONDS = 0.05  # between looks at a message that runs but is not yet known here
 
+ARCHIVE_BYTES_MAX = 1_000_000_000  # of a file that is imported, and of what comes out of it if it is a zip
+ARCHIVE_ENTRIES_BYTES_MAX = 20_000_000  # of a zip's table of contents, which is read whole
+ARCHIVE_VALUE_CHARACTERS_MAX = 32_000_000  # of one message of ours or one conversation of others: it is held in memory
+ARCHIVE_GROUP_CHARACTERS = 256 * 1024  # of content that is imported in one transaction; the last message may go beyond
+ARCHIVE_GROUP_MESSAGES = 100  # the same
+ARCHIVE_READ_BYTES = 256 * 1024  # of one read
+LEFT_OUT_MAX = 50  # different reasons that an import tells
+
+MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
+MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
+MERGE_COST_RATIO = 4  # merging may take one part in this many of the time, and one
+
+CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
+CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
+BACKUP_STEP_PAGES = 256  # of one step of a copy, 1 MB: between two steps it can be given up
+DOWNLOAD_BYTES = 256 * 1024  # of one send of a file
+
 assert FRAME_CHARACTERS_MAX * 6 <= 64 * 1024, "a frame must fit what proxies pass on at once"
 assert FRAME_CHARACTERS_MAX * 6 <= RING_BYTES_MAX, "the ring must hold at least one event"
 assert FRAME_CHARACTERS_MAX * 6 <= SEND_BYTES_MAX, "a queue must hold at least one event"
+assert IMAGE_REQUEST_BYTES_MAX * 3 // 2 < ARCHIVE_VALUE_CHARACTERS_MAX, "what could be sent must come in again"
 assert DATABASE_BUSY_MS / 1000 < FLUSH_PATIENCE_SECONDS, "a busy database must be tried more than once"
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -567,7 +607,8 @@ def check_key(variable: str, text: str) -> str:
 def check_base_url(variable: str, text: str) -> str:
     """An http(s) URL without its last slash. A path is kept as it is given: /v1 is never put in."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text.strip()):
-        raise StartError(f"{variable}: {text!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
+        shown = re.sub(r"(?s)[^/]*@|[?#].*", "…", text)  # what stands there may be a password or a key
+        raise StartError(f"{variable}: {shown[:200]!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
     return text.strip().rstrip("/")
 
 
@@ -589,6 +630,14 @@ def read_dotenv(path: Path) -> dict[str, str]:
             raise StartError(f".env: line {number} is not NAME=value")
         variables[match[1]] = unquote(match[2])
     return variables
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether anybody but a file's owner may read it; where the system has no such modes, no."""
+    try:
+        return os.name == "posix" and bool(path.stat().st_mode & 0o077)
+    except FileNotFoundError:
+        return False
 
 
 def unquote(text: str) -> str:
@@ -2982,7 +3031,8 @@ class Started:
 
 
 class Session(NamedTuple):
-    """A sign-in of the page, as it is stored."""
+    """A sign-in of the page, as it is stored. `token_hash` is of cookie and token together: who reads the database or
+    a backup of it has nothing to try guesses at a token on."""
 
     cookie_hash: str
     owner: str
@@ -3033,8 +3083,12 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     connection.row_factory = sqlite3.Row
     connection.create_function("segment", 1, segment, deterministic=True)
     connection.create_function("owner_token", 1, owner_token, deterministic=True)
-    for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
-        connection.execute(f"PRAGMA {pragma}")
+    try:
+        for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
+            connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
@@ -3045,24 +3099,58 @@ async def open_database(path: str, *, read_only: bool) -> Database:
     return database
 
 
-def prepare_database(path: str) -> int:
+def prepare_database(path: str, *, suspect: bool) -> int:
     """Creates or migrates the file and ends what a dead process left running. Returns how many messages that were.
 
-    Raises StartError with one line for everything that a file can be and a database cannot.
+    `suspect`: nobody knows how its last process ended, so it is checked first. Raises StartError with one line for
+    everything that a file can be and a database cannot.
     """
     if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
         raise StartError(f"SQLite {sqlite3.sqlite_version} is too old; llmchat needs 3.37 or later")
     if Path(path).is_dir():
         raise StartError(f"database {path}: is a folder")
     try:
+        create_private(path)
         with contextlib.closing(connect(path, read_only=False)) as connection:
+            if suspect:
+                check_database(connection, path)
             migrate(connection, path)
             connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
     except sqlite3.Error as exc:
-        raise StartError(f"database {path}: {reason_of(exc)}") from exc
+        damaged = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+        raise StartError(f"database {path}: {reason_of(exc)}{DAMAGED_ADVICE if damaged else ''}") from exc
     except OSError as exc:
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
+
+
+def create_private(path: str) -> None:
+    """The file, made for its owner alone if it is not there; what SQLite puts beside it takes the same mode."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+DAMAGED_ADVICE = "; start on a backup with --db, or save what can be read: sqlite3 DAMAGED .recover | sqlite3 NEW"
+
+
+def check_database(connection: sqlite3.Connection, path: str) -> None:
+    """Looks for damage, as a power cut or a broken disk leaves it. Raises StartError.
+
+    A big file is checked without its indexes, and a check that takes too long is given up: it is a net, not a gate.
+    """
+    pragma = "integrity_check" if os.path.getsize(path) <= CHECK_BYTES_MAX else "quick_check"
+    deadline = time.monotonic() + CHECK_SECONDS_MAX
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+    try:
+        found = connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
+    except sqlite3.OperationalError as exc:
+        if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
+            raise
+    else:
+        if found != "ok":
+            raise StartError(f"database {path}: is damaged ({' '.join(found.split())}){DAMAGED_ADVICE}")
+    finally:
+        connection.set_progress_handler(None, 0)
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -3101,8 +3189,100 @@ def sql_statements(script: str) -> Iterator[str]:
 
 def back_up(connection: sqlite3.Connection, path: str) -> None:
     """A consistent copy of the database, also while it is written to."""
+    create_private(path)
     with contextlib.closing(sqlite3.connect(path)) as copy:
         connection.backup(copy)
+
+
+def copy_database(path: str, target: str) -> None:
+    """A copy of the database as it is at one moment, also while it is written to, in a single file.
+
+    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
+    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
+    """
+    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    with contextlib.closing(connect(path, read_only=True)) as source:
+        source.execute("BEGIN")
+        if not source.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'conversation'").fetchone()[0]:
+            raise sqlite3.DatabaseError("is not llmchat's")
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
+            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
+
+
+def open_copy(path: str) -> BinaryIO:
+    """A copy of the database in a file beside it that has no name any more: its end is the end of the copy.
+
+    Raises StoreUnavailable, also when the disk has no room for it beside what is being streamed.
+    """
+    folder = Path(path).absolute().parent
+    try:
+        needed = os.path.getsize(path) * 1.1
+        if shutil.disk_usage(folder).free < needed:
+            raise StoreUnavailable(f"a copy of the database takes {needed:,.0f} bytes; the disk has not as many left")
+        name = folder / f".llmchat-copy-{random.getrandbits(64):016x}"
+        try:
+            copy_database(path, str(name))
+            return name.open("rb")
+        finally:
+            name.unlink(missing_ok=True)
+    except sqlite3.Error as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {reason_of(exc)}", retry_after_seconds=5) from exc
+    except OSError as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {exc.strerror}", retry_after_seconds=5) from exc
+
+
+def remove_left_copies(path: str) -> None:
+    """Copies that a dead process was making."""
+    for name in Path(path).absolute().parent.glob(".llmchat-copy-*"):
+        if re.fullmatch(r"\.llmchat-copy-[0-9a-f]{16}(-journal)?", name.name):
+            name.unlink(missing_ok=True)
+
+
+def save_backup(path: str, target: str) -> int:
+    """What `llmchat backup FILE` does; returns the file's bytes. Raises StartError, also if the file is there already.
+
+    The name is taken first and the copy put in its place when it is whole: never half a backup under that name.
+    """
+    partial_copy = f"{target}.partial"
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as exc:
+        raise StartError(f"backup {target}: is there already; a backup overwrites nothing") from exc
+    except OSError as exc:
+        raise StartError(f"backup {target}: {exc.strerror}") from exc
+    try:
+        copy_database(path, partial_copy)
+        os.replace(partial_copy, target)
+    except BaseException as exc:
+        for name in (partial_copy, f"{partial_copy}-journal", target):
+            Path(name).unlink(missing_ok=True)
+        if isinstance(exc, sqlite3.Error | OSError):
+            raise StartError(f"backup of {path}: {reason_of(exc)}") from exc
+        raise
+    return os.path.getsize(target)
+
+
+NETWORK_FILE_SYSTEMS = re.compile(
+    r"nfs\d?|cifs|smb\w*|9p|afs|ncpfs|ceph|glusterfs|lustre|gfs2?|ocfs2|davfs|virtiofs|vboxsf|"
+    r"fuse\.(sshfs|s3fs|rclone|gcsfuse|grpcfuse|osxfs|glusterfs|ceph\w*|davfs2?|gvfsd-fuse|mergerfs)"
+)
+
+
+def network_file_system(folder: str, mounts: str) -> str | None:
+    """The type of the file system under a folder if it is one that several machines may share; None: it is not.
+
+    `mounts` is /proc/mounts; its paths have spaces and backslashes as octal escapes (man 5 fstab).
+    """
+    best, kind = -1, ""
+    for fields_of_mount in (line.split(" ") for line in mounts.splitlines()):
+        if len(fields_of_mount) < 3:
+            continue
+        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields_of_mount[1])
+        inside = folder == place or folder.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= best:  # of two on the same place, the later one is what is seen
+            best, kind = len(place), fields_of_mount[2]
+    return kind if NETWORK_FILE_SYSTEMS.fullmatch(kind) else None
 
 
 def interrupt_running(connection: sqlite3.Connection) -> int:
@@ -3135,8 +3315,10 @@ UNSPACED = re.compile(
 )
 INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
 SEARCH_WORDS_MAX = 16  # of one query
-SEARCH_MATCHES_MAX = 400  # newest matches that are ranked; the word "the" is in every message
-SNIPPET_TOKENS = 24
+SEARCH_PREFIX_CHARACTERS_MIN = 2  # of a word that matches as a prefix; a single letter begins half of all words
+SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
+SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
+WORD = re.compile(r"[^\W_]+")
 MARK_START, MARK_END = "\x02", "\x03"
 
 
@@ -3146,8 +3328,17 @@ def segment(text: str | None) -> str:
 
 
 def unsegment(text: str) -> str:
-    """A snippet as it was before."""
-    return re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    """A piece of indexed text as it was before; marks around its words stay."""
+    joined = re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    return joined.replace(MARK_END + MARK_START, "")
+
+
+def fold(word: str) -> str:
+    """A word as the tokenizer compares it: without case, without marks on its letters."""
+    if word.isascii():
+        return word.lower()
+    parts = unicodedata.normalize("NFD", word.lower())
+    return unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
 
 
 def owner_token(owner: str) -> str:
@@ -3181,47 +3372,99 @@ def index_title(connection: sqlite3.Connection, owner: str, conversation_id: int
     connection.execute("INSERT INTO message_fts (rowid, owner, title) VALUES (?, ?, ?)", values)
 
 
-def match_expression(owner: str, query: str) -> str | None:
-    """What FTS5 is asked: all words of the query, each as a prefix; None if there is no word in it."""
-    phrases = []
-    for word in query.split()[:SEARCH_WORDS_MAX]:
-        tokens = re.findall(r"[^\W_]+", segment(word))
-        if tokens:
-            phrases.append('"' + " ".join(tokens) + '"*')
-    return f"owner:{owner_token(owner)} AND {{title text}}: ({' AND '.join(phrases)})" if phrases else None
+class Phrase(NamedTuple):
+    """A word of a query: the tokens that have to follow one another, the last perhaps as a prefix."""
+
+    tokens: tuple[str, ...]
+    is_prefix: bool
+
+    def expression(self) -> str:
+        return f'"{" ".join(self.tokens)}"' + ("*" if self.is_prefix else "")
+
+    def matches(self, words: Sequence[str]) -> bool:
+        """Whether the words begin with this phrase."""
+        *whole, last = self.tokens
+        if len(words) < len(self.tokens) or list(words[: len(whole)]) != whole:
+            return False
+        word = words[len(whole)]
+        return word.startswith(last) if self.is_prefix else word == last
+
+
+def parse_query(query: str) -> list[Phrase]:
+    """The words of a query; whatever is no letter or digit only parts them."""
+    found = [tuple(map(fold, WORD.findall(segment(word)))) for word in query.split()[:SEARCH_WORDS_MAX]]
+    return [Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN) for tokens in found if tokens]
 
 
 def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
-    """The conversations with the best matches, titles first; each with a snippet of its best one."""
-    expression = match_expression(owner, query)
-    if expression is None:
+    """The conversations that match, by their titles first, then by their newest matching message; each with a snippet.
+
+    Only the newest matches are looked at, in the index's own order, so that a word that is everywhere costs no more
+    than a rare one: relevance (bm25) would have to count all of them.
+    """
+    phrases = parse_query(query)
+    if not phrases:
         return ConversationList([], None)
-    rows = connection.execute(
-        "SELECT message_fts.rowid AS row, coalesce(message.conversation_id, -message_fts.rowid) AS conversation_id,"
-        f" snippet(message_fts, CASE WHEN matched < 0 THEN 1 ELSE 2 END, '{MARK_START}', '{MARK_END}', '…', {SNIPPET_TOKENS}) AS snippet, score FROM ("
-        "SELECT rowid AS matched, CASE WHEN rowid < 0 THEN -1e6 ELSE 0 END + rank AS score FROM ("
-        f"SELECT rowid, bm25(message_fts) AS rank FROM message_fts WHERE message_fts MATCH ?1 ORDER BY rowid DESC LIMIT {SEARCH_MATCHES_MAX})"
-        ") JOIN message_fts ON message_fts.rowid = matched LEFT JOIN message ON message.id = matched"
-        " WHERE message_fts MATCH ?1 ORDER BY score",
-        (expression,),
-    )
-    best: dict[int, sqlite3.Row] = {}
-    for row in rows:
+    words = " AND ".join(phrase.expression() for phrase in phrases)
+    newest = "SELECT rowid FROM message_fts WHERE message_fts MATCH ? AND rowid {} LIMIT ?"
+    mine = f"owner:{owner_token(owner)} AND"
+    titles = connection.execute(newest.format("< 0 ORDER BY rowid"), (f"{mine} title:({words})", limit))
+    found = [(-row, row) for (row,) in titles]
+    texts = connection.execute(newest.format("> 0 ORDER BY rowid DESC"), (f"{mine} text:({words})", SEARCH_MATCHES_MAX))
+    found += [(conversation_of(connection, row), row) for (row,) in texts]
+    best: dict[int, int] = {}
+    for conversation_id, row in found:
         if len(best) < limit:
-            best.setdefault(row["conversation_id"], row)
-    found = []
+            best.setdefault(conversation_id, row)
+    summaries = []
     for conversation_id, row in best.items():
         summary = summary_of(require_conversation(connection, owner, conversation_id))
-        match = Match(row["row"] if row["row"] > 0 else None, snippet_of(row["snippet"]))
-        found.append(ConversationSummary(**summary, match=match))
-    return ConversationList(found, None)
+        text = connection.execute("SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", (row,)).fetchone()[0]
+        match = Match(row if row > 0 else None, snippet_of(text, phrases))
+        summaries.append(ConversationSummary(**summary, match=match))
+    return ConversationList(summaries, None)
 
 
-def snippet_of(text: str) -> list[SnippetPart]:
-    """A snippet as parts, the marked ones being what was found."""
-    pieces = re.split(f"([{MARK_START}{MARK_END}])", unsegment(text))
+def conversation_of(connection: sqlite3.Connection, message_id: int) -> int:
+    return cast(int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0])
+
+
+def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
+    """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
+    spans = [match.span() for match in WORD.finditer(text)]
+    folded = (fold(text[start:end]) for start, end in spans)
+    words: list[str] = []
+    first = 0
+    for words_seen, word in enumerate(folded):
+        words.append(word)
+        if phrases[0].matches(words[-len(phrases[0].tokens) :]):
+            first = words_seen
+            break
+    words += itertools.islice(folded, SNIPPET_WORDS)
+    marked = {
+        index + more
+        for index in range(max(first - SNIPPET_WORDS_BEFORE, 0), len(words))
+        for phrase in phrases
+        if phrase.matches(words[index:])
+        for more in range(len(phrase.tokens))
+    }
+    start = max(first - SNIPPET_WORDS_BEFORE, 0)
+    return snippet_parts(text, spans, start, min(start + SNIPPET_WORDS, len(spans)), marked)
+
+
+def snippet_parts(
+    text: str, spans: Sequence[tuple[int, int]], start: int, end: int, marked: Iterable[int]
+) -> list[SnippetPart]:
+    """The text from word `start` up to word `end`, with the marked words apart."""
+    at = spans[start][0] if start > 0 else 0
+    pieces = ["…" if start > 0 else ""]
+    for index in sorted(one for one in marked if start <= one < end):
+        word_start, word_end = spans[index]
+        pieces += [text[at:word_start], MARK_START, text[word_start:word_end], MARK_END]
+        at = word_end
+    pieces += [text[at : spans[end - 1][1]], "…"] if end < len(spans) else [text[at:]]
     parts, mark = [], False
-    for piece in pieces:
+    for piece in re.split(f"([{MARK_START}{MARK_END}])", unsegment("".join(pieces))):
         if piece in (MARK_START, MARK_END):
             mark = piece == MARK_START
         elif piece:
@@ -3229,8 +3472,16 @@ def snippet_of(text: str) -> list[SnippetPart]:
     return parts
 
 
-def lock_database(path: str) -> int:
-    """Takes the lock beside the database for as long as the returned descriptor is open. Raises StartError.
+CLEAN = b"ended cleanly\n"  # what the lock file says when nobody holds it; else it has the holder's number
+
+
+class Lock(NamedTuple):
+    descriptor: int
+    suspect: bool  # its last holder did not say that it ended cleanly: it died, or was elsewhere, as after a restore
+
+
+def lock_database(path: str) -> Lock:
+    """Takes the lock beside the database for as long as its descriptor is open. Raises StartError.
 
     A lock of the system's, so that it goes with its process, however that dies; not on the database itself, because
     closing any descriptor of that file would drop SQLite's own locks (https://sqlite.org/howtocorrupt.html, 2.2).
@@ -3241,8 +3492,8 @@ def lock_database(path: str) -> int:
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, b"%d\n" % os.getpid())
+        suspect = os.read(descriptor, len(CLEAN)) != CLEAN
+        mark_lock(descriptor, b"%d\n" % os.getpid())
     except BlockingIOError as exc:
         holder = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
@@ -3251,7 +3502,14 @@ def lock_database(path: str) -> int:
         if descriptor >= 0:
             os.close(descriptor)
         raise StartError(f"database {path}: {exc.strerror or exc}") from exc
-    return descriptor
+    return Lock(descriptor, suspect)
+
+
+def mark_lock(descriptor: int, words: bytes) -> None:
+    """Writes into the lock file; on the disk, because a power cut must not leave an older word."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, words, 0)
+    os.fsync(descriptor)
 
 
 # ── operations: what runs in a connection's thread ──────────────────────────────────────────────────────────────────
@@ -3396,7 +3654,7 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
         raise Conflict(f"message_id: message {message_id} is {ended}; only an answer that broke off can be continued")
     connection.execute(
         "UPDATE message SET status = 'running', finish_reason = NULL, error_json = NULL, ended_at_ms = NULL,"
-        " provider = ?, model = ? WHERE id = ?",
+        " merged = 0, provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
     rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
@@ -3545,6 +3803,59 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
         index_ended(connection, outcome.message_id)
 
 
+def find_unmerged(connection: sqlite3.Connection) -> tuple[int, int] | None:
+    """The answer that has waited longest for its rows to be merged, and when it ended; None: there is none."""
+    row = connection.execute(
+        "SELECT id, ended_at_ms FROM message WHERE merged = 0 AND role = 'assistant' AND ended_at_ms IS NOT NULL"
+        " ORDER BY ended_at_ms LIMIT 1"
+    ).fetchone()
+    return None if row is None else (row[0], row[1])
+
+
+def merge_deltas(connection: sqlite3.Connection, message_id: int, ended_at_ms: int, offset: int) -> int | None:
+    """Merges some rows of an ended answer, from this offset on. Returns where to go on; None: all is done.
+
+    Rows that follow each other and are of one kind become one of at most FRAME_CHARACTERS_MAX, which bounds a page.
+    No character changes its offset, so no cursor can tell. Nothing is done if the answer runs again, or is gone.
+    """
+    ended = "SELECT 1 FROM message WHERE id = ? AND ended_at_ms = ?"
+    if connection.execute(ended, (message_id, ended_at_ms)).fetchone() is None:
+        return None
+    rows = connection.execute(
+        "SELECT offset, kind, CASE WHEN kind IN ('text', 'reasoning') THEN text END FROM delta"
+        " WHERE message_id = ? AND offset >= ? ORDER BY offset LIMIT ?",
+        (message_id, offset, MERGE_ROWS),
+    ).fetchall()
+    last = offset
+    for group in group_rows(rows):
+        last = group[0][0]
+        if len(group) > 1:
+            between = (message_id, last + 1, group[-1][0])
+            connection.execute("DELETE FROM delta WHERE message_id = ? AND offset BETWEEN ? AND ?", between)
+            values = ("".join(text for _, _, text in group), message_id, last)
+            connection.execute("UPDATE delta SET text = ? WHERE message_id = ? AND offset = ?", values)
+    if len(rows) == MERGE_ROWS:
+        return last
+    connection.execute("UPDATE message SET merged = 1 WHERE id = ?", (message_id,))
+    return None
+
+
+def group_rows(rows: Iterable[tuple[int, str, str]]) -> Iterator[list[tuple[int, str, str]]]:
+    """Rows (offset, kind, text) in the groups that may become one row each."""
+    group: list[tuple[int, str, str]] = []
+    characters = 0
+    for row in rows:
+        _, kind, text = row
+        fits = kind in MERGED_KINDS and group and kind == group[0][1] and characters + len(text) <= FRAME_CHARACTERS_MAX
+        if group and not fits:
+            yield group
+            group, characters = [], 0
+        group.append(row)
+        characters += len(text) if kind in MERGED_KINDS else 0
+    if group:
+        yield group
+
+
 def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
     """The turns from the root to a message, with their content."""
     rows = connection.execute(
@@ -3673,6 +3984,16 @@ def summary_of(row: sqlite3.Row) -> dict[str, Any]:
     return {**{name: row[name] for name in names}, "parameters": parameters, "running": bool(row["running"])}
 
 
+def path_to_newest(parents: Mapping[int, int | None]) -> list[int]:
+    """The ids from the root to the newest leaf, which is the newest message of all."""
+    path: list[int] = []
+    leaf = max(parents, default=None)
+    while leaf is not None:
+        path.append(leaf)
+        leaf = parents[leaf]
+    return path[::-1]
+
+
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
     with reading(connection):
         summary = summary_of(require_conversation(connection, owner, conversation_id))
@@ -3684,14 +4005,9 @@ def load_conversation(connection: sqlite3.Connection, owner: str, conversation_i
             (conversation_id,),
         ):
             contents[message_id].append(Delta(kind, text))
-    parents = {row["id"]: row["parent_id"] for row in rows}
-    path: list[int] = []
-    leaf = max(parents, default=None)
-    while leaf is not None:
-        path.append(leaf)
-        leaf = parents[leaf]
+    path = path_to_newest({row["id"]: row["parent_id"] for row in rows})
     messages = [message_of(row, contents[row["id"]]) for row in rows]
-    return Conversation(**summary, messages=messages, path=path[::-1])
+    return Conversation(**summary, messages=messages, path=path)
 
 
 def update_conversation(
@@ -3849,6 +4165,1072 @@ def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
     connection.execute("DELETE FROM session WHERE cookie_hash = ?", (cookie_hash,))
 
 
+# ── archives: conversations as files ────────────────────────────────────────────────────────────────────────────────
+#
+# An archive is {"format": "llmchat", "version": 1, "conversations": […]}, complete but for keys, which are stored
+# nowhere, and ids, which belong to one database. In their place stands an origin: what a conversation or a message is
+# called wherever it goes. What came in keeps the origin that it came with; what was made here is called
+# `llmchat:<id>-<created_at_ms>`, since an id is never used again. So what comes in a second time is known, also in the
+# database that it came from.
+
+Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
+Role = Literal["user", "assistant", "system", "tool"]
+Origin = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+class ArchivedMessage(Struct, kw_only=True):
+    """A message in an archive. `parent` is the origin of the message that it follows; null: it is a first one."""
+
+    origin: Origin
+    parent: Origin | None = None
+    role: Role
+    status: Literal["running", "completed", "stopped", "failed", "interrupted"] = "completed"
+    provider: str | None = None
+    model: str | None = None
+    params: dict[str, Any] = {}
+    content: list[Delta] = []
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"] | None = None
+    error: dict[str, Any] | None = None
+    usage: Usage | None = None
+    attempts: list[dict[str, Any]] = []
+    created_at_ms: Milliseconds
+    first_delta_at_ms: Milliseconds | None = None
+    ended_at_ms: Milliseconds | None = None
+
+
+class ArchivedConversation(Struct, kw_only=True):
+    """A conversation in an archive; its messages stand in the order in which they were made."""
+
+    origin: Origin
+    title: str = ""
+    system: str = ""
+    parameters: Parameters = NO_PARAMETERS
+    created_at_ms: Milliseconds
+    updated_at_ms: Milliseconds
+    messages: list[ArchivedMessage] = []
+
+
+class Archive(Struct):
+    """What an export is, and what an import takes."""
+
+    format: Literal["llmchat"]
+    version: Literal[1]
+    conversations: list[ArchivedConversation]
+
+
+ARCHIVE_START, ARCHIVE_END = b'{"format":"llmchat","version":1,"conversations":[', b"]}\n"
+
+
+def origin_sql(table: str) -> str:
+    """The origin of a row as SQL."""
+    return f"coalesce({table}.origin, 'llmchat:' || {table}.id || '-' || {table}.created_at_ms)"
+
+
+def archive_head(connection: sqlite3.Connection, owner: str, conversation_id: int) -> bytes:
+    """A conversation as JSON up to its first message. Raises NotFound."""
+    row = require_conversation(connection, owner, conversation_id)
+    origin = f"SELECT {origin_sql('conversation')} FROM conversation WHERE id = ?"
+    head = ArchivedConversation(
+        origin=connection.execute(origin, (conversation_id,)).fetchone()[0],
+        title=row["title"],
+        system=row["system"],
+        parameters=msgspec.json.decode(row["params_json"], type=Parameters),
+        created_at_ms=row["created_at_ms"],
+        updated_at_ms=row["updated_at_ms"],
+    )
+    return encode_json(head).removesuffix(b"]}")
+
+
+def archive_page(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, after: int
+) -> tuple[bytes, int | None]:
+    """Some messages from behind an id on, as JSON with commas between, and the last one's id; None: it was the last."""
+    rows = connection.execute(
+        f"SELECT message.*, {origin_sql('message')} AS origin_here, {origin_sql('parent')} AS parent_origin"
+        " FROM message JOIN conversation ON conversation.id = message.conversation_id LEFT JOIN message AS parent"
+        " ON parent.id = message.parent_id WHERE message.conversation_id = ? AND owner = ? AND message.id > ?"
+        " ORDER BY message.id",
+        (conversation_id, owner, after),
+    )
+    page = bytearray()
+    for row in rows:
+        page += b"," * bool(page) + encode_json(archived_message(connection, row))
+        if len(page) > SEND_BYTES_MAX:
+            return bytes(page), row["id"]
+    return bytes(page), None
+
+
+def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> ArchivedMessage:
+    content = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
+    message = message_of(row, [Delta(*one) for one in content])
+    return ArchivedMessage(
+        origin=row["origin_here"],
+        parent=None if row["parent_id"] is None else row["parent_origin"],
+        role=cast(Role, message.role),
+        status=message.status,
+        provider=message.provider,
+        model=message.model,
+        params=json.loads(row["params_json"]),
+        content=message.content,
+        finish_reason=message.finish_reason,
+        error=message.error,
+        usage=message.usage,
+        attempts=message.attempts,
+        created_at_ms=message.created_at_ms,
+        first_delta_at_ms=row["first_delta_at_ms"],
+        ended_at_ms=row["ended_at_ms"],
+    )
+
+
+def next_conversation(connection: sqlite3.Connection, owner: str, after: int) -> int | None:
+    """The id that follows among an owner's conversations."""
+    found = connection.execute("SELECT min(id) FROM conversation WHERE owner = ? AND id > ? AND hidden = 0", (owner, after))
+    return cast("int | None", found.fetchone()[0])
+
+
+class Outline(NamedTuple):
+    """What of a conversation is written as Markdown."""
+
+    conversation: ConversationSummary
+    path: list[int]  # from the first message to the newest
+    branches: int  # paths from a first message to a last one
+
+
+def load_outline(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Outline:
+    with reading(connection):
+        summary = ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
+        rows = connection.execute("SELECT id, parent_id FROM message WHERE conversation_id = ?", (conversation_id,))
+        parents = dict(map(tuple, rows))
+    return Outline(summary, path_to_newest(parents), len(parents.keys() - set(parents.values())))
+
+
+def markdown_head(outline: Outline) -> str:
+    """The beginning of a conversation as Markdown."""
+    conversation, others = outline.conversation, outline.branches - 1
+    title = " ".join(conversation.title.split()) or f"Conversation {conversation.id}"
+    span = f"{utc(conversation.created_at_ms)} to {utc(conversation.updated_at_ms)}"
+    lines = [f"# {title}", f"*{len(outline.path)} messages, {span}*"]
+    if others > 0:
+        branches = "There is 1 other branch" if others == 1 else f"There are {others} other branches"
+        lines.append(f"*{branches}: this is the newest one. The export as JSON has them all.*")
+    if conversation.system:
+        lines.append("**System prompt**\n\n" + quoted(conversation.system))
+    return "\n\n".join(lines) + "\n"
+
+
+def markdown_message(message: Message) -> str:
+    """A message as Markdown: who and when, then its content, each kind in a form that can be read."""
+    names = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+    model = "/".join(filter(None, (message.provider, message.model)))
+    who = f"{names[message.role]} ({model})" if model and message.role == "assistant" else names[message.role]
+    blocks = [f"## {who}, {utc(message.created_at_ms)}", *filter(None, map(markdown_delta, message.content))]
+    if message.error is not None:
+        blocks.append(f"*{message.status}: {message.error.get('message', '')}*")
+    elif message.status != "completed":
+        blocks.append(f"*{message.status}*")
+    elif message.finish_reason not in (None, "stop", "tool_calls"):
+        blocks.append(f"*cut off: {message.finish_reason}*")
+    return "\n" + "\n\n".join(blocks) + "\n"
+
+
+def markdown_delta(delta: Delta) -> str:
+    if delta.kind == "text":
+        return close_fence(delta.text.strip("\n"))
+    if delta.kind == "reasoning":
+        return quoted(f"*Reasoning:* {delta.text.strip()}")
+    if delta.kind == "tool_call":
+        call = json.loads(delta.text)
+        return f"Tool call `{call['name']}`:\n\n{fenced(call['arguments'] or '{}', 'json')}"
+    if delta.kind == "image":
+        image = json.loads(delta.text)
+        return f"*Image ({image['media_type']}, {len(image['data']) * 3 // 4:,} bytes)*"
+    return ""  # a signature is for its provider
+
+
+def utc(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(milliseconds // 1000))
+
+
+def quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
+
+
+def fenced(text: str, language: str) -> str:
+    """The text as a code block; the fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def close_fence(text: str) -> str:
+    """The text with its last code block closed: an answer that broke off in one would take in all that follows."""
+    fence = ""
+    for found in re.finditer(r"^ {0,3}(`{3,}|~{3,})(.*)$", text, re.MULTILINE):
+        if not fence and not (found[1][0] == "`" and "`" in found[2]):
+            fence = found[1]
+        elif fence and found[1].startswith(fence) and not found[2].strip():
+            fence = ""
+    return f"{text}\n{fence}" if fence else text
+
+
+# ── archives: what comes in ─────────────────────────────────────────────────────────────────────────────────────────
+#
+# Three formats become one: ours; ChatGPT's `conversations.json`, a list of trees under `mapping`; and Claude's, a list
+# of `chat_messages`. Neither service documents its own; these are the shapes that their users find in their exports.
+# A zip, as both deliver it, is read for its conversations and for the images that they point to. A file is read
+# through a window that holds one message of ours or one conversation of theirs, and comes in as pieces, a few in a
+# transaction: whatever breaks, what came before is in, and the same file, mended, brings the rest and nothing twice.
+# What is there is never changed. What cannot come in is counted by its reason.
+#
+# The tools of other services cannot be called from here. Their calls and results are kept to be read, the results
+# without an id, so that neither goes upstream when such a conversation goes on (see `pair_tools`).
+
+OTHER_REASONS = "other reasons"
+
+
+class Piece(NamedTuple):
+    """Some messages of a conversation that comes in. `begins`: they are the first."""
+
+    conversation: ArchivedConversation
+    begins: bool
+    messages: list[ArchivedMessage]
+
+
+class ImportCount(Struct):
+    """`present` was there already, and stayed as it was."""
+
+    imported: int = 0
+    present: int = 0
+
+    def add(self, more: ImportCount) -> None:
+        self.imported += more.imported
+        self.present += more.present
+
+
+class LeftOut(Struct):
+    """Something that did not come in: why, how often, and where it was first."""
+
+    reason: str
+    count: int
+    first: str
+
+
+class ImportAnswer(Struct):
+    conversations: ImportCount
+    messages: ImportCount
+    left_out: list[LeftOut]
+
+    def leave_out(self, reason: str, where: str, count: int = 1) -> None:
+        by_reason = {one.reason: one for one in self.left_out}
+        reason = shorten(reason, None)
+        if reason not in by_reason and len(self.left_out) >= LEFT_OUT_MAX:
+            reason = OTHER_REASONS
+        if reason in by_reason:
+            by_reason[reason].count += count
+        else:
+            self.left_out.append(LeftOut(reason, count, shorten(where, None)))
+
+
+NOT_SPACE = re.compile(r"[^ \t\r\n]")
+NUMBER_CHARACTERS = 32  # a number this close to the window's end may go on beyond it
+
+
+class JsonWindow:
+    """A JSON document, read value by value through a window of text that is as wide as its widest value.
+
+    Raises InvalidRequest with the position for what is no JSON or too wide.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._scan = json.JSONDecoder(parse_constant=lambda word: None).raw_decode
+        self._text = ""
+        self._at = 0
+        self._gone = 0  # characters before the window
+        self._bytes = 0
+        self._ended = False
+
+    @property
+    def position(self) -> int:
+        """Of the next character in the document."""
+        return self._gone + self._at
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while (found := NOT_SPACE.search(self._text, self._at)) is None:
+            self._at = len(self._text)
+            if self._ended:
+                return ""
+            self._widen()
+        self._at = found.start()
+        return found[0]
+
+    def take(self, character: str) -> bool:
+        """Steps over the next character if it is this one."""
+        if self.peek() != character:
+            return False
+        self._at += 1
+        return True
+
+    def expect(self, character: str) -> None:
+        if not self.take(character):
+            self.refuse(f"expected {character}")
+
+    def value(self) -> Any:
+        """The next value, whole."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._scan(self._text, self._at)
+            except json.JSONDecodeError as exc:
+                cut = exc.msg.startswith("Unterminated string") or exc.pos >= len(self._text) - NUMBER_CHARACTERS
+                if self._ended or not cut:
+                    self.refuse(exc.msg[:1].lower() + exc.msg[1:], exc.pos)
+            except RecursionError:
+                self.refuse("nested too deep")
+            except ValueError:
+                self.refuse("a number has too many digits")
+            else:
+                margin = NUMBER_CHARACTERS if isinstance(value, int | float) else 0
+                if self._ended or end + margin < len(self._text):
+                    self._at = end
+                    return value
+            self._widen()
+
+    def items(self) -> Iterator[None]:
+        """Steps through a list; at each step the next value is to be read."""
+        self.expect("[")
+        if self.take("]"):
+            return
+        yield
+        while not self.take("]"):
+            self.expect(",")
+            yield
+
+    def members(self) -> Iterator[str]:
+        """Steps through an object; at each step, whose name is given, the value is to be read."""
+        self.expect("{")
+        if self.take("}"):
+            return
+        yield self._name()
+        while not self.take("}"):
+            self.expect(",")
+            yield self._name()
+
+    def _name(self) -> str:
+        if self.peek() != '"':
+            self.refuse("expected a name in quotes")
+        name = cast(str, self.value())
+        self.expect(":")
+        return name
+
+    def _widen(self) -> None:
+        """Drops what was read, and doubles the rest."""
+        self._gone += self._at
+        self._text, self._at = self._text[self._at :], 0
+        if len(self._text) > ARCHIVE_VALUE_CHARACTERS_MAX:
+            self.refuse(f"one value is longer than {ARCHIVE_VALUE_CHARACTERS_MAX:,} characters, the limit,")
+        parts, wanted = [self._text], 2 * len(self._text) + 1
+        while wanted > sum(map(len, parts)) and not self._ended:
+            parts.append(self._decode(next(self._chunks, b"")))
+        self._text = "".join(parts)
+
+    def _decode(self, data: bytes) -> str:
+        self._ended = not data
+        held = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(data, final=self._ended)
+        except UnicodeDecodeError as exc:
+            place = self._bytes - held + exc.start
+            raise InvalidRequest(f"body: is not UTF-8: {exc.reason} at byte {place:,}") from exc
+        self._bytes += len(data)
+        return text
+
+    def refuse(self, what: str, at: int | None = None) -> NoReturn:
+        at = self._at if at is None else at
+        ends = ", where it ends" if self._ended and not self._text[at:].strip() else ""
+        raise InvalidRequest(f"body: cannot be imported: {what} at character {self._gone + at:,}{ends}")
+
+
+class LeaveOut(Protocol):
+    def __call__(self, reason: str) -> None: ...
+
+
+class ArchiveReader:
+    """Reads a file as pieces; what does not come in goes into the answer.
+
+    `image` finds an image by ChatGPT's name for it, as content; None: it is not there.
+    """
+
+    def __init__(self, chunks: Iterator[bytes], answer: ImportAnswer, image: Callable[[str], Delta | None]) -> None:
+        self._window = JsonWindow(chunks)
+        self._answer = answer
+        self._image = image
+
+    def pieces(self) -> Iterator[Piece]:
+        window = self._window
+        if window.peek() == "{":
+            yield from self._document()
+        else:
+            for _ in window.items():
+                yield from self._conversation()
+        if window.peek():
+            window.refuse("something follows the end")
+
+    def _document(self) -> Iterator[Piece]:
+        """An archive of ours, or a list under the same name, or one conversation of another service by itself."""
+        window, head, listed_some = self._window, dict[str, Any](), False
+        for name in window.members():
+            if name == "conversations" and window.peek() == "[":
+                if head.get("format") == "llmchat" and head.get("version") != 1:
+                    version = str(head.get("version"))
+                    raise InvalidRequest(f"version: {version[:40]} was made by a newer llmchat; this one knows 1")
+                listed_some = True
+                for _ in window.items():
+                    yield from self._conversation()
+            else:
+                head[name] = window.value()
+        if "mapping" in head or "chat_messages" in head:
+            yield from self._whole(head, "the file")
+        elif not listed_some:
+            raise InvalidRequest("body: holds no conversations of a format that is known")
+
+    def _conversation(self) -> Iterator[Piece]:
+        """The next conversation. Messages of ours are read one by one: they may hold many images."""
+        window, head, streamed = self._window, dict[str, Any](), False
+        where = f"character {window.position:,}"
+        if window.peek() != "{":
+            window.value()
+            self._answer.leave_out("not a conversation", where)
+            return
+        for name in window.members():
+            if name == "messages" and "origin" in head and window.peek() == "[":
+                streamed = True
+                yield from self._ours(head, (window.value() for _ in window.items()), where)
+            else:
+                head[name] = window.value()
+        if not streamed:
+            yield from self._whole(head, where)
+
+    def _whole(self, head: dict[str, Any], where: str) -> Iterator[Piece]:
+        """A conversation that was read whole, of whatever service."""
+        title = head.get("title") or head.get("name")
+        where = title if isinstance(title, str) else where
+        leave_out = partial(self._answer.leave_out, where=where)
+        if isinstance(head.get("mapping"), dict):
+            yield from self._foreign(partial(chatgpt_conversation, head, self._image, leave_out), leave_out)
+        elif isinstance(head.get("chat_messages"), list):
+            yield from self._foreign(partial(claude_conversation, head, leave_out), leave_out)
+        elif "origin" in head and isinstance(head.get("messages"), list):
+            yield from self._ours(head, iter(head.pop("messages")), where)
+        else:
+            leave_out("not a conversation of a format that is known")
+
+    def _foreign(self, convert: Callable[[], ArchivedConversation], leave_out: LeaveOut) -> Iterator[Piece]:
+        try:
+            found = convert()
+        except (ValueError, RecursionError) as exc:
+            leave_out(f"a conversation that makes no sense: {reason_of(exc)}")
+            return
+        if found.messages:
+            yield from cut_pieces(found, iter(found.messages))
+        else:
+            leave_out("a conversation without a message")
+
+    def _ours(self, head: dict[str, Any], messages: Iterator[Any], where: str) -> Iterator[Piece]:
+        try:
+            conversation = msgspec.convert(storable({**head, "messages": []}), ArchivedConversation)
+        except (msgspec.ValidationError, ValueError) as exc:
+            count = 1 + sum(1 for _ in messages)
+            self._answer.leave_out(f"a conversation with its messages: {exc}", where, count)
+            return
+        yield from cut_pieces(conversation, self._our_messages(messages, conversation.title or where))
+
+    def _our_messages(self, values: Iterator[Any], where: str) -> Iterator[ArchivedMessage]:
+        for value in values:
+            try:
+                yield our_message(value)
+            except (msgspec.MsgspecError, ValueError) as exc:
+                self._answer.leave_out(f"a message: {exc}", where)
+
+
+def characters_of(message: ArchivedMessage) -> int:
+    return sum(len(delta.text) for delta in message.content)
+
+
+def characters_of_piece(piece: Piece) -> int:
+    """What counts towards a transaction; a few messages of many characters weigh as much as many messages."""
+    fewest = ARCHIVE_GROUP_CHARACTERS // ARCHIVE_GROUP_MESSAGES
+    return sum(max(fewest, characters_of(message)) for message in piece.messages)
+
+
+def cut_pieces(conversation: ArchivedConversation, messages: Iterator[ArchivedMessage]) -> Iterator[Piece]:
+    """The conversation in pieces of bounded size. What was whole before the file breaks off is a piece too."""
+    head = msgspec.structs.replace(conversation, messages=[])
+    begins = True
+    for group in grouped(messages, characters_of):
+        yield Piece(head, begins, group)
+        begins = False
+    if begins:
+        yield Piece(head, True, [])
+
+
+def grouped(values: Iterator[T], weigh: Callable[[T], int]) -> Iterator[list[T]]:
+    """The values in groups for one transaction each; those before a failure come before it."""
+    group: list[T] = []
+    characters = 0
+    failure: LlmchatError | None = None
+    while True:
+        try:
+            value = next(values)
+        except StopIteration:
+            break
+        except LlmchatError as exc:
+            failure = exc
+            break
+        group.append(value)
+        characters += weigh(value)
+        if len(group) >= ARCHIVE_GROUP_MESSAGES or characters >= ARCHIVE_GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+    if failure is not None:
+        raise failure
+
+
+def storable(value: Any, depth: int = 1) -> Any:
+    """A value of a file as the database and every encoder can hold it. Raises ValueError for deep nesting."""
+    if isinstance(value, str):
+        return without_halves(value).replace("\0", "\ufffd")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, dict | list) and depth > NESTING_MAX:
+        raise ValueError(f"nested deeper than {NESTING_MAX} levels")
+    if isinstance(value, dict):
+        return {storable(name): storable(below, depth + 1) for name, below in value.items()}
+    return [storable(below, depth + 1) for below in value] if isinstance(value, list) else value
+
+
+class StoredCall(Struct):
+    """The text of a tool_call."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class StoredImage(Struct):
+    """The text of an image."""
+
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
+    data: Annotated[str, Meta(pattern="^[A-Za-z0-9+/]+={0,2}$")]
+
+
+STORED_KINDS: dict[str, Any] = {"tool_call": StoredCall, "image": StoredImage, "signature": dict[str, str]}
+
+
+def our_message(value: Any) -> ArchivedMessage:
+    """A message of an archive. Raises ValueError and MsgspecError for what could not be one."""
+    content = value.get("content") if isinstance(value, dict) else None
+    texts = content if isinstance(content, list) else []
+    message = msgspec.convert(storable({**value, "content": []} if isinstance(value, dict) else value), ArchivedMessage)
+    for delta in msgspec.convert(texts, list[Delta]):
+        delta = Delta(delta.kind, without_halves(delta.text))
+        if delta.kind in STORED_KINDS:
+            msgspec.json.decode(delta.text, type=STORED_KINDS[delta.kind])
+        elif delta.kind not in MERGED_KINDS:
+            raise ValueError(f"content of kind {delta.kind!r}")
+        message.content += [delta] if delta.text else []
+    msgspec.convert(message.params, Parameters)
+    if not isinstance(message.params.get("tool_call_id", ""), str):
+        raise ValueError("a tool_call_id that is no text")
+    return message
+
+
+# ── ChatGPT and Claude ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def foreign_origin(service: str, *names: Any) -> str:
+    """An origin of the first name that is one. Other people's names may be anything, so a strange one is hashed."""
+    name = next((one for one in names if isinstance(one, str) and one), json.dumps(names))
+    plain = re.fullmatch(r"[\x21-\x7e]{1,100}", name)
+    return f"{service}:{name if plain else hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def text_in(document: Any, *names: str) -> str:
+    """The first of these members that is a text with something in it; empty: none is."""
+    found = (document.get(name) for name in names) if isinstance(document, dict) else ()
+    return next((cast(str, storable(one)) for one in found if isinstance(one, str) and one.strip()), "")
+
+
+def milliseconds_of(value: Any) -> int | None:
+    """A time as seconds since 1970 or as ISO 8601, in milliseconds; None: it is none that is possible."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, str):
+            at = datetime.fromisoformat(value)
+            value = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, int | float) and 0 <= value < 2**43:
+            return round(value * 1000)
+    return None
+
+
+def in_tree_order(parents: Mapping[str, str | None], rank: Mapping[str, int]) -> list[str]:
+    """Every node after its parent, level by level, siblings by their rank. A circle is opened where it is met first."""
+    children: dict[str | None, list[str]] = {}
+    for node, parent in parents.items():
+        children.setdefault(parent if parent in parents else None, []).append(node)
+    order: list[str] = []
+    seen: set[str] = set()
+    for root in itertools.chain(children.get(None, ()), parents):
+        waiting = deque([root])
+        while waiting:
+            node = waiting.popleft()
+            if node not in seen:
+                seen.add(node)
+                order.append(node)
+                waiting.extend(sorted(children.get(node, ()), key=lambda child: rank.get(child, 0)))
+    return order
+
+
+def link_messages(
+    parents: Mapping[str, str | None], rank: Mapping[str, int], made: Mapping[str, list[ArchivedMessage]], newest: Any
+) -> list[ArchivedMessage]:
+    """The messages that nodes became, each linked to the next one above it; the newest leaf is the last of all."""
+    linked: list[ArchivedMessage] = []
+    above: dict[str | None, str | None] = {}
+    for node in in_tree_order(parents, rank):
+        parent = above.get(parents[node])
+        for message in made.get(node, ()):
+            message.parent = parent
+            parent = message.origin
+            linked.append(message)
+        above[node] = parent
+    leaf = above.get(newest) if isinstance(newest, str) else None
+    if leaf not in {message.parent for message in linked}:
+        linked.sort(key=lambda message: message.origin == leaf)
+    return linked
+
+
+def chatgpt_conversation(
+    document: Mapping[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut
+) -> ArchivedConversation:
+    """{title, create_time, update_time, mapping: {id: {parent, children, message}}, current_node, conversation_id}."""
+    nodes = {key: node for key, node in document["mapping"].items() if isinstance(node, dict)}
+    parents: dict[str, str | None] = {}
+    rank: dict[str, int] = {}
+    for key, node in nodes.items():
+        children = node.get("children")
+        for index, child in enumerate(children if isinstance(children, list) else ()):
+            if isinstance(child, str) and child in nodes:
+                rank.setdefault(child, index)
+                parents.setdefault(child, key)
+    for key, node in nodes.items():
+        given = node.get("parent")
+        parents[key] = given if isinstance(given, str) and given in nodes else parents.get(key)
+    origin = foreign_origin("chatgpt", document.get("conversation_id"), document.get("id"), next(iter(nodes), None))
+    created_at_ms = milliseconds_of(document.get("create_time")) or now_ms()
+    messages = {key: chatgpt_message(key, node, created_at_ms, image, leave_out) for key, node in nodes.items()}
+    linked = link_messages(parents, rank, messages, document.get("current_node"))
+    return foreign_conversation(document, origin, created_at_ms, document.get("update_time"), linked)
+
+
+def foreign_conversation(
+    document: Mapping[str, Any], origin: str, created_at_ms: int, updated: Any, messages: list[ArchivedMessage]
+) -> ArchivedConversation:
+    """A conversation of another service; what its system said becomes the system prompt."""
+    said = [text_of(message.content) for message in messages if message.role == "system"]
+    above: dict[str | None, str | None] = {}
+    for message in messages:  # parents come first
+        message.parent = above.get(message.parent, message.parent)
+        if message.role == "system":
+            above[message.origin] = message.parent
+    kept = [message for message in messages if message.role != "system"]
+    asked = next((text_of(message.content) for message in kept if message.role == "user"), "")
+    return ArchivedConversation(
+        origin=origin,
+        title=text_in(document, "title", "name")[:200] or make_title(asked),
+        system="\n\n".join(said)[:SYSTEM_CHARACTERS_MAX],
+        created_at_ms=created_at_ms,
+        updated_at_ms=max(milliseconds_of(updated) or 0, created_at_ms),
+        messages=kept,
+    )
+
+
+def chatgpt_message(
+    key: str, node: Mapping[str, Any], created_at_ms: int, image: Callable[[str], Delta | None], leave_out: LeaveOut
+) -> list[ArchivedMessage]:
+    """What a node becomes: a message, or nothing. Nodes without a message only hold the tree together."""
+    message = node.get("message")
+    if not isinstance(message, dict):
+        return []
+    role, content, metadata = text_in(message.get("author"), "role"), message.get("content"), message.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    kind = text_in(content, "content_type")
+    if kind == "user_editable_context":  # the user's own instructions, hidden as they are
+        role = "system"
+    elif metadata.get("is_visually_hidden_from_conversation") or kind == "model_editable_context":
+        leave_out("hidden by ChatGPT")
+        return []
+    if role not in ("user", "assistant", "system", "tool"):
+        leave_out(f"a message of the role {role!r}")
+        return []
+    deltas = chatgpt_content(content, image, leave_out) if isinstance(content, dict) else []
+    recipient = text_in(message, "recipient")
+    answers = role == "assistant"
+    if answers and recipient not in ("", "all"):
+        deltas = [foreign_call(key, recipient, text_in(content, "text") or text_of(deltas))]
+    if answers and any(delta.kind == "image" for delta in deltas):
+        leave_out("an image in an answer, which no provider takes back")
+        deltas = [delta for delta in deltas if delta.kind != "image"]
+    if not deltas:
+        if role != "system":  # the first one of most conversations says nothing
+            leave_out("a message without content")
+        return []
+    finish = text_in(metadata.get("finish_details"), "type")
+    at = milliseconds_of(message.get("create_time")) or created_at_ms
+    made = ArchivedMessage(
+        origin=foreign_origin("chatgpt", key),
+        role=cast(Role, role),
+        status="stopped" if answers and finish == "interrupted" else "completed",
+        provider="openai" if answers else None,
+        model=text_in(metadata, "model_slug") or None if answers else None,
+        content=deltas,
+        finish_reason=cast(Any, FINISH_REASONS.get(finish)) if answers else None,
+        created_at_ms=at,
+    )
+    return [made]
+
+
+def chatgpt_content(content: dict[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut) -> list[Delta]:
+    """What a message's content says, whichever of its many shapes it has."""
+    kind = text_in(content, "content_type")
+    if kind == "thoughts":
+        thoughts = ((text_in(one, "summary"), text_in(one, "content")) for one in listed(content.get("thoughts")))
+        said = ["\n\n".join(filter(None, one)) for one in thoughts]
+        return [Delta("reasoning", "\n\n".join(filter(None, said)))] if any(said) else []
+    if kind == "reasoning_recap":
+        return [Delta("reasoning", text)] if (text := text_in(content, "content")) else []
+    if kind == "code":
+        return [Delta("text", fenced(text, text_in(content, "language")))] if (text := text_in(content, "text")) else []
+    if kind == "user_editable_context":
+        said = [text_in(content, name) for name in ("user_profile", "user_instructions")]
+        return [Delta("text", "\n\n".join(filter(None, said)))] if any(said) else []
+    deltas: list[Delta] = []
+    for part in listed(content.get("parts")) or [content]:
+        delta = chatgpt_part(part, image, leave_out)
+        if delta is not None and deltas and delta.kind == deltas[-1].kind == "text":
+            deltas[-1] = Delta("text", f"{deltas[-1].text}\n{delta.text}")
+        elif delta is not None:
+            deltas.append(delta)
+    return deltas
+
+
+def chatgpt_part(part: Any, image: Callable[[str], Delta | None], leave_out: LeaveOut) -> Delta | None:
+    """A part of a message: a text, an image, or one of the objects that tools leave."""
+    if isinstance(part, str):
+        return Delta("text", storable(part)) if part.strip() else None
+    kind = text_in(part, "content_type")
+    if kind == "image_asset_pointer":
+        found = image(text_in(part, "asset_pointer"))
+        if found is None:
+            leave_out("an image that is not in the file")
+        return found
+    body = text_in(part, "text", "result", "content", "name")
+    if kind.endswith(("asset_pointer", "video")) or (not body and kind not in ("text", "multimodal_text")):
+        leave_out(f"content of the type {kind or 'none'!r}")
+        return None
+    lines = [text_in(part, "title"), text_in(part, "url"), body]
+    return Delta("text", "\n\n".join(filter(None, lines))) if body else None
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def foreign_call(call_id: str, name: str, arguments: str) -> Delta:
+    """A call of another service's tool; arguments that are no JSON become its only one."""
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        arguments = json.dumps({"input": arguments}, ensure_ascii=False)
+    return Delta("tool_call", encode_json(storable({"id": call_id, "name": name, "arguments": arguments})).decode())
+
+
+def claude_conversation(document: Mapping[str, Any], leave_out: LeaveOut) -> ArchivedConversation:
+    """{uuid, name, created_at, updated_at, chat_messages: [{uuid, sender, text, content, created_at, attachments}]}.
+
+    The messages are a list; where they say whom they follow, a tree.
+    """
+    origin = foreign_origin("claude", document.get("uuid"), document.get("created_at"))
+    created_at_ms = milliseconds_of(document.get("created_at")) or now_ms()
+    parents: dict[str, str | None] = {}
+    made: dict[str, list[ArchivedMessage]] = {}
+    before: str | None = None
+    for index, message in enumerate(document["chat_messages"]):
+        if not isinstance(message, dict):
+            leave_out("a message that is no object")
+            continue
+        key = text_in(message, "uuid")
+        key = key if key and key not in made else f"{origin}/{index}"
+        parents[key] = text_in(message, "parent_message_uuid") if "parent_message_uuid" in message else before
+        made[key] = claude_messages(key, message, text_in(document, "model"), created_at_ms, leave_out)
+        before = key
+    linked = link_messages(parents, {}, made, document.get("current_leaf_message_uuid"))
+    return foreign_conversation(document, origin, created_at_ms, document.get("updated_at"), linked)
+
+
+def claude_messages(
+    key: str, message: Mapping[str, Any], model: str, created_at_ms: int, leave_out: LeaveOut
+) -> list[ArchivedMessage]:
+    """What a message becomes: itself, and where tools gave results in it, one for each of those and one after it."""
+    role = {"human": "user", "assistant": "assistant"}.get(text_in(message, "sender"))
+    if role is None:
+        leave_out(f"a message of the sender {text_in(message, 'sender')!r}")
+        return []
+    runs: list[tuple[str, list[Delta]]] = [(role, claude_attachments(message, leave_out))]
+    for index, block in enumerate(listed(message.get("content")) or [{"type": "text", "text": message.get("text")}]):
+        if text_in(block, "type") == "tool_result":
+            result = claude_result(block.get("content"))
+            runs += [("tool", [Delta("text", result)] if result else []), (role, [])]
+        else:
+            runs[-1][1].extend(claude_block(block, f"{key}-{index}", leave_out))
+    finish_reason = FINISH_REASONS.get(text_in(message, "stop_reason")) if role == "assistant" else None
+    made = [
+        ArchivedMessage(
+            origin=foreign_origin("claude", key if index == 0 else f"{key}/{index}"),
+            role=cast(Role, role_of_run),
+            provider="anthropic" if role_of_run == "assistant" else None,
+            model=model or None if role_of_run == "assistant" else None,
+            content=content,
+            finish_reason=cast(Any, finish_reason),
+            created_at_ms=milliseconds_of(message.get("created_at")) or created_at_ms,
+        )
+        for index, (role_of_run, content) in enumerate(runs)
+        if content
+    ]
+    if not made:
+        leave_out("a message without content")
+    return made
+
+
+def claude_attachments(message: Mapping[str, Any], leave_out: LeaveOut) -> list[Delta]:
+    """The texts of attached files; of other files an export has no more than the names."""
+    texts = []
+    for attached in listed(message.get("attachments")):
+        text = text_in(attached, "extracted_content")
+        texts += [f"{text_in(attached, 'file_name') or 'Attachment'}:\n\n{fenced(text, '')}"] if text else []
+    for _ in listed(message.get("files")):
+        leave_out("a file that is not in the export")
+    return [Delta("text", "\n\n".join(texts) + "\n\n")] if texts else []
+
+
+def claude_block(block: Any, call_id: str, leave_out: LeaveOut) -> list[Delta]:
+    kind = text_in(block, "type")
+    if kind in ("text", "voice_note"):
+        return [Delta("text", text)] if (text := text_in(block, "text")) else []
+    if kind == "thinking":
+        return [Delta("reasoning", text)] if (text := text_in(block, "thinking")) else []
+    if kind == "tool_use":
+        arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
+        return [foreign_call(text_in(block, "id") or call_id, text_in(block, "name"), arguments)]
+    if kind != "token_budget":
+        leave_out(f"content of the type {kind or 'none'!r}")
+    return []
+
+
+def claude_result(content: Any) -> str:
+    """What a tool gave back, as text."""
+    if isinstance(content, str):
+        return cast(str, storable(content))
+    texts = [text_in(one, "text", "title", "url") for one in listed(content)]
+    return "\n\n".join(filter(None, texts)) or (shorten(json.dumps(content), None) if content else "")
+
+
+# ── archives: into the database ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def import_pieces(
+    connection: sqlite3.Connection, owner: str, pieces: Sequence[Piece]
+) -> tuple[ImportCount, ImportCount, int]:
+    """Stores what is not there yet. Returns the counts of conversations, of messages, and of those without a parent."""
+    conversations, messages, orphans = ImportCount(), ImportCount(), 0
+    for piece in pieces:
+        conversation_id = find_by_origin(connection, "conversation", "owner", owner, piece.conversation.origin)
+        conversations.present += piece.begins and conversation_id is not None
+        conversations.imported += piece.begins and conversation_id is None
+        if conversation_id is None:
+            conversation_id = import_conversation(connection, owner, piece.conversation)
+        imported = 0
+        for message in piece.messages:
+            find = partial(find_by_origin, connection, "message", "conversation_id", conversation_id)
+            if find(message.origin) is None:
+                parent_id = None if message.parent is None else find(message.parent)
+                orphans += message.parent is not None and parent_id is None
+                import_message(connection, owner, conversation_id, parent_id, message)
+                imported += 1
+        messages.imported += imported
+        messages.present += len(piece.messages) - imported
+        if imported:
+            changed = "UPDATE conversation SET updated_at_ms = max(updated_at_ms, ?) WHERE id = ?"
+            connection.execute(changed, (piece.conversation.updated_at_ms, conversation_id))
+    return conversations, messages, orphans
+
+
+def find_by_origin(
+    connection: sqlite3.Connection, table: str, scope: str, within: str | int, origin: str
+) -> int | None:
+    """The id of what has this origin, because it came in with it or because it was made here."""
+    row = connection.execute(f"SELECT id FROM {table} WHERE {scope} = ? AND origin = ?", (within, origin)).fetchone()
+    made_here = re.fullmatch("llmchat:([0-9]{1,15})-([0-9]{1,15})", origin)
+    if row is None and made_here:
+        row = connection.execute(
+            f"SELECT id FROM {table} WHERE id = ? AND created_at_ms = ? AND {scope} = ? AND origin IS NULL",
+            (int(made_here[1]), int(made_here[2]), within),
+        ).fetchone()
+    return None if row is None else cast(int, row[0])
+
+
+def import_conversation(connection: sqlite3.Connection, owner: str, conversation: ArchivedConversation) -> int:
+    params_json = encode_json(conversation.parameters).decode()
+    cursor = connection.execute(
+        "INSERT INTO conversation (owner, title, system, params_json, created_at_ms, updated_at_ms, origin)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            owner, conversation.title, conversation.system, params_json, conversation.created_at_ms,
+            conversation.updated_at_ms, conversation.origin,
+        ),
+    )  # fmt: skip
+    index_title(connection, owner, cast(int, cursor.lastrowid), conversation.title)
+    return cast(int, cursor.lastrowid)
+
+
+def import_message(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, message: ArchivedMessage
+) -> None:
+    """Stores a message that is not there yet. Nobody produces what was running: it is interrupted."""
+    error = message.error
+    if message.status == "failed" and error is None:
+        error = InternalError("the error was not kept").detail()
+    message_id = insert_message(
+        connection, conversation_id, parent_id, message.role,
+        "interrupted" if message.status == "running" else message.status, message.created_at_ms,
+        provider=message.provider, model=message.model, params_json=encode_json(message.params).decode(),
+        finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
+        usage_json=None if message.usage is None else encode_json(message.usage).decode(),
+        attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
+        ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
+        origin=message.origin, merged=1,
+    )  # fmt: skip
+    insert_content(connection, message_id, message.content)
+    index_message(connection, owner, message_id, text_of(message.content))
+
+
+# ── archives: files ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_archive(file: BinaryIO, answer: ImportAnswer) -> Iterator[Piece]:
+    """The pieces of a file, which is JSON, or a zip with JSON in it. Raises InvalidRequest, TooLarge."""
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if is_zip:
+        yield from read_zip(file, answer)
+    else:
+        yield from ArchiveReader(iter(partial(file.read, ARCHIVE_READ_BYTES), b""), answer, lambda name: None).pieces()
+
+
+def read_zip(file: BinaryIO, answer: ImportAnswer) -> Iterator[Piece]:
+    import zipfile
+
+    check_zip_entries(file)
+    with zip_errors():
+        archive = zipfile.ZipFile(file)
+    unzipper = Unzipper(archive)
+    names = [name for name in archive.namelist() if re.search(r"(^|/)conversations(-\d+)?\.json$", name)]
+    if not names:
+        raise InvalidRequest("body: is a zip without a conversations.json in it")
+    for name in sorted(names):
+        yield from ArchiveReader(unzipper.read(name), answer, unzipper.image).pieces()
+
+
+@contextlib.contextmanager
+def zip_errors() -> Iterator[None]:
+    """Raises InvalidRequest for everything that can be wrong with a zip; one with a password is a RuntimeError."""
+    import zipfile
+    import zlib
+
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError, ValueError) as exc:
+        raise InvalidRequest(f"body: is a zip that cannot be read: {reason_of(exc)}") from exc
+
+
+def check_zip_entries(file: BinaryIO) -> None:
+    """Raises InvalidRequest if the table of contents is too big to be read (APPNOTE.TXT, 4.3.16 and 4.3.15)."""
+    size = file.seek(0, os.SEEK_END)
+    start = max(0, size - 65_557)  # the end record, 22 bytes, and the longest comment
+    file.seek(start)
+    tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    entries_bytes = int.from_bytes(tail[end + 12 : end + 16], "little")
+    if end < 0 or entries_bytes > ARCHIVE_ENTRIES_BYTES_MAX or b"PK\x06\x07" in tail[max(end - 20, 0) : end]:
+        raise InvalidRequest("body: is a zip that is broken, or has too many files in it")
+    file.seek(0)
+
+
+class Unzipper:
+    """Reads files of a zip, in all no more than ARCHIVE_BYTES_MAX: a small zip can hold a world of zeros."""
+
+    def __init__(self, archive: Any) -> None:
+        self._archive = archive
+        self._left = ARCHIVE_BYTES_MAX
+        self._images: dict[str, str] = {}
+        for name in archive.namelist():
+            if found := re.match(r"file[-_][A-Za-z0-9]+", name.rpartition("/")[2]):
+                self._images.setdefault(found[0], name)
+
+    def read(self, name: str) -> Iterator[bytes]:
+        with zip_errors():
+            file = self._archive.open(name)
+        while True:
+            with zip_errors():
+                data = file.read(ARCHIVE_READ_BYTES)
+            if not data:
+                return
+            self._left -= len(data)
+            if self._left < 0:
+                raise TooLarge(f"body: what comes out of the zip has more than {ARCHIVE_BYTES_MAX:,} bytes, the limit")
+            yield data
+
+    def image(self, pointer: str) -> Delta | None:
+        """The image that `file-service://file-…` or `sediment://file_…` points to."""
+        found = re.match(r"file[-_][A-Za-z0-9]+", pointer.rpartition("/")[2])
+        name = self._images.get(found[0]) if found else None
+        if name is None or self._archive.getinfo(name).file_size > IMAGE_BYTES_MAX:
+            return None
+        return image_delta(b"".join(self.read(name)))
+
+
+IMAGE_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+
+def image_type(data: bytes) -> str | None:
+    """What the bytes of an image say that it is, whatever its label does; None: no image that providers take."""
+    return next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+
+
+def image_delta(data: bytes) -> Delta | None:
+    kind = image_type(data)
+    if kind is None or len(data) > IMAGE_BYTES_MAX:
+        return None
+    return Delta("image", encode_json({"media_type": kind, "data": base64.b64encode(data).decode()}).decode())
+
+
 class UsageRow(Struct):
     """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
 
@@ -3887,12 +5269,16 @@ class Store:
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
+        self._is_writable = True
+        self._touched_at = float("-inf")
 
     async def open(self) -> int:
         """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
-        self._lock = lock_database(self._path)
+        lock = lock_database(self._path)
+        self._lock = lock.descriptor
         try:
-            interrupted = await asyncio.to_thread(prepare_database, self._path)
+            await asyncio.to_thread(remove_left_copies, self._path)
+            interrupted = await asyncio.to_thread(partial(prepare_database, self._path, suspect=lock.suspect))
             self._writer = await open_database(self._path, read_only=False)
             self._reader = await open_database(self._path, read_only=True)
         except BaseException:
@@ -3913,6 +5299,9 @@ class Store:
             if database is not None:
                 await database.close()
         if self._lock >= 0:
+            if self._task is not None:  # it was open, so what is left behind was not found damaged
+                with contextlib.suppress(OSError):
+                    mark_lock(self._lock, CLEAN)
             os.close(self._lock)
             self._lock = -1
 
@@ -3924,6 +5313,10 @@ class Store:
         except sqlite3.Error as exc:
             raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
 
+    async def open_copy(self) -> BinaryIO:
+        """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
+        return await asyncio.to_thread(open_copy, self._path)
+
     async def write(self, operation: Callable[..., T], *arguments: Any, durable: bool = False) -> T:
         """Runs an operation in the next group; returns when that is committed. `durable`: and fsynced."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -3931,6 +5324,17 @@ class Store:
         self._waiting.append((bound, durable, future))
         self._wake.set()
         return await future
+
+    async def is_writable(self, seconds: float) -> bool:
+        """Whether a write goes through; what was found within the last `seconds` is good enough."""
+        if time.monotonic() - self._touched_at > seconds:
+            self._touched_at = time.monotonic()
+            try:
+                await self.write(touch)
+                self._is_writable = True
+            except StoreUnavailable:
+                self._is_writable = False
+        return self._is_writable
 
     async def _write_forever(self) -> None:
         """The only writer: takes all that waits, commits it together, tells each how it went."""
@@ -3953,6 +5357,27 @@ class Store:
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+
+
+async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnswer:
+    """Brings in a file, a few messages in a transaction. Raises InvalidRequest and TooLarge, which say what came in."""
+    answer = ImportAnswer(ImportCount(), ImportCount(), [])
+    groups = grouped(read_archive(file, answer), characters_of_piece)
+    failure: LlmchatError | None = None
+    try:
+        while (group := await asyncio.to_thread(next, groups, None)) is not None:
+            conversations, messages, orphans = await store.write(import_pieces, owner, group)
+            answer.conversations.add(conversations)
+            answer.messages.add(messages)
+            if orphans:
+                answer.leave_out("a parent that is not in the file: its messages became first ones", "", orphans)
+    except (InvalidRequest, TooLarge) as exc:
+        failure = exc
+    await store.write(touch, durable=True)  # and with it everything before
+    if failure is not None:
+        came = f"{answer.conversations.imported:,} conversations and {answer.messages.imported:,} messages"
+        raise type(failure)(f"{failure.message}; {came} came in before") from failure
+    return answer
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4360,10 +5785,63 @@ class Generation:
         return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
 
 
+class Merger:
+    """Merges the rows of answers that ended a while ago: a stream leaves one every few milliseconds.
+
+    One task, which looks at the start and when `wake` says that something has ended; it sleeps until the oldest answer
+    is due, and without a timer when there is none. Between small transactions it leaves the database to the others.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ended = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.create_task(self._merge_forever(), name="merger")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def wake(self) -> None:
+        """An answer has ended."""
+        self._ended.set()
+
+    async def _merge_forever(self) -> None:
+        while True:
+            self._ended.clear()
+            try:
+                seconds = await self._merge_what_is_due()
+            except (StoreUnavailable, sqlite3.Error) as exc:
+                log.warning("rows not merged", extra={"fields": {"error": reason_of(exc)}})
+                seconds = MERGE_AFTER_SECONDS
+            if seconds is None:
+                await self._ended.wait()
+            else:
+                await asyncio.sleep(seconds)
+
+    async def _merge_what_is_due(self) -> float | None:
+        """Returns the seconds until the next answer is due; None: there is none."""
+        while (found := await self._store.read(find_unmerged)) is not None:
+            message_id, ended_at_ms = found
+            wait = MERGE_AFTER_SECONDS - (now_ms() - ended_at_ms) / 1000
+            if wait > 0:
+                return min(wait, MERGE_AFTER_SECONDS)  # a clock that was set back is not waited for
+            offset: int | None = 0
+            while offset is not None:
+                started_at = time.monotonic()
+                offset = await self._store.write(merge_deltas, message_id, ended_at_ms, offset)
+                await asyncio.sleep((time.monotonic() - started_at) * MERGE_COST_RATIO)
+        return None
+
+
 class Generations:
     """Everything that runs: starts it, stops it, flushes it, streams it, drains it."""
 
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
+        self.merger = Merger(store)
         self.running: dict[int, Generation] = {}
         self.draining = False
         self.streams: Counter[int] = Counter()  # open streams per message
@@ -4372,7 +5850,7 @@ class Generations:
         self._config = config
         self._store = store
         self._providers = providers
-        self._starting = 0
+        self._starting: Counter[str] = Counter()  # by owner: what is being committed and will run
         self._tasks: set[asyncio.Task[None]] = set()
         self._rendered: dict[tuple[int, int, str], str] = {}
         self._rendered_characters = 0
@@ -4385,6 +5863,7 @@ class Generations:
     def open(self) -> None:
         self._flusher = asyncio.create_task(self._flush_forever(), name="flusher")
         self._start_sweep()
+        self.merger.open()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
@@ -4396,6 +5875,7 @@ class Generations:
             task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        await self.merger.close()
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         if self._flusher is not None:
             self._flusher.cancel()
@@ -4438,21 +5918,21 @@ class Generations:
     ) -> Started:
         if self.draining:
             raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
-        theirs = sum(one.owner == owner for one in self.running.values()) if self._config.users else 0
-        if theirs >= self._config.owner_generations_max:
+        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
+        if self._config.users and theirs >= self._config.owner_generations_max:
             raise RateLimited(
                 f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
             )
-        if len(self.running) + self._starting >= self._config.generations_max:
+        if len(self.running) + self._starting.total() >= self._config.generations_max:
             raise Overloaded(
                 f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
                 retry_after_seconds=5,
             )
-        self._starting += 1
+        self._starting[owner] += 1
         try:
             started = await self._store.write(operation, *arguments, durable=True)
         finally:
-            self._starting -= 1
+            self._starting[owner] -= 1
         if not started.repeated:
             self._launch(Generation(owner, started, targets, self._config))
         return started
@@ -4470,12 +5950,17 @@ class Generations:
         return generation if generation is not None and generation.owner == owner else None
 
     async def stop(self, owner: str, message_id: int) -> None:
-        """Ends a running generation; returns when that is durable. On any other message it does nothing."""
+        """Ends a running generation; returns when that is durable. On any other message it does nothing.
+
+        Raises StoreUnavailable if it has ended, but the database could not take it.
+        """
         generation = self.find(owner, message_id)
         if generation is None:
             return
         self._end(generation, Ending("stopped"))
         await generation.ended.wait()
+        if self.running.get(message_id) is generation:
+            raise StoreUnavailable("the answer has ended, but that cannot be stored now", retry_after_seconds=1)
 
     def _end(self, generation: Generation, ending: Ending) -> None:
         """The end of a generation, whoever wants it; the first one counts. Its provider's connection closes now."""
@@ -4657,10 +6142,15 @@ class Generations:
             self._announce(generation, outcome)
 
     def _give_up(self, error: StoreUnavailable) -> None:
-        """The database has been away for too long: everything that runs ends, before all who look on, as failed."""
+        """The database has been away for too long: everything that runs ends, before all who look on, as failed.
+
+        Also what was just completed or stopped: nobody is told of an end that is not stored.
+        """
+        failed = Ending("failed", error=error.detail())
         for generation in self.running.values():
-            self._end(generation, Ending("failed", error=error.detail()))
+            self._end(generation, failed)
             if not generation.ended.is_set():
+                generation.ending = failed
                 self._announce(generation, generation.outcome())
 
     def _publish(self, flush: Flush) -> None:
@@ -4674,6 +6164,7 @@ class Generations:
         if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
             generation.room.set()
         if flush.outcome is not None:
+            self.merger.wake()
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
@@ -4753,7 +6244,7 @@ class Generations:
     # ── subscribers ──
 
     async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
-        """An open stream from a cursor on. Raises NotFound, InvalidRequest, Overloaded."""
+        """A stream from a cursor on. Raises NotFound, InvalidRequest."""
         about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
@@ -4763,7 +6254,7 @@ class Generations:
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
     async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
-        """An open stream of HTML; it has no cursor. Raises NotFound, Overloaded."""
+        """A stream of HTML; it has no cursor. Raises NotFound."""
         about, status, _ = await self._look_at(owner, message_id, 0)
         return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
 
@@ -4773,20 +6264,23 @@ class Generations:
         return ViewStream(self, owner, message_id, encode_start(start_data(about, message_id, status, 0)), view)
 
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
-        """What a new stream is about, its status and its length. Raises NotFound, Overloaded."""
-        if self.streams[message_id] >= self._config.subscribers_max:
-            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
-            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
-        if sum(self.owner_streams.values()) >= self._config.streams_max:
-            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
-        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
-            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
-            raise RateLimited(limit, retry_after_seconds=5)
+        """What a new stream is about, its status and its length. Raises NotFound."""
         generation = self.find(owner, message_id)
         if generation is not None and cursor <= generation.published:
             return generation, "running", generation.published
         page = await self._store.read(load_page, owner, message_id, cursor)  # a moment ahead of what was published
         return page.message, page.message.status, page.length
+
+    def check_streams(self, owner: str, message_id: int = 0) -> None:
+        """Whether one more stream may be opened now, of this message or of one to come. Raises Overloaded, RateLimited."""
+        if self.streams.get(message_id, 0) >= self._config.subscribers_max:
+            limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
+            raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
+        if self.owner_streams.total() >= self._config.streams_max:
+            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
+        if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
+            limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
+            raise RateLimited(limit, retry_after_seconds=5)
 
     async def rendering(self, generation: Generation) -> Rendering | None:
         """The generation's one Rendering, made when it is first asked for; None if the generation ended meanwhile."""
@@ -4846,6 +6340,8 @@ class Stream:
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Stream:
+        """Raises Overloaded, RateLimited."""
+        self._generations.check_streams(self._owner, self._message_id)
         self._generations.streams[self._message_id] += 1
         self._generations.owner_streams[self._owner] += 1
         self._beat()
@@ -4986,6 +6482,7 @@ LOCAL_OWNER = "local"
 SESSION_COOKIE = "llmchat_session"
 PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+FORWARDING_HEADERS = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"})
 FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
 FAILURES_FREE_IN_ALL = 100  # and of all addresses together
 FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
@@ -4995,6 +6492,11 @@ TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
 
 def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def bind_token(cookie: str, token_hash: str) -> str:
+    """What ties a session to the token that it began with."""
+    return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
 
 
 def is_loopback(host: str) -> bool:
@@ -5015,6 +6517,16 @@ def host_and_port(netloc: str) -> tuple[str, str]:
     return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
 
 
+def bare_address(text: str) -> str:
+    """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
+    match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
+    with contextlib.suppress(ValueError):
+        found = "".join(filter(None, match.groups())) if match else ""
+        address = ipaddress.ip_address(found.partition("%")[0])
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return ""
+
+
 def comma_list(text: str) -> tuple[str, ...]:
     return tuple(one.strip() for one in text.split(",") if one.strip())
 
@@ -5030,30 +6542,47 @@ def with_token(config: Config) -> tuple[Config, bool]:
     path = Path(token_path(config))
     try:
         if path.exists():
-            return replace(config, token=path.read_text().strip()), False
+            if is_open_to_others(path):
+                path.chmod(0o600)
+                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
+            return replace(config, token=read_token(path)), False
         token = secrets.token_urlsafe(24)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(token + "\n")
+        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
     except OSError as exc:
         raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
     return replace(config, token=token), True
 
 
+def read_token(path: Path) -> str:
+    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
+    token = path.read_text("latin-1").strip()
+    if not is_token(token):
+        raise StartError(f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one")
+    return token
+
+
+def is_token(text: str) -> bool:
+    """Whether a token can be one: long enough, and made of what every client can put into a header."""
+    return re.fullmatch(f"[\x21-\x7e]{{{TOKEN_CHARACTERS_MIN},}}", text) is not None
+
+
 def token_owners(config: Config) -> dict[str, str]:
-    """Owner by hash of token. Raises StartError."""
+    """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
     owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
-    for pair in comma_list(config.users):
-        name, colon, token = pair.partition(":")
-        if not colon or not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or len(token) < TOKEN_CHARACTERS_MIN:
-            raise StartError(
-                f"LLMCHAT_USERS: the entry of {name[:64]!r} is not accepted; it is name:token, the token of at least"
-                f" {TOKEN_CHARACTERS_MIN} characters"
-            )
+    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
+    if config.token and not is_token(config.token):
+        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+    for number, pair in enumerate(comma_list(config.users), 1):
+        name, _, token = pair.partition(":")
+        if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
         if hash_secret(token) in owners or name in owners.values():
-            raise StartError(f"LLMCHAT_USERS: the name or the token of {name!r} is there twice")
+            raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
-    if config.token and len(config.token) < TOKEN_CHARACTERS_MIN:
-        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it has at least {TOKEN_CHARACTERS_MIN}")
+    if not owners and (config.users or not is_loopback(config.host)):
+        raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host!r}")
     return owners
 
 
@@ -5064,28 +6593,63 @@ def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IP
         raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
 
 
+def parse_hosts(config: Config) -> Iterator[str]:
+    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
+    for one in comma_list(config.hosts):
+        name, _ = host_and_port(one)
+        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
+            raise StartError(f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org")
+        yield name
+
+
+def parse_origins(config: Config) -> frozenset[str]:
+    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
+    for one in comma_list(config.cors_origins):
+        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
+            raise StartError(f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org")
+    return frozenset(comma_list(config.cors_origins))
+
+
 def header_of(scope: Scope, name: bytes) -> str:
     """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
     return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
 class Throttle:
-    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself."""
+    """Failed sign-ins: each costs its address, and everybody, some of a budget that refills by itself.
+
+    An address from which somebody came in is spared the common budget, so that strangers cannot lock out those who
+    are known; its own budget it keeps, or a user could guess other users' tokens. IPv6 counts by /64: that is what a
+    single machine is given.
+    """
 
     def __init__(self) -> None:
         self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._known: dict[str, None] = {}  # addresses that were let in, the newest last
 
     def wait_seconds(self, address: str) -> float:
         """How long this address has to wait before it may try again; 0: not at all."""
-        return max(self._excess(address, FAILURES_FREE, FAILURE_SECONDS), self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10))
+        key = self._key(address)
+        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
 
     def fail(self, address: str) -> None:
-        for key, seconds in ((address, FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
+        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
             count, now = self._count(key, seconds), time.monotonic()
             self._failures.pop(key, None)
             self._failures[key] = (count + 1, now)
         if len(self._failures) > FAILURES_ADDRESSES_MAX:
             self._failures.pop(next(iter(self._failures)))
+
+    def succeed(self, address: str) -> None:
+        key = self._key(address)
+        self._known.pop(key, None)
+        self._known[key] = None
+        if len(self._known) > FAILURES_ADDRESSES_MAX:
+            self._known.pop(next(iter(self._known)))
+
+    def _key(self, address: str) -> str:
+        return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
 
     def _count(self, key: str, seconds: float) -> float:
         count, at = self._failures.get(key, (0.0, 0.0))
@@ -5103,8 +6667,8 @@ class Gate:
         self._store = store
         self._owners = token_owners(config)
         self._proxies = parse_networks(config)
-        self._hosts = {"localhost", config.host.lower(), *(one.lower() for one in comma_list(config.hosts))}
-        self._origins = frozenset(comma_list(config.cors_origins))
+        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
+        self._origins = parse_origins(config)
         self._sessions: dict[str, Session] = {}
         self._throttle = Throttle()
 
@@ -5120,8 +6684,9 @@ class Gate:
         """Raises Forbidden, Unauthorized, RateLimited."""
         self._check_host(scope)
         self._check_origin(scope)
+        self._check_forwarded(scope)
         scope["owner"] = LOCAL_OWNER if self.is_open else self._find_owner(scope)
-        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS:
+        if scope["owner"] is None and scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith("/web/"):
             raise Unauthorized("a token is needed: send Authorization: Bearer …, or open /sign-in in a browser")
 
     def _check_host(self, scope: Scope) -> None:
@@ -5131,15 +6696,29 @@ class Gate:
             raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
 
     def _check_origin(self, scope: Scope) -> None:
-        """A browser says which page a write comes from; a program says nothing, and cannot be made to write by one."""
-        if scope["method"] in SAFE_METHODS:
-            return
+        """A browser says which page a request comes from; a program says nothing, and cannot be made to write by one.
+
+        A foreign page may link here. Anything else of it is refused, reading too: a backup or a search costs something
+        even if the page is not shown what came.
+        """
         origin = header_of(scope, b"origin")
         if origin in self._origins:
             return
-        same = origin.partition("://")[2].lower() == header_of(scope, b"host").lower() if origin else True
-        if not same or header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site"):
+        if scope["method"] in SAFE_METHODS:
+            refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
+        else:
+            same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
+            refused = is_foreign(scope) or not same
+        if refused:
             raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+
+    def _check_forwarded(self, scope: Scope) -> None:
+        """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
+        if self.is_open and not self._is_proxy(peer_of(scope)) and any(name in FORWARDING_HEADERS for name, _ in scope["headers"]):
+            raise Forbidden(
+                "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
+                " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
+            )
 
     def cross_origin_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """The headers that let a listed origin's page read the answer; none for all others."""
@@ -5162,15 +6741,16 @@ class Gate:
             return self.owner_of_token(scope, token.strip())
         cookie = cookie_of(scope)
         session = self._sessions.get(hash_secret(cookie)) if cookie else None
-        if session is None or session.expires_at_ms <= now_ms() or self._owners.get(session.token_hash) != session.owner:
+        if session is None or session.expires_at_ms <= now_ms():
             return None
-        return session.owner
+        known = (bind_token(cookie, token_hash) for token_hash, name in self._owners.items() if name == session.owner)
+        return session.owner if any(hmac.compare_digest(one, session.token_hash) for one in known) else None
 
     def owner_of_token(self, scope: Scope, token: str) -> str:
         """Raises Unauthorized; RateLimited after too many of those."""
         address = self.address_of(scope)
         if wait := self._throttle.wait_seconds(address):
-            raise RateLimited(f"too many failed sign-ins; wait {wait:.0f} s", retry_after_seconds=wait)
+            raise RateLimited(f"too many failed sign-ins; wait {math.ceil(wait)} s", retry_after_seconds=wait)
         shown, owner = hash_secret(token), None
         for known, name in self._owners.items():
             if hmac.compare_digest(known, shown):
@@ -5179,30 +6759,33 @@ class Gate:
             self._throttle.fail(address)
             log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
             raise Unauthorized("the token is not right")
+        self._throttle.succeed(address)
         return owner
 
     def address_of(self, scope: Scope) -> str:
         """The client's address: the newest that no trusted proxy vouches for."""
-        address = scope["client"][0] if scope.get("client") else ""
+        address = peer_of(scope)
         for hop in reversed(comma_list(header_of(scope, b"x-forwarded-for"))):
-            if not self._is_proxy(address):
+            if not self._is_proxy(address) or not bare_address(hop):
                 break
-            address = hop
+            address = bare_address(hop)
         return address
 
     def _is_proxy(self, address: str) -> bool:
-        return is_address(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
+        return bool(address) and any(ipaddress.ip_address(address) in network for network in self._proxies)
 
     def is_encrypted(self, scope: Scope) -> bool:
-        client = scope["client"][0] if scope.get("client") else ""
-        return scope["scheme"] == "https" or (self._is_proxy(client) and header_of(scope, b"x-forwarded-proto") == "https")
+        """Whether the browser speaks TLS: to us, to a proxy that we trust, or as the Origin of its own page says."""
+        said = header_of(scope, b"x-forwarded-proto").rpartition(",")[2].strip().lower()
+        of_page = header_of(scope, b"origin").lower().startswith("https://")
+        return scope["scheme"] == "https" or of_page or (self._is_proxy(peer_of(scope)) and said == "https")
 
     async def sign_in(self, scope: Scope, token: str) -> str:
         """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
         owner = self.owner_of_token(scope, token)
         cookie = secrets.token_urlsafe(32)
         expires_at_ms = now_ms() + self._config.session_days * 86_400_000
-        session = Session(hash_secret(cookie), owner, hash_secret(token), expires_at_ms)
+        session = Session(hash_secret(cookie), owner, bind_token(cookie, hash_secret(token)), expires_at_ms)
         await self._store.write(insert_session, session, durable=True)
         self._sessions[session.cookie_hash] = session
         attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
@@ -5214,6 +6797,16 @@ class Gate:
         await self._store.write(delete_session, cookie_hash, durable=True)
         self._sessions.pop(cookie_hash, None)
         return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
 
 
 def cookie_of(scope: Scope) -> str:
@@ -5363,15 +6956,15 @@ class GenerationList(Struct):
 
 
 class HealthAnswer(Struct):
-    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503."""
+    """`status` is `ok`, `draining` or `store_unavailable`; the last two come with 503. Strangers get nothing else."""
 
     status: str
-    version: str
-    database_writable: bool
-    running_generations: int
-    subscribers: int
-    last_flush_ms: float
-    uptime_seconds: float
+    version: str | UnsetType = UNSET
+    database_writable: bool | UnsetType = UNSET
+    running_generations: int | UnsetType = UNSET
+    subscribers: int | UnsetType = UNSET
+    last_flush_ms: float | UnsetType = UNSET
+    uptime_seconds: float | UnsetType = UNSET
 
 
 class ProviderHelp(Struct):
@@ -5390,7 +6983,10 @@ class EndpointHelp(Struct):
 
 
 class HelpAnswer(Struct):
+    """`token_needed`: somebody can sign out."""
+
     version: str
+    token_needed: bool
     default_model: str | None
     endpoints: list[EndpointHelp]
     providers: list[ProviderHelp]
@@ -5418,6 +7014,8 @@ class Service:
     gate: Gate
     endpoints: tuple[Endpoint, ...]
     started_at: float  # monotonic seconds
+    at_work: set[str] = field(default_factory=set)  # kinds of work that are done once at a time
+    web: dict[str, WebFile] = field(default_factory=dict)  # the page's files, read when one is first asked for
 
 
 def service_of(request: Request) -> Service:
@@ -5447,19 +7045,30 @@ async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BY
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
     body = bytearray()
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(BODY_STALL_SECONDS) as guard:
-            async for data in request.stream():
-                guard.reschedule(loop.time() + BODY_STALL_SECONDS)
-                body += data
-                if len(body) > bytes_max:
-                    raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
-    except ClientDisconnect as exc:
-        raise InvalidRequest("body: the connection was closed before it was whole") from exc
-    except TimeoutError as exc:
-        raise InvalidRequest(f"body: nothing of it came for {BODY_STALL_SECONDS} s") from exc
+    async for data in body_pieces(request, bytes_max):
+        body += data
     return bytes(body)
+
+
+async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises TooLarge, and InvalidRequest for one that comes too slowly or not to its end."""
+    loop, pieces, size = asyncio.get_running_loop(), aiter(request.stream()), 0
+    slowest = loop.time() + BODY_STALL_SECONDS
+    while True:
+        try:
+            async with asyncio.timeout_at(min(loop.time() + BODY_STALL_SECONDS, slowest + size / BODY_BYTES_PER_SECOND)):
+                data = await anext(pieces, None)
+        except ClientDisconnect as exc:
+            raise InvalidRequest("body: the connection was closed before it was whole") from exc
+        except TimeoutError as exc:
+            limits = f"nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
+            raise InvalidRequest(f"body: came too slowly: {limits}") from exc
+        if data is None:
+            return
+        size += len(data)
+        if size > bytes_max:
+            raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
+        yield data
 
 
 def explain(error: Exception, body: bytes, kind: Any) -> str:
@@ -5618,12 +7227,17 @@ def cursor_of(request: Request) -> int:
 def error_response(error: LlmchatError, request_id: str, message_id: int | None = None) -> Response:
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
+    return json_response(ErrorAnswer(detail, message_id), error.status, error_headers(error))
+
+
+def error_headers(error: LlmchatError) -> dict[str, str]:
+    """What a client is to know of an error before it reads the words."""
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status == 503 or error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_seconds or 1)))
-    return json_response(ErrorAnswer(detail, message_id), error.status, headers)
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds or 1)))
+    return headers
 
 
 class EventStream(Response):
@@ -5640,25 +7254,71 @@ class EventStream(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
-        if scope["method"] == "HEAD":
-            await send({"type": "http.response.body", "body": b""})
-            return
-        gone = asyncio.ensure_future(self._watch_client(receive))
-        send = scope["server_send"]  # the layers between have nothing to say about a body
-        try:
-            with self._stream as stream:
+        with self._stream as stream:  # refuses before anything is sent
+            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
+            gone = asyncio.ensure_future(self._watch_client(receive))
+            send = scope["server_send"]  # the layers between have nothing to say about a body
+            try:
                 while (data := await stream.read()) is not None:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            gone.cancel()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                gone.cancel()
 
     async def _watch_client(self, receive: Receive) -> None:
         """The server tells of a closed connection only to who asks."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self._stream.close()
+
+
+class Download(Response):
+    """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
+
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._frames = frames
+        self._close = close
+        self._fields = [
+            (b"content-type", media_type.encode()),
+            (b"content-disposition", attachment(file_name)),
+            (b"cache-control", b"no-store"),
+        ]
+        self._fields += [] if length is None else [(b"content-length", b"%d" % length)]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(self._watch_client(receive))
+        try:
+            async with contextlib.aclosing(self._frames) as frames:
+                await send({"type": "http.response.start", "status": 200, "headers": self._fields})
+                async for data in frames:
+                    if scope["method"] == "HEAD" or gone.done():
+                        break
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+            self._close()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def attachment(file_name: str) -> bytes:
+    """A Content-Disposition: the name in UTF-8 for whoever knows RFC 6266 and 5987, and in ASCII for everybody else."""
+    plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", file_name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}".encode()
+
+
+async def read_chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    while data := await asyncio.to_thread(file.read, DOWNLOAD_BYTES):
+        yield data
 
 
 # Of every response that does not say otherwise. A JSON answer that a browser is made to show as a page can do nothing.
@@ -5668,6 +7328,7 @@ SECURITY_HEADERS = {
     b"x-frame-options": b"DENY",
     b"referrer-policy": b"no-referrer",
     b"cross-origin-resource-policy": b"same-origin",
+    b"cache-control": b"no-store",  # one URL answers each owner differently; no cache on the way may mix them up
 }
 
 
@@ -5755,6 +7416,7 @@ def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
 async def chat(request: Request) -> Response:
     service, owner = service_of(request), owner_of(request)
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     turns = turns_of(asked.message)
     refuse_large(body, turns)
     new = await new_message(request, asked, body, turns)
@@ -5767,6 +7429,7 @@ async def chat(request: Request) -> Response:
 async def regenerate(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
@@ -5777,12 +7440,19 @@ async def regenerate(request: Request) -> Response:
 async def continue_answer(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
     target = await service.providers.resolve(asked.provider, asked.model)
     started = await service.generations.go_on(owner, message_id, target)
     return await answer_started(request, asked, started, owner)
+
+
+def check_answer(request: Request, asked: Any) -> None:
+    """Refuses what could not be streamed before it is paid for. Raises Overloaded, RateLimited."""
+    if asked.stream and not getattr(asked, "background", False):
+        service_of(request).generations.check_streams(owner_of(request))
 
 
 async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
@@ -5925,11 +7595,8 @@ async def remove_conversation(request: Request) -> Response:
 async def get_health(request: Request) -> Response:
     service = service_of(request)
     generations = service.generations
-    try:
-        await service.store.write(touch)
-        writable = True
-    except StoreUnavailable:
-        writable = False
+    is_known = request.scope["owner"] is not None
+    writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
     status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
     answer = HealthAnswer(
         status=status,
@@ -5940,8 +7607,7 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    shown = answer if request.scope["owner"] is not None else {"status": status}
-    return json_response(shown, 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    return json_response(answer if is_known else HealthAnswer(status), 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
@@ -5950,7 +7616,7 @@ async def get_help(request: Request) -> Response:
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
     default = service.config.default_model or next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
-    return json_response(HelpAnswer(__version__, default, endpoints, listed, list(service.config.unusable_keys)))
+    return json_response(HelpAnswer(__version__, not service.gate.is_open, default, endpoints, listed, list(service.config.unusable_keys)))
 
 
 async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:
@@ -5963,8 +7629,112 @@ async def provider_help(service: Service, provider: Provider, refresh: bool) -> 
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
-async def get_root(request: Request) -> Response:
-    return await get_health(request)
+async def export_conversation(request: Request) -> Response:
+    service, owner, conversation_id = service_of(request), owner_of(request), path_id(request, "conversation_id")
+    form = request.query_params.get("format", "json")
+    if form not in ("json", "markdown"):
+        raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
+    outline = await service.store.read(load_outline, owner, conversation_id)
+    name = safe_file_name(outline.conversation.title, f"conversation {conversation_id}")
+    if form == "markdown":
+        return Download(markdown_frames(service.store, owner, outline), "text/markdown; charset=utf-8", f"{name}.md")
+    return Download(archive_frames(service.store, owner, conversation_id), "application/json", f"{name}.json")
+
+
+async def export_all(request: Request) -> Response:
+    name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.json", time.gmtime())
+    return Download(archive_frames(service_of(request).store, owner_of(request)), "application/json", name)
+
+
+ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compressed")
+
+
+async def import_conversations(request: Request) -> Response:
+    service = service_of(request)
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() not in ARCHIVE_TYPES:
+        shown = content_type or "none"
+        raise InvalidRequest(f"content-type: {shown!r} is not accepted; send application/json or application/zip")
+    with alone(service, "import"), await spool(request, service.config.db) as file:
+        return json_response(await import_archive(service.store, owner_of(request), file))
+
+
+async def spool(request: Request, database: str) -> BinaryIO:
+    """The request's body as a file without a name, beside the database: /tmp is often memory."""
+    import tempfile
+
+    file: BinaryIO | None = None
+    try:
+        file = cast(BinaryIO, await asyncio.to_thread(partial(tempfile.TemporaryFile, dir=Path(database).parent)))
+        async for data in body_pieces(request, ARCHIVE_BYTES_MAX):
+            await asyncio.to_thread(file.write, data)
+        await asyncio.to_thread(file.seek, 0)
+    except BaseException as exc:
+        if file is not None:
+            file.close()
+        if isinstance(exc, OSError):
+            raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
+        raise
+    return file
+
+
+async def archive_frames(store: Store, owner: str, only: int | None = None) -> AsyncGenerator[bytes, None]:
+    """An archive of one conversation, or of all that the owner has; a page of messages at a time is in memory."""
+    between = ARCHIVE_START
+    conversation_id = only if only is not None else await store.read(next_conversation, owner, 0)
+    while conversation_id is not None:
+        with contextlib.suppress(NotFound):  # deleted meanwhile
+            yield between + await store.read(archive_head, owner, conversation_id)
+            between = b",\n"
+            after: int | None = 0
+            comma = b""
+            while after is not None:
+                page, after = await store.read(archive_page, owner, conversation_id, after)
+                if page:
+                    yield comma + page
+                comma = b","
+            yield b"]}"
+        conversation_id = await store.read(next_conversation, owner, conversation_id) if only is None else None
+    yield ARCHIVE_END if between != ARCHIVE_START else ARCHIVE_START + ARCHIVE_END
+
+
+async def markdown_frames(store: Store, owner: str, outline: Outline) -> AsyncGenerator[bytes, None]:
+    yield markdown_head(outline).encode()
+    for message_id in outline.path:
+        yield markdown_message(await store.read(load_message, owner, message_id)).encode()
+
+
+def safe_file_name(title: str, otherwise: str) -> str:
+    """A title as a file name that every system takes: no separator, no device's name, no leading dot, no long one."""
+    name = "".join("-" if one in '/\\:*?"<>|' else one if one.isprintable() else " " for one in title)
+    name = " ".join(name.split()).strip(". ")[:TITLE_CHARACTERS_MAX].strip(". ")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        name = f"_{name}"
+    return name or otherwise
+
+
+@contextlib.contextmanager
+def alone(service: Service, what: str) -> Iterator[None]:
+    """Holds a kind of work that is done once at a time, for the sake of the disk. Raises Overloaded."""
+    if what in service.at_work:
+        raise Overloaded(f"{what}: there is one on the way already", retry_after_seconds=10)
+    service.at_work.add(what)
+    try:
+        yield
+    finally:
+        service.at_work.discard(what)
+
+
+async def get_backup(request: Request) -> Response:
+    if owner_of(request) != LOCAL_OWNER:
+        raise Forbidden("backup: holds every owner's conversations; on the server: llmchat backup FILE")
+    service = service_of(request)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(service, "backup"))
+        file = stack.enter_context(await service.store.open_copy())
+        name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.db", time.gmtime())
+        close = stack.pop_all().close  # the download does it now
+    return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
 
 
 async def get_openapi(request: Request) -> Response:
@@ -6000,7 +7770,8 @@ def html_page(body: str, status: int = 200) -> Response:
     """A page without a script and without another file."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
-    return HTMLResponse(document, status, {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"})
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
 
 
 async def get_sign_in(request: Request) -> Response:
@@ -6008,7 +7779,7 @@ async def get_sign_in(request: Request) -> Response:
     gate = service_of(request).gate
     if gate.is_open:
         return redirect("/")
-    if "token" in request.query_params:
+    if "token" in request.query_params and not is_foreign(request.scope):
         return await sign_in_with(request, request.query_params["token"])
     return sign_in_form(request.query_params.get("next", "/"))
 
@@ -6032,12 +7803,14 @@ async def post_sign_out(request: Request) -> Response:
 
 def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
-    return html_page(
+    page = html_page(
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
         f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
         error.status if error is not None else 200,
     )
+    page.headers.update(error_headers(error) if error is not None else {})
+    return page
 
 
 def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -6105,14 +7878,6 @@ def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tupl
     return (*results, Turn("user", content)) if content else tuple(results)
 
 
-IMAGE_SIGNATURES = {
-    b"\x89PNG\r\n\x1a\n": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF8": "image/gif",
-    b"RIFF": "image/webp",
-}
-
-
 def image_of(part: ImagePart, name: str) -> Delta:
     """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
     head, comma, rest = part.data.partition(",")
@@ -6123,7 +7888,7 @@ def image_of(part: ImagePart, name: str) -> Delta:
         raise InvalidRequest(f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched") from exc
     if len(data) > IMAGE_BYTES_MAX:
         raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
-    found = next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+    found = image_type(data)
     if found is None or (part.media_type is not None and part.media_type != found):
         raise InvalidRequest(f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type")
     return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
@@ -6146,6 +7911,96 @@ def before_of(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+# ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# The files of web/ and nothing else of the disk: read, hashed and compressed at the first request for any of them, then
+# served from memory. What names them in HTML and in the manifest carries their hash, so a browser keeps each for ever
+# and asks only for the page itself, which is usually 304. Streams and API answers are never compressed.
+
+WEB = Path(__file__).resolve().parent / "web"
+WEB_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webmanifest": "application/manifest+json",
+}
+PAGE_HEADERS = {  # of every file of the page; same-origin, not no-referrer: that would make a form's Origin null
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class WebFile(NamedTuple):
+    """A file of the page as it goes out; `packed` is gzip, or empty where that gains nothing."""
+
+    content: bytes
+    packed: bytes
+    media_type: str
+    digest: str
+
+
+def load_web_files(folder: Path) -> dict[str, WebFile]:
+    """The page's files by name, each one's mentions of the others with their hash."""
+    sources = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
+    files: dict[str, WebFile] = {}
+    for name, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0] == "index.html")):
+        content = re.sub(rb"/web/([\w.-]+)", lambda found: named_with_hash(found, files), source)
+        packed = b"" if name.endswith(".png") else gzip.compress(content, 9, mtime=0)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        files[name] = WebFile(content, packed, WEB_TYPES[Path(name).suffix], digest)
+    return files
+
+
+def named_with_hash(found: re.Match[bytes], files: Mapping[str, WebFile]) -> bytes:
+    file = files.get(found[1].decode())
+    return found[0] if file is None else found[0] + b"?v=" + file.digest.encode()
+
+
+def web_response(request: Request, name: str) -> Response:
+    """A file of the page, or 304. Raises NotFound."""
+    service = service_of(request)
+    if not service.web and WEB.is_dir():
+        service.web.update(load_web_files(WEB))
+    file = service.web.get(name)
+    if file is None:
+        raise NotFound(f"path: there is no file {printable(name, 60)!r} of the page")
+    forever = request.query_params.get("v") == file.digest
+    headers = {
+        **PAGE_HEADERS,
+        "Cache-Control": "public, max-age=31536000, immutable" if forever else "no-cache",
+        "ETag": f'W/"{file.digest}"',
+        "Vary": "Accept, Accept-Encoding",
+    }
+    if file.digest in request.headers.get("if-none-match", ""):
+        return Response(None, 304, headers)
+    if file.packed and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
+        return Response(file.packed, 200, {**headers, "Content-Encoding": "gzip"}, file.media_type)
+    return Response(file.content, 200, headers, file.media_type)
+
+
+async def get_web_file(request: Request) -> Response:
+    return web_response(request, request.path_params["name"])
+
+
+async def get_page(request: Request) -> Response:
+    return web_response(request, "index.html")
+
+
+async def get_root(request: Request) -> Response:
+    """The page to a browser, health to everybody else."""
+    if "text/html" in request.headers.get("accept", ""):
+        return await get_page(request)
+    answer = await get_health(request)
+    answer.headers["Vary"] = "Accept"
+    return answer
+
+
 # ── the table of endpoints, and what is read off it ─────────────────────────────────────────────────────────────────
 
 
@@ -6164,6 +8019,8 @@ class Endpoint:
     query: tuple[tuple[str, dict[str, Any], str], ...] = ()
     errors: tuple[int, ...] = ()
     curl: str = ""
+    media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
+    accepts: tuple[str, ...] = ()  # media types of a body that no type describes
     error: Any = ErrorAnswer  # the shape of those errors
     example_id: str = ""
     id_schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "integer", "minimum": 1})
@@ -6181,11 +8038,12 @@ LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "
 BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
 QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
 DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
+FORMAT = ("format", {"type": "string", "enum": ["json", "markdown"], "default": "json"}, "complete, or to read")
 REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
 ENDPOINTS = (
-    Endpoint("GET", "/", get_root, "the state of the service", HealthAnswer, errors=(503,)),
+    Endpoint("GET", "/", get_root, "the page to a browser, the state of the service to everybody else", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=(REFRESH,)),
     Endpoint(
@@ -6193,7 +8051,7 @@ ENDPOINTS = (
         Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
         curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(404,)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(400, 404)),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
         streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
@@ -6216,7 +8074,7 @@ ENDPOINTS = (
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
         ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
     ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(404,)),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(400, 404)),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
@@ -6225,14 +8083,34 @@ ENDPOINTS = (
         "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
+    Endpoint(
+        "GET", "/api/v1/conversations/{id}/export", export_conversation, "a conversation as a file",
+        Archive, query=(FORMAT,), errors=(400, 404), curl="-OJ", media=("text/markdown",),
+    ),
+    Endpoint(
+        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's",
+        ImportAnswer, errors=(400, 413, 503), accepts=ARCHIVE_TYPES[:2],
+        curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
+    ),
+    Endpoint("GET", "/api/v1/export", export_all, "all conversations as one file", Archive, curl="-OJ"),
+    Endpoint(
+        "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
+        errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
+    ),
     Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
-    Endpoint("GET", "/docs", get_docs, "this API, to read"),
+    Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
 
 
-SIGN_IN_ROUTES = [
-    Route("/sign-in", lambda request: post_sign_in(request) if request.method == "POST" else get_sign_in(request), methods=["GET", "POST"]),
+async def sign_in(request: Request) -> Response:
+    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+
+
+PAGE_ROUTES = [
+    Route("/c/{id}", get_page, methods=["GET"]),
+    Route("/web/{name}", get_web_file, methods=["GET"]),
+    Route("/sign-in", sign_in, methods=["GET", "POST"]),
     Route("/sign-out", post_sign_out, methods=["POST"]),
 ]
 
@@ -6268,21 +8146,36 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "llmchat", "version": __version__, "description": "Answers that survive: streamed, stored, resumed."},
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"token": []}],  # on this machine alone none is needed
     }
+
+
+# Of each event of a stream, as tools read a schema of text/event-stream before OpenAPI 3.2 has a word for it.
+EVENT_SCHEMA = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "event": {"type": "string", "description": "start, delta, html, heartbeat, notice, reset or end"},
+        "data": {"type": "string", "description": "JSON"},
+        "id": {"type": "string", "pattern": "^[0-9]*$", "description": "the offset after the event"},
+        "retry": {"type": "integer"},
+    },
+}
 
 
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
+    if one.error is not ErrorAnswer:  # an OpenAI endpoint, whose answers OpenAI describes
+        content = {"application/json": {"schema": {"type": "object"}}}
     if one.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    if one.path == "/docs":
-        content = {"text/html": {"schema": {"type": "string"}}}
+        content["text/event-stream"] = {"schema": EVENT_SCHEMA}
+    content.update({media: {"schema": {"type": "string"}} for media in one.media})
     responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
     if one.body is not None and one.streams and one.error is ErrorAnswer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
-    for status in sorted({*one.errors, 500}):
+    for status in sorted({*one.errors, 401, 403, 429, 500}):
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
     parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
@@ -6291,6 +8184,8 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
     if one.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
+    if one.accepts:
+        operation["requestBody"] = {"required": True, "content": {media: {} for media in one.accepts}}
     return {**operation, "responses": responses}
 
 
@@ -6565,6 +8460,7 @@ def called_delta(identity: str, name: str, arguments: str) -> Delta:
 
 async def create_chat_completion(request: Request) -> Response:
     asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     refuse_unsupported(asked)
     turns = [turn_of(message, f"messages.{index}") for index, message in enumerate(asked.messages)]
     refuse_large(body, turns)
@@ -7122,6 +9018,7 @@ def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
 
 async def create_response(request: Request) -> Response:
     asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
     new = await new_response(request, asked, body)
     started = await service_of(request).generations.start(new)
     if asked.stream:
@@ -7310,13 +9207,19 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
             line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
-            return json.dumps({**line, "trace": trace} if trace else line, ensure_ascii=False, default=str)
+            return printable_json({**line, "trace": trace} if trace else line)
         pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
         return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
 
     def _quote(self, value: Any) -> str:
         text = str(value)
-        return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"=]", text) or not text else text
+        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else printable_json(text)
+
+
+def printable_json(value: Any) -> str:
+    """JSON without any character that a terminal obeys or a log's reader takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isprintable() else json.dumps(value, default=str)
 
 
 def open_log(config: Config) -> None:
@@ -7325,6 +9228,7 @@ def open_log(config: Config) -> None:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
 
 class App(Starlette):
@@ -7344,6 +9248,7 @@ def create_app(config: Config) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.interrupted = await store.open()
+        warn_of_network(config.db)
         generations.open()
         await gate.open()
         try:
@@ -7354,9 +9259,23 @@ def create_app(config: Config) -> Starlette:
             await store.close()
 
     endpoints = (*ENDPOINTS, *OPENAI_ENDPOINTS)
-    app = App(routes=[*routes_of(endpoints), *SIGN_IN_ROUTES], lifespan=lifespan)
+    app = App(routes=[*routes_of(endpoints), *PAGE_ROUTES], lifespan=lifespan)
     app.state.service = Service(config, store, providers, generations, gate, endpoints, time.monotonic())
     return app
+
+
+MOUNTS = Path("/proc/mounts")  # Linux
+
+
+def warn_of_network(path: str) -> None:
+    """A line in the log if the database is where SQLite's locks and its shared memory cannot be relied on."""
+    with contextlib.suppress(OSError):
+        folder = os.path.realpath(Path(path).absolute().parent)
+        kind = network_file_system(folder, MOUNTS.read_text(encoding="utf-8", errors="replace"))
+        if kind is not None:
+            advice = "SQLite can lose data there: https://sqlite.org/useovernet.html; put the database on a local disk"
+            fields_of_line = {"type": kind, "folder": folder, "advice": advice}
+            log.warning("database on a network file system", extra={"fields": fields_of_line})
 
 
 def open_socket(config: Config) -> socket.socket:
@@ -7375,26 +9294,60 @@ def open_socket(config: Config) -> socket.socket:
     return listener
 
 
+def refusal(is_too_large: bool) -> bytes:
+    """The whole response to what is no request."""
+    status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
+    if is_too_large:
+        status, error = 431, TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+    request_id = f"{random.getrandbits(64):016x}"
+    response = error_response(error, request_id)
+    own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
+    lines = [b"%s: %s\r\n" % pair for pair in [*response.raw_headers, *SECURITY_HEADERS.items(), *own]]
+    return b"HTTP/1.1 %d %s\r\n%s\r\n%s" % (status, HTTPStatus(status).phrase.encode(), b"".join(lines), response.body)
+
+
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there."""
+    """uvicorn's connection with bounds on a request's head: a stranger may neither fill the memory nor just sit there.
+
+    The timer runs whenever a head is awaited: from the connection's start, from a request's first byte, and from any
+    byte after an answer (blank lines, the rest of a body that nobody read), for uvicorn's own timer ends with such a
+    byte. `_head_bytes` counts what the parser has reported of the head, and of trailers, which are dropped: nothing
+    that comes after a body may pass for a header. `_silent_bytes` counts what it keeps to itself: one endless line.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _silent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        self._silent_bytes += len(data)
         super().data_received(data)
-        if self._head_timer is not None and self._head_bytes > HEAD_BYTES_MAX:
-            self.transport.close()
+        if self._silent_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self.send_400_response("")
 
     def on_message_begin(self) -> None:
+        self._head_bytes = self._silent_bytes = 0
         self._await_head()
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + len(": \r\n"))
+        if self._head_timer is not None:  # else it is a trailer
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._silent_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         self._end_head()
@@ -7408,8 +9361,24 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
 
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        self._silent_bytes = 0
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise TooLarge("the parser hands this on as an error of its own")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
+        running = self.cycle is not None and not self.cycle.response_complete
+        if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
+            self.transport.write(refusal(max(self._head_bytes, self._silent_bytes) > HEAD_BYTES_MAX))
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing is upgraded here, and anybody could fill the log with it."""
+
     def _end_head(self) -> None:
-        self._head_bytes = 0
+        self._silent_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -7493,20 +9462,31 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
         "  <PROVIDER>_MODELS (comma list) and <PROVIDER>_DIALECT (openai | anthropic) say more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("command", nargs="?", choices=("backup",), help="copies the database, also while it runs")
+    parser.add_argument("file", nargs="?", help="where the backup goes; nothing is overwritten")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", help="TCP port to listen on")
     parser.add_argument("--db", help="path of the SQLite database")
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if (parsed.command is None) != (parsed.file is None):
+        parser.error("backup: say where to: llmchat backup FILE")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
     sys.setswitchinterval(SWITCH_SECONDS)
     flags = vars(parse_arguments_of_main(arguments))
+    command, file = flags.pop("command"), flags.pop("file")
     try:
         config = load_config({**read_dotenv(Path(".env")), **os.environ}, flags)
+        if command == "backup":
+            print(f"backup of {config.db}: {file}, {save_backup(config.db, file):,} bytes")
+            return 0
         open_log(config)
+        if is_open_to_others(Path(".env")):
+            log.warning("others on this machine can read .env with the keys in it; chmod 600 .env")
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serve(config))
     except StartError as exc:

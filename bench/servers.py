@@ -170,7 +170,7 @@ def command(setup: Setup, name: str, directory: Path, port: int) -> list[str]:
     """The command line that starts a server."""
     provider = f"http://127.0.0.1:{setup.provider_port}/v1"
     if name == "llmchat":
-        return [setup.python, str(setup.llmchat), "--port", str(port), "--db", str(directory / "llmchat.db")]
+        return [setup.python, "-m", setup.llmchat.stem, "--port", str(port), "--db", str(directory / "llmchat.db")]
     if name == "passthrough":
         return [setup.python, str(HERE / "passthrough.py"), str(port), provider]
     if name == "bare":
@@ -188,7 +188,7 @@ def start_server(setup: Setup, name: str, directory: Path, settings: dict[str, s
     line = command(setup, name, directory, port)
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     if name == "llmchat":
-        environment |= LLMCHAT_SETTINGS | (settings or {})
+        environment |= LLMCHAT_SETTINGS | {"PYTHONPATH": str(setup.llmchat.parent)} | (settings or {})
         environment["OPENAI_BASE_URL"] = f"http://127.0.0.1:{setup.provider_port}/v1"
     log = directory / f"{name}.log"
     with log.open("ab") as output:

@@ -2,7 +2,7 @@
 -- conversation's. `segment` and `owner_token` are functions of the program: scripts without spaces between words are
 -- split into characters, and an owner is one word, so that a search looks at that owner's rows only.
 
-CREATE VIRTUAL TABLE message_fts USING fts5 (owner, title, text, tokenize = "unicode61 remove_diacritics 2");
+CREATE VIRTUAL TABLE message_fts USING fts5 (owner, title, text, prefix = "2 3", tokenize = "unicode61 remove_diacritics 2");
 
 INSERT INTO message_fts (rowid, owner, title)
 SELECT -id, owner_token(owner), segment(title) FROM conversation;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,8 +54,11 @@ def memory_bytes(server: Server, field: str) -> int:
     return int(match[1]) * 1024
 
 
-def digest(stream: EventStream) -> tuple[str, int, Any]:
-    """What a client gets: the checksum of its content, its length, and its `end`. The ids must be contiguous."""
+def digest(stream: EventStream, whole: list[int] | None = None) -> tuple[str, int, Any]:
+    """What a client gets: the checksum of its content, its length, and its `end`. The ids must be contiguous.
+
+    Puts its length into `whole` once it holds everything, before the end has come.
+    """
     checksum, length, end = hashlib.sha256(), 0, None
     with stream:
         for event in stream.events():
@@ -62,6 +66,8 @@ def digest(stream: EventStream) -> tuple[str, int, Any]:
                 checksum.update(event.data["text"].encode())
                 length += len(event.data["text"])
                 assert event.id == length
+                if whole is not None and length == ANSWER_CHARACTERS:
+                    whole.append(length)
             end = event.data if event.name == "end" else end
     return checksum.hexdigest(), length, end
 
@@ -73,8 +79,10 @@ def stalled_stream(server: Server, path: str) -> EventStream:
 
 def test_readers_get_everything_while_as_many_others_never_read(provider: Provider, tmp_path: Path) -> None:
     content = varied_text(ANSWER_CHARACTERS)
+    expected = (hashlib.sha256(content.encode()).hexdigest(), len(content), "completed")
     pieces = [content[start : start + 400] for start in range(0, len(content), 400)]
-    gate = f"fan {next(gate_numbers)}"
+    gates = [f"fan {next(gate_numbers)}" for _ in range(2)]
+    asked = len(provider.chats)
     settings = {"LLMCHAT_ANSWER_CHARACTERS_MAX": "10000000"}
     with (
         running_server(tmp_path, provider, **settings) as server,
@@ -82,29 +90,29 @@ def test_readers_get_everything_while_as_many_others_never_read(provider: Provid
         contextlib.ExitStack() as streams,
     ):
         server.wait_ended(server.start_chat("Hello", model="n"))  # what is loaded once is loaded
-        provider.script([*texts([pieces[0]]), WaitFor(gate), *texts(pieces[1:]), *openai_end()])
+        provider.script([*texts([pieces[0]]), WaitFor(gates[0]), *texts(pieces[1:]), WaitFor(gates[1]), *openai_end()])
         message_id = server.start_chat("Hello")
         path = f"/api/v1/messages/{message_id}/stream"
         stalled = [streams.enter_context(stalled_stream(server, path)) for _ in range(STALLED)]
         reading = [streams.enter_context(EventStream(server.url, "GET", path, timeout=60)) for _ in range(READING)]
         before = memory_bytes(server, "VmRSS")
-        provider.open_gate(gate)
-        expected = (hashlib.sha256(content.encode()).hexdigest(), len(content))
-        for checksum, length, end in threads.map(digest, reading):
-            assert (checksum, length) == expected and end["status"] == "completed"
-        peak, after = memory_bytes(server, "VmHWM") - before, memory_bytes(server, "VmRSS") - before
-        print(f"memory: {before / 1e6:.1f} MB before, {peak / 1e6:+.1f} MB at its peak, {after / 1e6:+.1f} MB after")
-        assert peak < GROWTH_BYTES_MAX
-        status = server.rows("SELECT status FROM message WHERE id = ?", message_id)[0][0]
-        assert status == "completed", "it ended while half of them had read nothing"
-        assert server.get("/api/v1/health").json()["subscribers"] == STALLED
+        whole: list[int] = []
+        found = [threads.submit(digest, stream, whole) for stream in reading]
+        provider.open_gate(gates[0])
+        wait_until(lambda: len(whole) == READING, "everything at everyone who reads", 60)
+        growth = memory_bytes(server, "VmHWM") - before
+        provider.open_gate(gates[1])
+        for one in found:
+            checksum, length, end = one.result()
+            assert (checksum, length, end["status"]) == expected
+        assert server.get("/api/v1/health").json()["subscribers"] == STALLED, "half of them have read nothing"
         for checksum, length, end in threads.map(digest, stalled):
-            assert (checksum, length) == expected and end["status"] == "completed"
+            assert (checksum, length, end["status"]) == expected
         late = memory_bytes(server, "VmHWM") - before
-        print(f"memory: {late / 1e6:+.1f} MB at its peak once the others had read as well")
-        assert late < GROWTH_BYTES_MAX
+        print(f"memory: {before / 1e6:.1f} MB, {growth / 1e6:+.1f} with all content out, {late / 1e6:+.1f} at last")
+        assert growth < GROWTH_BYTES_MAX and late < GROWTH_BYTES_MAX
         wait_until(lambda: server.get("/api/v1/health").json()["subscribers"] == 0, "the end of all streams")
-    assert len(provider.chats) == 2, "one for the warm-up, one for all fifty"
+    assert len(provider.chats) == asked + 2, "one for the warm-up, one for all fifty"
 
 
 def test_fifty_get_the_same_bytes(provider: Provider, tmp_path: Path) -> None:
@@ -199,6 +207,24 @@ def test_the_limit_of_subscribers_holds_for_finished_messages_too(small: Server,
 
 def count_rows(server: Server) -> list[int]:
     return [server.rows(f"SELECT count(*) FROM {table}")[0][0] for table in ("conversation", "message", "delta")]
+
+
+def test_the_limit_of_subscribers_holds_for_requests_at_the_same_time(small: Server, provider: Provider) -> None:
+    content = varied_text(900_000)
+    provider.script([*texts([content[start : start + 9000] for start in range(0, len(content), 9000)]), *openai_end()])
+    message_id = small.start_chat("Hello")
+    small.wait_ended(message_id)
+    path = f"/api/v1/messages/{message_id}/stream"
+    together = threading.Barrier(24)
+
+    def subscribe(_: int) -> EventStream:
+        together.wait(10)
+        return stalled_stream(small, path)
+
+    with ThreadPoolExecutor(24) as threads, contextlib.ExitStack() as streams:
+        found = [streams.enter_context(stream) for stream in threads.map(subscribe, range(24))]
+        assert sorted(stream.status for stream in found) == [200] * 3 + [503] * 21
+    wait_until(lambda: small.get("/api/v1/health").json()["subscribers"] == 0, "the end of the streams")
 
 
 @pytest.mark.usefixtures("stop_all")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -716,13 +717,14 @@ class Table:
 
     def _run(self, run: Run) -> None:
         server = self.servers[run.case.server]
-        model = f"{run.dialect}/{run.model}"
+        model, deadline = f"{run.dialect}/{run.model}", time.monotonic() + WAIT_SECONDS
         try:
             with server.chat("Hello", model=model) as stream:
                 assert stream.status == 200, stream.error
                 for event in stream.events():
                     run.message_id = event.data["message_id"] if event.name == "start" else run.message_id
                     run.reader.take(event)
+                    assert time.monotonic() < deadline, f"no end within {WAIT_SECONDS} s"
             run.message = server.message(run.message_id)
             run.stored = server.content(run.message_id)
             body = {"message": "Hello", "model": model + " (document)", "stream": False}

@@ -493,7 +493,7 @@ def test_what_is_not_stored_is_hidden_and_leaves_nothing_behind(impatient: Serve
 
 def test_the_sweep_takes_what_has_ended_and_nobody_reads(tmp_path: Path) -> None:
     path = str(tmp_path / "llmchat.db")
-    llmchat.prepare_database(path)
+    llmchat.prepare_database(path, suspect=False)
     target = llmchat.Target(llmchat.Provider("p", "openai", "http://p.invalid/v1"), "m")
     asked = (llmchat.Turn("user", (llmchat.Delta("text", "Hi"),)),)
     new = llmchat.NewMessage("ann", None, llmchat.UNSET, asked, None, (target,), llmchat.Parameters(), hidden=True)

@@ -1,9 +1,10 @@
-"""The store: migrations that are whole or not at all, constraints that hold, group commit, and a database that is locked."""
+"""The store: migrations whole or not at all, constraints that hold, writes in groups, a locked database waited for."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sqlite3
 import threading
 import time
@@ -19,7 +20,8 @@ from tests.conftest import ROOT, Server, wait_until
 from tests.provider import Provider, openai_text
 
 INSERT_MESSAGE = (
-    "INSERT INTO message (conversation_id, parent_id, role, status, created_at_ms, ended_at_ms, error_json, params_json)"
+    "INSERT INTO message"
+    " (conversation_id, parent_id, role, status, created_at_ms, ended_at_ms, error_json, params_json)"
     " VALUES (:conversation_id, :parent_id, :role, :status, :created_at_ms, :ended_at_ms, :error_json, :params_json)"
 )
 MESSAGE = {
@@ -31,7 +33,9 @@ TARGET = llmchat.Target(llmchat.Provider("demo", "openai", "http://demo.invalid/
 
 @contextlib.contextmanager
 def connected(path: Path) -> Iterator[sqlite3.Connection]:
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=20, check_same_thread=False)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(path, isolation_level=None, timeout=20, check_same_thread=False)
+    ) as connection:
         connection.execute("PRAGMA foreign_keys=ON")
         yield connection
 
@@ -58,7 +62,11 @@ async def opened(path: Path) -> AsyncIterator[llmchat.Store]:
 def new_message(text: str = "hello", **more: Any) -> llmchat.NewMessage:
     values: dict[str, Any] = {"conversation_id": None, "parent_id": llmchat.UNSET, "system": None, **more}
     return llmchat.NewMessage(
-        "local", turns=(llmchat.Turn("user", (llmchat.Delta("text", text),)),), targets=(TARGET,), parameters=llmchat.Parameters(), **values
+        "local",
+        turns=(llmchat.Turn("user", (llmchat.Delta("text", text),)),),
+        targets=(TARGET,),
+        parameters=llmchat.Parameters(),
+        **values,
     )
 
 
@@ -100,7 +108,7 @@ def tables_of(path: Path) -> set[str]:
 
 def test_a_new_database_has_every_migration_and_no_backup(tmp_path: Path, migrations: Path) -> None:
     number = add_migration(migrations, "CREATE TABLE more (a TEXT) STRICT;\n-- the end; really\n")
-    llmchat.prepare_database(str(tmp_path / "x.db"))
+    llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     assert version_of(tmp_path / "x.db") == number
     assert {"conversation", "message", "delta", "more"} <= tables_of(tmp_path / "x.db")
     assert [one.name for one in tmp_path.iterdir() if "before" in one.name] == []
@@ -108,13 +116,13 @@ def test_a_new_database_has_every_migration_and_no_backup(tmp_path: Path, migrat
 
 def test_a_migration_that_breaks_in_its_middle_leaves_nothing_of_itself(tmp_path: Path, migrations: Path) -> None:
     path, before = tmp_path / "x.db", len(list(migrations.iterdir()))
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     number = add_migration(migrations, "CREATE TABLE half (a TEXT) STRICT;\nCREATE TABLE message (b TEXT) STRICT;\n")
     with pytest.raises(llmchat.StartError, match=r"^database .*x\.db: table message already exists$"):
-        llmchat.prepare_database(str(path))
+        llmchat.prepare_database(str(path), suspect=False)
     assert version_of(path) == before and "half" not in tables_of(path)
     (migrations / f"{number:04}_more.sql").write_text("CREATE TABLE whole (a TEXT) STRICT;\n", encoding="utf-8")
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     assert version_of(path) == number and "whole" in tables_of(path)
 
 
@@ -122,18 +130,22 @@ def test_the_migrations_before_a_broken_one_stay(tmp_path: Path, migrations: Pat
     number = add_migration(migrations, "CREATE TABLE good (a TEXT) STRICT;\n")
     add_migration(migrations, "CREATE TABLE half (a TEXT) STRICT;\nNOT SQL;\n")
     with pytest.raises(llmchat.StartError, match="syntax error"):
-        llmchat.prepare_database(str(tmp_path / "x.db"))
+        llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     assert version_of(tmp_path / "x.db") == number
     assert "good" in tables_of(tmp_path / "x.db") and "half" not in tables_of(tmp_path / "x.db")
 
 
-def test_an_existing_database_is_backed_up_beside_itself_before_it_is_migrated(tmp_path: Path, migrations: Path) -> None:
+def test_an_existing_database_is_backed_up_beside_itself_before_it_is_migrated(
+    tmp_path: Path, migrations: Path
+) -> None:
     path, before = tmp_path / "x.db", len(list(migrations.iterdir()))
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     with connected(path) as connection:
-        connection.execute("INSERT INTO conversation (owner, title, created_at_ms, updated_at_ms) VALUES ('local', 'kept', 1, 1)")
+        connection.execute(
+            "INSERT INTO conversation (owner, title, created_at_ms, updated_at_ms) VALUES ('local', 'kept', 1, 1)"
+        )
     number = add_migration(migrations, "DELETE FROM conversation;\n")
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     backup = tmp_path / f"x.db.before-{number:04}"
     assert version_of(backup) == before
     with connected(backup) as connection:
@@ -143,17 +155,17 @@ def test_an_existing_database_is_backed_up_beside_itself_before_it_is_migrated(t
 
 def test_a_database_that_is_up_to_date_is_not_backed_up(tmp_path: Path, migrations: Path) -> None:
     for _ in range(2):
-        llmchat.prepare_database(str(tmp_path / "x.db"))
+        llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     assert {one.name for one in tmp_path.iterdir()} == {"x.db", "migrations"}
 
 
 def test_a_newer_database_is_refused(tmp_path: Path, migrations: Path) -> None:
     path = tmp_path / "x.db"
     number = add_migration(migrations, "CREATE TABLE more (a TEXT) STRICT;\n")
-    llmchat.prepare_database(str(path))
+    llmchat.prepare_database(str(path), suspect=False)
     (migrations / f"{number:04}_more.sql").unlink()
     with pytest.raises(llmchat.StartError, match=f"is of version {number}, made by a newer llmchat"):
-        llmchat.prepare_database(str(path))
+        llmchat.prepare_database(str(path), suspect=False)
 
 
 # ── constraints ──
@@ -161,9 +173,11 @@ def test_a_newer_database_is_refused(tmp_path: Path, migrations: Path) -> None:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    llmchat.prepare_database(str(tmp_path / "x.db"))
+    llmchat.prepare_database(str(tmp_path / "x.db"), suspect=False)
     with connected(tmp_path / "x.db") as connection:
-        connection.execute("INSERT INTO conversation (id, owner, created_at_ms, updated_at_ms) VALUES (1, 'local', 1, 1)")
+        connection.execute(
+            "INSERT INTO conversation (id, owner, created_at_ms, updated_at_ms) VALUES (1, 'local', 1, 1)"
+        )
         connection.execute(INSERT_MESSAGE, MESSAGE)
         yield connection
 
@@ -177,7 +191,9 @@ def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_message_that_cannot_be_is_refused_by_the_schema(database: sqlite3.Connection, change: dict[str, Any]) -> None:
+def test_a_message_that_cannot_be_is_refused_by_the_schema(
+    database: sqlite3.Connection, change: dict[str, Any]
+) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         database.execute(INSERT_MESSAGE, {**MESSAGE, **change})
     assert database.execute("SELECT count(*) FROM message").fetchone() == (1,)
@@ -185,7 +201,14 @@ def test_a_message_that_cannot_be_is_refused_by_the_schema(database: sqlite3.Con
 
 @pytest.mark.parametrize(
     "row",
-    [(1, -1, "text", "x"), (1, 0, "song", "x"), (7, 0, "text", "x"), (1, 0, "text", None), (1, 0, "text", b"x"), (1, "a", "text", "x")],
+    [
+        (1, -1, "text", "x"),
+        (1, 0, "song", "x"),
+        (7, 0, "text", "x"),
+        (1, 0, "text", None),
+        (1, 0, "text", b"x"),
+        (1, "a", "text", "x"),
+    ],
     ids=str,
 )
 def test_a_delta_that_cannot_be_is_refused_by_the_schema(database: sqlite3.Connection, row: tuple[Any, ...]) -> None:
@@ -304,7 +327,7 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
 
 
 def test_a_lock_of_three_seconds_delays_an_answer_and_loses_nothing(server: Server, provider: Provider) -> None:
-    provider.script([*openai_text("before ")[:-2], provider.gate("locked"), *openai_text("while ", "after")[1:]])
+    provider.script([*openai_text("before ")[:-3], provider.gate("locked"), *openai_text("while ", "after")[1:]])
     reader = Reader()
     with server.chat("x") as stream:
         reader.read(stream, 2)
@@ -326,20 +349,32 @@ def test_a_question_that_meets_a_lock_is_refused_whole_and_may_be_repeated(serve
         health = server.get("/api/v1/health")
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
     assert refused.json()["error"]["retryable"] is True and int(refused.headers["retry-after"]) >= 1
-    assert (health.status_code, health.json()["database_writable"], health.json()["status"]) == (503, False, "store_unavailable")
+    assert (health.status_code, health.json()["database_writable"], health.json()["status"]) == (
+        503,
+        False,
+        "store_unavailable",
+    )
     assert provider.chats == [] and server.rows("SELECT count(*) FROM conversation") == [(0,)]
     assert server.post("/api/v1/chat", body, headers=headers).status_code == 200
     assert server.get("/api/v1/health").status_code == 200
 
 
+def can_connect(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
+        return True
+    return False
+
+
 @contextlib.contextmanager
-def impatient(tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., EventStream]]:
+def impatient(
+    tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., EventStream]]:
     """A service in this process that gives a locked database a second; yields what starts a chat in it."""
     monkeypatch.setattr(llmchat, "DATABASE_BUSY_MS", 50)
     monkeypatch.setattr(llmchat, "FLUSH_PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(llmchat, "FLUSH_RETRY_SECONDS", 0.05)
-    environment = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_MODELS": "m", "LLMCHAT_PORT": "0"}
-    config = llmchat.load_config({**environment, "LLMCHAT_DB": str(tmp_path / "x.db")}, {})
+    environment = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_MODELS": "m", "LLMCHAT_HEARTBEAT_SECONDS": "3600"}
+    config = llmchat.load_config({**environment, "LLMCHAT_PORT": "0", "LLMCHAT_DB": str(tmp_path / "x.db")}, {})
     started, ports, stop = threading.Event(), [], threading.Event()
 
     async def main() -> None:
@@ -352,8 +387,6 @@ def impatient(tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatc
                 server = uvicorn.Server(settings)
                 serving = asyncio.ensure_future(server._serve([listener]))  # `serve` would take the signals
                 ports.append(listener.getsockname()[1])
-                while not server.started:
-                    await asyncio.sleep(0.01)
                 started.set()
                 await asyncio.to_thread(stop.wait)
                 server.should_exit = True
@@ -363,6 +396,7 @@ def impatient(tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatc
     thread.start()
     try:
         assert started.wait(20)
+        wait_until(lambda: can_connect(ports[0]), "the service")
         url = f"http://127.0.0.1:{ports[0]}"
         yield lambda method="POST", path="/api/v1/chat", body=None: EventStream(url, method, path, body)
     finally:
@@ -374,7 +408,9 @@ def impatient(tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatc
 def test_a_lock_beyond_the_patience_fails_the_answer_and_the_service_recovers(
     tmp_path: Path, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provider.script([*openai_text("before ")[:-2], provider.gate("locked"), *openai_text("while")[1:-2], provider.gate("never")])
+    provider.script(
+        [*openai_text("before ")[:-3], provider.gate("locked"), *openai_text("while")[1:-2], provider.gate("never")]
+    )
     reader = Reader()
     with impatient(tmp_path, provider, monkeypatch) as connect:
         with connect(body={"message": "x"}) as stream, locked(tmp_path / "x.db"):

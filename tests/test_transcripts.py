@@ -81,7 +81,7 @@ def read(recording: Recording, *pieces: bytes) -> Result:
         answer = Answer(Provider("recorded", recording.dialect, "http://127.0.0.1/v1"), response)
         result = Result()
         try:
-            async for deltas in answer.deltas():
+            while (deltas := await answer.read()) is not None:
                 result.deltas += deltas
         except GenerationError as exc:
             result.error = f"{exc.code}: {exc.message}"

@@ -3,6 +3,6 @@
 CREATE TABLE session (
     cookie_hash   TEXT    PRIMARY KEY,
     owner         TEXT    NOT NULL,
-    token_hash    TEXT    NOT NULL,   -- of the owner's token at sign-in: another token ends the session
+    token_hash    TEXT    NOT NULL,   -- of cookie and owner's token together: another token ends the session
     expires_at_ms INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;

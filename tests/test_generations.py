@@ -1,0 +1,426 @@
+"""Generations under a failing database, and cut at every await: nothing is shown too early, lost, or left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import llmchat
+from tests.client import Reader, parse_event
+from tests.conftest import wait_until
+from tests.guarantees import Tuned, chat_to_the_gate, gated, read_all, reader_at, settings_for, texts
+from tests.provider import Hang, Provider, Script, Send, openai_end, page
+
+PARTS = [["one "], ["two 日本 "], ["three"]]
+WHOLE = "one two 日本 three"
+
+
+@pytest.fixture(scope="module")
+def provider() -> Iterator[Provider]:
+    with Provider() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_script_is_left(provider: Provider) -> Iterator[None]:
+    yield
+    provider._queues[None].clear()
+
+
+@pytest.fixture(scope="module")
+def server(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
+    """A server that waits a second for its database, not ten."""
+    constants = {"FLUSH_PATIENCE_SECONDS": 1.0, "FLUSH_RETRY_SECONDS": 0.05, "DATABASE_BUSY_MS": 50}
+    folder = tmp_path_factory.mktemp("generations")
+    with contextlib.closing(Tuned(folder, provider, constants=constants, LLMCHAT_HEARTBEAT_SECONDS="0.1")) as tuned:
+        yield tuned
+
+
+@contextlib.contextmanager
+def database_locked(server: Tuned) -> Iterator[None]:
+    """Another program holds the database's write lock."""
+    with contextlib.closing(sqlite3.connect(server.db, isolation_level=None, timeout=10)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            other.execute("ROLLBACK")
+
+
+# ── a database that cannot be written ──
+
+
+def test_nobody_sees_a_character_that_the_database_could_not_take(server: Tuned, provider: Provider) -> None:
+    stream, reader, message_id, gates = chat_to_the_gate(server, provider, *PARTS)
+    with stream:
+        with database_locked(server):
+            provider.open_gate(gates[0])
+            provider.wait_at_gate(gates[1])
+            late = server.resume(message_id)
+            for number, event in enumerate(stream.events()):
+                assert event.name == "heartbeat", "nothing else while the database is locked"
+                if number == 4:
+                    break
+        provider.open_gate(gates[1])
+        read_all(stream, reader)
+    assert reader.content == read_all(late).content == WHOLE == server.content(message_id)
+    assert reader.end is not None and reader.end["status"] == "completed"
+
+
+def test_a_database_that_stays_away_ends_generations_and_comes_back(server: Tuned, provider: Provider) -> None:
+    before = server.rows("SELECT count(*) FROM message")[0][0]
+    stream, reader, message_id, gates = chat_to_the_gate(server, provider, *PARTS)
+    with database_locked(server):
+        provider.open_gate(gates[0])
+        read_all(stream, reader)
+        assert reader.end is not None and reader.end["status"] == "failed"
+        assert reader.end["error"]["code"] == "store_unavailable" and reader.end["error"]["retryable"] is True
+        assert reader.content == "one " == server.content(message_id)
+        provider.chats[-1].wait_closed()
+        again = read_all(server.resume(message_id))
+        assert again.content == "one " and again.end == reader.end
+        refused = server.post("/api/v1/chat", {"message": "Hello"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "store_unavailable"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.get("/api/v1/health").status_code == 503
+    message = server.wait_ended(message_id)
+    assert message["status"] == "failed" and message["error"] == reader.end["error"]
+    assert message["text"] == "one two 日本 ", "what had come from the provider is stored after all"
+    rest = read_all(server.resume(message_id, reader.cursor), reader)
+    assert rest.content == message["text"] and rest.names.count("end") == 2
+    assert server.rows("SELECT count(*) FROM message")[0][0] == before + 2
+    wait_until(lambda: server.get("/api/v1/health").status_code == 200, "the service's recovery")
+    assert server.wait_ended(server.start_chat("Hello"))["status"] == "completed"
+
+
+def test_a_whole_answer_that_cannot_be_stored_is_a_503(server: Tuned, provider: Provider) -> None:
+    gates = gated(provider, ["one "], ["two"])
+    asked = len(provider.chats)
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        waiting = threads.submit(server.post, "/api/v1/chat", {"message": "Hello", "stream": False})
+        provider.wait_chats(asked + 1)
+        provider.wait_at_gate(gates[0])
+        wait_until(
+            lambda: server.rows("SELECT text FROM delta ORDER BY message_id DESC LIMIT 1") == [("one ",)], "a delta"
+        )
+        with database_locked(server):
+            provider.open_gate(gates[0])
+            response = waiting.result(20)
+    assert response.status_code == 503 and response.json()["error"]["code"] == "store_unavailable"
+    assert server.wait_ended(response.json()["message_id"])["text"] == "one two"
+
+
+def test_a_stop_while_the_database_is_locked_answers_when_it_is_durable(server: Tuned, provider: Provider) -> None:
+    stream, reader, message_id, _ = chat_to_the_gate(server, provider, *PARTS)
+    with ThreadPoolExecutor(1) as threads:
+        with database_locked(server):
+            stopped = threads.submit(server.post, f"/api/v1/messages/{message_id}/stop")
+            provider.chats[-1].wait_closed()
+            time.sleep(0.2)  # time for what must not happen
+            assert not stopped.done() and server.rows("SELECT status FROM message WHERE id = ?", message_id) == [
+                ("running",)
+            ]
+        assert stopped.result(20).json() == {"message_id": message_id, "status": "stopped"}
+    assert read_all(stream, reader).content == "one "
+
+
+@pytest.mark.parametrize("how", ["completed", "stopped"])
+def test_nobody_is_told_of_an_end_that_is_not_stored(server: Tuned, provider: Provider, how: str) -> None:
+    stream, reader, message_id, gates = chat_to_the_gate(server, provider, ["one "], ["two"])
+    with ThreadPoolExecutor(1) as threads, database_locked(server):
+        if how == "stopped":
+            stopped = threads.submit(server.post, f"/api/v1/messages/{message_id}/stop").result(20)
+            assert stopped.status_code == 503 and stopped.json()["error"]["code"] == "store_unavailable"
+        else:
+            provider.open_gate(gates[0])
+        read_all(stream, reader)
+        assert reader.end is not None and reader.end["status"] == "failed"
+        assert reader.end["error"]["code"] == "store_unavailable"
+    message = server.wait_ended(message_id)
+    assert message["status"] in ("failed", how)
+    assert message["text"] == ("one " if how == "stopped" else "one two")
+
+
+# ── one that cannot be stored, among others ──
+
+
+def test_a_message_that_another_program_deletes_takes_no_other_along(server: Tuned, provider: Provider) -> None:
+    spared = chat_to_the_gate(server, provider, *PARTS)
+    stream, reader, message_id, gates = chat_to_the_gate(server, provider, *PARTS)
+    with contextlib.closing(sqlite3.connect(server.db, timeout=10)) as other:
+        other.execute("PRAGMA foreign_keys = ON")
+        other.execute("DELETE FROM message WHERE id = ?", (message_id,))
+        other.commit()
+    for gate in (*gates, *spared[3]):
+        provider.open_gate(gate)
+    read_all(stream, reader)
+    assert reader.end is not None and reader.end["status"] == "failed" and reader.end["error"]["code"] == "internal"
+    read_all(spared[0], spared[1])
+    assert spared[1].content == WHOLE and spared[1].end is not None and spared[1].end["status"] == "completed"
+    assert server.get(f"/api/v1/messages/{message_id}").status_code == 404
+    assert server.get("/api/v1/generations").json() == {"generations": []}
+
+
+def test_a_generation_whose_rows_are_refused_is_failed_and_can_be_deleted(server: Tuned, provider: Provider) -> None:
+    """Another program has written where the next delta would go."""
+    stream, reader, message_id, gates = chat_to_the_gate(server, provider, *PARTS)
+    with contextlib.closing(sqlite3.connect(server.db, timeout=10)) as other:
+        other.execute("INSERT INTO delta VALUES (?, 4, 'text', 'foreign')", (message_id,))
+        other.commit()
+    for gate in gates:
+        provider.open_gate(gate)
+    read_all(stream, reader)
+    message = server.message(message_id)
+    assert reader.end is not None and reader.end["status"] == "failed" == message["status"]
+    assert message["error"]["code"] == "internal"
+    assert server.client.delete(f"/api/v1/conversations/{message['conversation_id']}").status_code == 200
+    assert server.get(f"/api/v1/messages/{message_id}").status_code == 404
+
+
+HALF = b'{"error": {"message": "bad \\ud83d", "code": 400}}'
+
+
+@pytest.mark.parametrize(
+    "script",
+    [[Send(b"data: " + HALF + b"\n\n")], page(400, HALF, "application/json")],
+    ids=["in a stream", "as a refusal"],
+)
+def test_half_a_surrogate_in_a_providers_words_ends_no_more_than_its_answer(
+    server: Tuned, provider: Provider, script: Script
+) -> None:
+    provider.script(script)
+    message = server.wait_ended(server.start_chat("Hello"))
+    assert message["status"] == "failed" and "bad \ufffd" in message["error"]["message"]
+    assert server.wait_ended(server.start_chat("Hello again"))["status"] == "completed"
+
+
+def test_a_refusal_without_retry_after_is_told_in_the_providers_words(server: Tuned, provider: Provider) -> None:
+    provider.script(page(404, '{"error": {"message": "no such model"}}', "application/json"))
+    response = server.post("/api/v1/chat", {"message": "Hello", "stream": False})
+    assert response.status_code == 422
+    assert response.json()["error"]["code"] == "provider_rejected" and "no such model" in response.text
+
+
+# ── cut at every await, in this process: every step of the event loop is a place to be cut at ──
+
+STEPS = [*range(40), *range(40, 200, 10)]
+
+
+@contextlib.asynccontextmanager
+async def engine(folder: Path, provider: Provider) -> AsyncIterator[llmchat.Generations]:
+    """The store and the generations of a service, without its HTTP side; nothing may be left of them afterwards."""
+    config = llmchat.load_config(settings_for(provider), {"db": str(folder / "engine.db")})
+    store = llmchat.Store(config.db)
+    providers = llmchat.Providers(config)
+    generations = llmchat.Generations(config, store, providers)
+    await store.open()
+    generations.open()
+    try:
+        yield generations
+        assert not generations.running and not generations._dirty and not generations.streams
+    finally:
+        await generations.close()
+        await providers.close()
+        await store.close()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"tasks are left: {left}"
+
+
+def question(generations: llmchat.Generations) -> llmchat.NewMessage:
+    target = llmchat.Target(generations._config.providers[0], "m")
+    turn = llmchat.Turn("user", (llmchat.Delta("text", "Hello"),))
+    return llmchat.NewMessage("local", None, None, (turn,), None, (target,), llmchat.Parameters())
+
+
+async def pass_steps(count: int) -> None:
+    """Lets the event loop turn so many times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def read_stream(stream: llmchat.Stream, reader: Reader) -> None:
+    with stream:
+        while (data := await stream.read()) is not None:
+            take(reader, data)
+
+
+def take(reader: Reader, data: bytes) -> None:
+    for block in filter(None, data.removeprefix(b"retry: 1000\n").split(b"\n\n")):
+        reader.take(parse_event(block))
+
+
+def run_engine(folder: Path, provider: Provider, work: Callable[[llmchat.Generations], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with engine(folder, provider) as generations:
+            await asyncio.wait_for(work(generations), 60)
+
+    asyncio.run(run())
+
+
+def test_a_generation_that_is_stopped_at_any_step_ends_stopped_and_closes_its_connection(
+    provider: Provider, tmp_path: Path
+) -> None:
+    async def work(generations: llmchat.Generations) -> None:
+        before = len(provider.connections)
+        for steps in STEPS:
+            provider._queues[None].clear()
+            provider.script([*texts(["one ", "two"]), Hang()])
+            started = await generations.start(question(generations))
+            reader = Reader()
+            reading = asyncio.create_task(read_stream(await subscribed(generations, started.message_id), reader))
+            await pass_steps(steps)
+            await generations.stop("local", started.message_id)
+            await reading
+            message = await generations._store.read(llmchat.load_message, "local", started.message_id)
+            assert message.status == "stopped" and reader.content == message.text and "one two".startswith(message.text)
+            assert reader.end is not None and reader.end["status"] == "stopped"
+        ours = provider.connections[before:]
+        closed = "every connection's end"
+        await asyncio.to_thread(wait_until, lambda: all(one.closed_at is not None for one in ours), closed)
+
+    run_engine(tmp_path, provider, work)
+
+
+async def subscribed(generations: llmchat.Generations, message_id: int, cursor: int = 0) -> llmchat.Stream:
+    return await generations.subscribe("local", message_id, cursor)
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+def test_a_client_that_goes_at_any_step_leaves_nothing_and_disturbs_nobody(
+    provider: Provider, tmp_path: Path, how: str
+) -> None:
+    async def work(generations: llmchat.Generations) -> None:
+        for steps in STEPS:
+            provider.script([*texts(["one "]), *texts(["two"]), *openai_end()])
+            started = await generations.start(question(generations))
+            stream, gone = await subscribed(generations, started.message_id), Reader()
+            going = asyncio.create_task(read_stream(stream, gone))
+            staying = asyncio.create_task(
+                read_stream(await subscribed(generations, started.message_id), reader := Reader())
+            )
+            await pass_steps(steps)
+            _ = stream.close() if how == "closed" else going.cancel()
+            await asyncio.wait([going])
+            await staying
+            assert reader.content == "one two" and "one two".startswith(gone.content)
+            rest = reader_at("one two", len(gone.content))
+            await read_stream(await subscribed(generations, started.message_id, len(gone.content)), rest)
+            assert rest.content == "one two" and not generations.streams
+
+    run_engine(tmp_path, provider, work)
+
+
+def test_a_service_that_closes_at_any_step_interrupts_what_runs(provider: Provider, tmp_path: Path) -> None:
+    for steps in STEPS[::4]:
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        provider.script([*texts(["one ", "two"]), Hang()])
+
+        async def work(generations: llmchat.Generations, steps: int = steps) -> None:
+            await generations.start(question(generations))
+            await pass_steps(steps)
+            await generations.close()
+            message = await generations._store.read(llmchat.load_message, "local", 2)
+            assert message.status == "interrupted" and "one two".startswith(message.text)
+
+        run_engine(folder, provider, work)
+        provider._queues[None].clear()
+
+
+def test_a_flush_that_breaks_in_an_unforeseen_way_ends_one_generation_only(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = llmchat.save_flush
+
+    def break_for_one(connection: sqlite3.Connection, rows: list[llmchat.Row], outcomes: list[llmchat.Outcome]) -> None:
+        save(connection, rows, outcomes)
+        if any(tuple(row)[-1] == "unforeseen" for row in rows):
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(llmchat, "save_flush", break_for_one)
+
+    async def work(generations: llmchat.Generations) -> None:
+        provider.script(*([*texts([text]), *openai_end()] for text in ("one", "unforeseen", "three")))
+        readers = []
+        for _ in range(3):
+            started = await generations.start(question(generations))
+            readers.append(Reader())
+            await read_stream(await subscribed(generations, started.message_id), readers[-1])
+        assert [reader.content for reader in readers] == ["one", "", "three"]
+        assert [reader.end and reader.end["status"] for reader in readers] == ["completed", "failed", "completed"]
+
+    run_engine(tmp_path, provider, work)
+
+
+def test_nothing_comes_after_the_end_when_the_database_is_back(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FLUSH_PATIENCE_SECONDS": 0.3, "FLUSH_RETRY_SECONDS": 0.05, "DATABASE_BUSY_MS": 20}.items():
+        monkeypatch.setattr(llmchat, name, value)
+
+    async def work(generations: llmchat.Generations) -> None:
+        gates = gated(provider, ["one "], ["two"])
+        started = await generations.start(question(generations))
+        first, late, stack = Reader(), Reader(), contextlib.ExitStack()
+        reading = asyncio.create_task(read_stream(await subscribed(generations, started.message_id), first))
+        await asyncio.to_thread(wait_until, lambda: first.content == "one ", "the first delta")
+        generation = generations.running[started.message_id]
+        with contextlib.closing(sqlite3.connect(tmp_path / "engine.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            provider.open_gate(gates[0])
+            await reading
+            assert first.end is not None and first.end["error"]["code"] == "store_unavailable"
+            stream = stack.enter_context(await subscribed(generations, started.message_id))
+            for _ in range(2):
+                take(late, await stream.read() or b"")
+            other.execute("ROLLBACK")
+        await asyncio.to_thread(wait_until, lambda: not generations.running, "the end in the database")
+        with stack:
+            assert await stream.read() is None
+        assert late.names == ["start", "delta", "end"] and late.content == "one "
+        assert generation.ended.is_set()
+        stored = await generations._store.read(llmchat.load_message, "local", started.message_id)
+        assert stored.text == "one two"
+
+    run_engine(tmp_path, provider, work)
+
+
+def test_writes_that_are_refused_take_no_other_along(tmp_path: Path) -> None:
+    """Forty writes in one group: every fourth raises, every fourth is cancelled, the rest is committed."""
+
+    sql = "INSERT INTO conversation (id, owner, created_at_ms, updated_at_ms) VALUES (?, 'local', 1, 1)"
+
+    def insert(connection: sqlite3.Connection, number: int) -> int:
+        connection.execute(sql, (number + 1,))
+        if number % 4 == 1:
+            raise llmchat.Conflict("refused after it wrote")
+        return number
+
+    async def run() -> None:
+        store = llmchat.Store(str(tmp_path / "store.db"))
+        await store.open()
+        try:
+            tasks = [asyncio.create_task(store.write(insert, number)) for number in range(40)]
+            await asyncio.sleep(0)
+            for task in tasks[2::4]:
+                task.cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [type(one) for one in found[:4]] == [int, llmchat.Conflict, asyncio.CancelledError, int]
+            ids = await store.read(
+                lambda connection: {row[0] for row in connection.execute("SELECT id FROM conversation")}
+            )
+            kept = {number + 1 for number in range(40) if number % 4 in (0, 3)}
+            refused = {number + 1 for number in range(40) if number % 4 == 1}
+            assert kept <= ids and not refused & ids
+        finally:
+            await store.close()
+
+    asyncio.run(run())
