@@ -25,7 +25,7 @@ class Page:
         if event.name == "start":
             self.__init__()
         elif event.name == "html":
-            self.blocks.update({number: block for number, block in event.data["settled"]})
+            self.blocks.update(dict(event.data["settled"]))
             self.open = event.data["open"]
         elif event.name == "delta":
             assert event.data["kind"] == "reasoning"
@@ -58,7 +58,13 @@ def test_html_that_came_in_pieces_is_the_full_render(server: Server, provider: P
 
 
 def test_who_comes_late_gets_everything_at_once_and_then_the_rest(server: Server, provider: Provider) -> None:
-    provider.script([*openai_text("First.\n\nSecond.\n\nThi", finish=None, usage=None, done=False), provider.gate("go"), *openai_text("rd.")])
+    provider.script(
+        [
+            *openai_text("First.\n\nSecond.\n\nThi", finish=None, usage=None, done=False),
+            provider.gate("go"),
+            *openai_text("rd."),
+        ]
+    )
     with server.chat("Hi") as plain:
         assert plain.take(2)[-1].name == "delta"
         page = Page()

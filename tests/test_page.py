@@ -686,9 +686,7 @@ def test_11_an_answer_of_50_kb_is_smooth(page: Device, provider: Provider) -> No
     page.run("() => { window.longTasks.length = 0 }")
     page.finished()
     expect(page.tab.locator(".figures")).to_be_in_viewport()
-    print(
-        f"\n50 KB answer: longest task {longest_task(page):.0f} ms, {page.run('() => longTasks.length')} over 50 ms"
-    )
+    print(f"\n50 KB answer: longest task {longest_task(page):.0f} ms, {page.run('() => longTasks.length')} over 50 ms")
     assert longest_task(page) < LONG_TASK_MS_MAX
 
 
