@@ -5755,11 +5755,11 @@ class Rendering:
                 continue
             text, self._fed, offset = self._fed, "", self.offset
             frame = await asyncio.to_thread(self._render, text, is_last)
-            self._publish(offset, encode_html(frame, offset))
+            self.publish(offset, encode_html(frame, offset))
             if not is_last:
                 await asyncio.sleep(max(RENDER_SECONDS_MIN, RENDER_COST_RATIO * frame.seconds))
         self.ended.set()
-        self._publish(self.offset, self._end_frame)
+        self.publish(self.offset, self._end_frame)
 
     def _render(self, text: str, is_last: bool) -> Frame:
         self._stream.feed(text)
@@ -5767,7 +5767,8 @@ class Rendering:
         self._snapshot = self._stream.snapshot()
         return frame
 
-    def _publish(self, offset: int, data: bytes) -> None:
+    def publish(self, offset: int, data: bytes) -> None:
+        """Puts an event that is no text before everyone who looks on."""
         for subscriber in self.subscribers:
             subscriber.put(offset, data)
 
@@ -6241,7 +6242,10 @@ class Generations:
 
     def _notice(self, generation: Generation, code: str, failure: GenerationError, **more: Any) -> None:
         data = {"code": code, **more, "error": failure.detail()}
-        generation.publish(generation.published, encode_event("notice", data))
+        notice = encode_event("notice", data)
+        generation.publish(generation.published, notice)
+        if generation.rendering is not None:
+            generation.rendering.publish(generation.published, notice)
 
     def _watch(self, generation: Generation) -> None:
         """The guards' clock: one timer per generation, which looks whether a bound was passed and sets itself anew."""
