@@ -361,7 +361,9 @@ class StartError(Exception):
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def setting(default: Any, meaning: str, *, least: float | None = None, most: float | None = None, choices: str = "") -> Any:
+def setting(
+    default: Any, meaning: str, *, least: float | None = None, most: float | None = None, choices: str = ""
+) -> Any:
     """A field of Config, read from LLMCHAT_<NAME>; its unit is the end of its name or part of its meaning."""
     bounds = {"meaning": meaning, "least": least, "most": most, "choices": tuple(choices.split())}
     return field(default=default, metadata=bounds, repr=not meaning.startswith("secret"))
@@ -411,9 +413,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     "sambanova": facts("https://api.sambanova.ai/v1", "SAMBANOVA_API_KEY"),
     "moonshot": facts("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", "prefill_partial"),
     "zai": facts("https://api.z.ai/api/paas/v4", "ZAI_API_KEY ZHIPU_API_KEY ZHIPUAI_API_KEY"),
-    "dashscope": facts(
-        "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY QWENCLOUD_API_KEY"
-    ),
+    "dashscope": facts("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY QWENCLOUD_API_KEY"),
     "huggingface": facts("https://router.huggingface.co/v1", "HUGGINGFACE_API_KEY"),
     "github": facts(
         "https://models.github.ai/inference", "GITHUB_API_KEY", models_url="https://models.github.ai/catalog/models"
@@ -476,35 +476,61 @@ class Config:
     port: int = setting(8000, "TCP port to listen on; 0 takes a free one", least=0, most=65535)
     db: str = setting("llmchat.db", "path of the SQLite database")
     default_model: str = setting("", "`provider/model` when a request names none; empty: the first one that is found")
-    fallbacks: str = setting("", "comma list of `provider/model`, tried in order when a model fails before its first delta")
+    fallbacks: str = setting(
+        "", "comma list of `provider/model`, tried in order when a model fails before its first delta"
+    )
     system: str = setting("", "system prompt of new conversations")
-    title_model: str = setting("", "`provider/model` that names a conversation after its first answer; empty: its first line does")
+    title_model: str = setting(
+        "", "`provider/model` that names a conversation after its first answer; empty: its first line does"
+    )
     log_level: str = setting("info", "what is logged", choices="debug info warning error")
     log_format: str = setting("text", "how it is logged", choices="text json")
     flush_interval_ms: int = setting(20, "shortest time between two flushes, in ms", least=0, most=250)
     ring_events: int = setting(1024, "newest events of a generation that are kept in memory", least=1, most=100_000)
-    heartbeat_seconds: float = setting(15.0, "silence on a stream before a heartbeat, in seconds", least=0.05, most=3600)
-    drain_seconds: float = setting(5.0, "how long running generations may go on at shutdown, in seconds", least=0, most=3600)
+    heartbeat_seconds: float = setting(
+        15.0, "silence on a stream before a heartbeat, in seconds", least=0.05, most=3600
+    )
+    drain_seconds: float = setting(
+        5.0, "how long running generations may go on at shutdown, in seconds", least=0, most=3600
+    )
     attempts: int = setting(3, "attempts at a model before its first delta, retries included", least=1, most=10)
     generations_max: int = setting(256, "generations that run at once", least=1, most=100_000)
     subscribers_max: int = setting(256, "open streams of one message", least=1, most=100_000)
-    stall_timeout_seconds: float = setting(60.0, "silence of a provider between two deltas, in seconds", least=0.05, most=86_400)
-    first_delta_timeout_seconds: float = setting(120.0, "wait for a provider's first delta, in seconds", least=0.05, most=86_400)
-    keepalive_seconds: float = setting(600.0, "how long a provider's keep-alives hold those two off, in seconds", least=0, most=86_400)
+    stall_timeout_seconds: float = setting(
+        60.0, "silence of a provider between two deltas, in seconds", least=0.05, most=86_400
+    )
+    first_delta_timeout_seconds: float = setting(
+        120.0, "wait for a provider's first delta, in seconds", least=0.05, most=86_400
+    )
+    keepalive_seconds: float = setting(
+        600.0, "how long a provider's keep-alives hold those two off, in seconds", least=0, most=86_400
+    )
     generation_timeout_seconds: float = setting(1800.0, "a whole generation, in seconds", least=0.1, most=604_800)
     answer_characters_max: int = setting(1_000_000, "characters of one answer", least=1, most=100_000_000)
-    repetition_count: int = setting(20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000)
-    repetition_characters: int = setting(1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000)
-    unstored_seconds: float = setting(600.0, "how long an answer that its client did not store stays after its end, in seconds", least=1, most=86_400)
+    repetition_count: int = setting(
+        20, "repeats of a period that count as a loop; 0 turns the guard off", least=0, most=100_000
+    )
+    repetition_characters: int = setting(
+        1000, "characters that the repeats must fill as well; 0 turns the guard off", least=0, most=1_000_000
+    )
+    unstored_seconds: float = setting(
+        600.0, "how long an answer that its client did not store stays after its end, in seconds", least=1, most=86_400
+    )
     streams_max: int = setting(4096, "open streams in all", least=1, most=1_000_000)
-    owner_generations_max: int = setting(64, "generations that run at once for one of several users", least=1, most=100_000)
+    owner_generations_max: int = setting(
+        64, "generations that run at once for one of several users", least=1, most=100_000
+    )
     owner_streams_max: int = setting(256, "open streams of one of several users", least=1, most=1_000_000)
     token: str = setting("", "secret that clients show; needed, and else made, when listening beyond this machine")
     users: str = setting("", "secret list `name:token,…`: several users, each with conversations of their own")
     session_days: int = setting(30, "how long the page stays signed in, in days", least=1, most=3650)
-    hosts: str = setting("", "comma list of names under which the service is reached, beside addresses and localhost; * is any")
+    hosts: str = setting(
+        "", "comma list of names under which the service is reached, beside addresses and localhost; * is any"
+    )
     cors_origins: str = setting("", "comma list of origins whose pages may use the API with a token")
-    trusted_proxies: str = setting("", "comma list of addresses or networks whose X-Forwarded-For and -Proto are believed")
+    trusted_proxies: str = setting(
+        "", "comma list of addresses or networks whose X-Forwarded-For and -Proto are believed"
+    )
     providers: tuple[Provider, ...] = ()
     unusable_keys: tuple[str, ...] = ()  # one sentence each: the variable, and what to set
 
@@ -540,7 +566,9 @@ def parse_setting(one: Any, text: str) -> Any:
         if bounds["least"] <= value <= bounds["most"]:
             return value
     what = "a whole number" if kind is int else "a number"
-    raise StartError(f"{name}: {text[:60]!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}")
+    raise StartError(
+        f"{name}: {text[:60]!r} is not accepted; it is {what} from {bounds['least']:,} to {bounds['most']:,}"
+    )
 
 
 def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -567,7 +595,16 @@ def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provi
         if name not in found:
             address = f"{name.upper().replace('-', '_')}_BASE_URL"
             sentences.append(f"{variable} alone switches nothing on: set {address} to the address of {name}'s API")
+    known = {f"LLMCHAT_{one.name.upper()}" for one in SETTINGS}
+    sentences += [
+        f"{name} is no setting; --help lists them" for name in sorted(environment) if is_mistaken(name, known)
+    ]
     return tuple(sentences)
+
+
+def is_mistaken(name: str, known: Iterable[str]) -> bool:
+    """Whether a variable looks like a setting and is none; LLMCHAT_SERVICE_… and the like come from Kubernetes."""
+    return name.startswith("LLMCHAT_") and name not in known and not re.match(r"LLMCHAT_(SERVICE|PORT|TEST)_", name)
 
 
 def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
@@ -580,6 +617,9 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
     dialect = environment.get(f"{prefix}_DIALECT") or (known.dialect if known else "openai")
     if base_url is None and (known is None or variable is None or known.local):
         return None
+    told = known or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
+    if not told and not is_base_url(cast(str, base_url)):
+        return None  # some other program's APP_BASE_URL=/app
     if dialect not in DIALECT_NAMES:
         raise StartError(f"{prefix}_DIALECT: {dialect!r} is not accepted; it is one of {', '.join(DIALECT_NAMES)}")
     address = base_url or (known.base_url if known else None)
@@ -604,11 +644,17 @@ def check_key(variable: str, text: str) -> str:
     return text.strip()
 
 
+def is_base_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
 def check_base_url(variable: str, text: str) -> str:
     """An http(s) URL without its last slash. A path is kept as it is given: /v1 is never put in."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text.strip()):
         shown = re.sub(r"(?s)[^/]*@|[?#].*", "…", text)  # what stands there may be a password or a key
-        raise StartError(f"{variable}: {shown[:200]!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1")
+        raise StartError(
+            f"{variable}: {shown[:200]!r} is not accepted; it is an address such as http://127.0.0.1:11434/v1"
+        )
     return text.strip().rstrip("/")
 
 
@@ -961,7 +1007,8 @@ def says_something(turn: Turn) -> bool:
     """Whether a turn holds what a provider takes: not blank text or reasoning alone, as a stopped answer may. A tool's
     result may be empty, for it answers a call."""
     return turn.role == "tool" or any(
-        delta.text.strip() if delta.kind == "text" else delta.kind in ("image", "tool_call", "tool_result") for delta in turn.content
+        delta.text.strip() if delta.kind == "text" else delta.kind in ("image", "tool_call", "tool_result")
+        for delta in turn.content
     )
 
 
@@ -975,7 +1022,9 @@ def answered(turns: Sequence[Turn]) -> list[Turn]:
             continue
         following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
         results = {other.tool_call_id for other in following}
-        content = tuple(delta for delta in turn.content if delta.kind != "tool_call" or json.loads(delta.text)["id"] in results)
+        content = tuple(
+            delta for delta in turn.content if delta.kind != "tool_call" or json.loads(delta.text)["id"] in results
+        )
         open_calls = {json.loads(delta.text)["id"] for delta in content if delta.kind == "tool_call"}
         kept.append(replace(turn, content=content))
     return kept
@@ -1005,10 +1054,14 @@ def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> li
 
 # What providers call the end, and ours. The last row: their word for an answer that broke.
 FINISH_REASONS = {
-    **dict.fromkeys(["stop", "end_turn", "stop_sequence", "eos", "eos_token", "pause_turn", "COMPLETE", "STOP"], "stop"),
+    **dict.fromkeys(
+        ["stop", "end_turn", "stop_sequence", "eos", "eos_token", "pause_turn", "COMPLETE", "STOP"], "stop"
+    ),
     **dict.fromkeys(["length", "max_tokens", "model_context_window_exceeded", "MAX_TOKENS"], "length"),
     **dict.fromkeys(["tool_calls", "function_call", "tool_use"], "tool_calls"),
-    **dict.fromkeys(["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"),
+    **dict.fromkeys(
+        ["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"
+    ),
     **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
 }
 BROKEN_REASONS = frozenset({"error", "network_error", "OTHER", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS"})
@@ -1021,7 +1074,9 @@ def finish_reason_of(word: str) -> str:
     """
     word = word.rpartition(": ")[2]
     if word in BROKEN_REASONS or word.startswith(("ERROR", "MALFORMED")):
-        raise ProviderUnavailable(f"the provider ended the answer with finish_reason {shorten(word, None)!r}", transient=True)
+        raise ProviderUnavailable(
+            f"the provider ended the answer with finish_reason {shorten(word, None)!r}", transient=True
+        )
     return FINISH_REASONS.get(word, "stop")
 
 
@@ -1044,7 +1099,9 @@ SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balan
 NESTED_WORDS_MAX = 8  # how deep an error's sentence may be
 
 
-def provider_error(provider: Provider, status: int, words: str, kinds: Sequence[str] = (), said: str = "") -> ProviderError:
+def provider_error(
+    provider: Provider, status: int, words: str, kinds: Sequence[str] = (), said: str = ""
+) -> ProviderError:
     """The error for an HTTP status, or for the one that an in-band error means; `words` are the provider's own."""
     message = f"{provider.name} {said or f'answered {status}'}: {shorten(words, provider.key)}"
     if status in (401, 403) or (status == 400 and re.search(r"\bapi[ _-]?key\b", words, re.I)):  # 400: Gemini, xAI
@@ -1084,7 +1141,9 @@ def body_words(content_type: str, body: bytes) -> tuple[str, list[str]]:
             document = document[0]
         inner = document.get("error") if isinstance(document, dict) else None
         inner = inner if isinstance(inner, dict) else document
-        kinds = [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
+        kinds = (
+            [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
+        )
         return error_words(document) or "(no words)", kinds
     except (ValueError, RecursionError):
         text = text_of_page(text) if "html" in content_type or text.startswith("<") else text
@@ -1281,7 +1340,9 @@ class OpenAIDecoder(Decoder):
         delta = choice.delta or choice.message
         if delta is not None:
             content = delta.content
-            if isinstance(content, str) and not (delta.reasoning_content or delta.reasoning or delta.tool_calls or delta.refusal):
+            if isinstance(content, str) and not (
+                delta.reasoning_content or delta.reasoning or delta.tool_calls or delta.refusal
+            ):
                 if content:
                     deltas.append(Delta("text", content))
             else:
@@ -1303,7 +1364,9 @@ class OpenAIDecoder(Decoder):
         deltas.extend(part for item in parts for part in parts_of(item))
         if isinstance(delta.refusal, str) and delta.refusal:
             deltas.append(Delta("text", delta.refusal))
-        fragments = delta.tool_calls if isinstance(delta.tool_calls, list) else [delta.tool_calls] if delta.tool_calls else []
+        fragments = (
+            delta.tool_calls if isinstance(delta.tool_calls, list) else [delta.tool_calls] if delta.tool_calls else []
+        )
         for fragment in fragments:
             self._collect(fragment)
 
@@ -1362,7 +1425,9 @@ class OpenAIDecoder(Decoder):
         self.decode(b"", body, deltas)
         if self.finish_reason is None and not deltas:
             words, _ = body_words("", body)
-            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
+            raise ProviderProtocol(
+                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
+            )
 
     def end(self, deltas: list[Delta]) -> None:
         super().end(deltas)
@@ -1377,7 +1442,11 @@ def parts_of(item: Any) -> Iterator[Delta]:
         item = {"text": item}
     if isinstance(item, dict) and item.get("type") == "thinking":
         thinking = item.get("thinking")
-        texts = [part.get("text") for part in thinking if isinstance(part, dict)] if isinstance(thinking, list) else [thinking]
+        texts = (
+            [part.get("text") for part in thinking if isinstance(part, dict)]
+            if isinstance(thinking, list)
+            else [thinking]
+        )
         yield from (Delta("reasoning", text) for text in texts if isinstance(text, str) and text)
     elif isinstance(item, dict) and isinstance(item.get("text"), str) and item["text"]:
         yield Delta("text", item["text"])
@@ -1597,7 +1666,9 @@ class AnthropicDecoder(Decoder):
             raise in_band_error(self._provider, body)
         if not isinstance(event.content, list):
             words, _ = body_words("", body)
-            raise ProviderProtocol(f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}")
+            raise ProviderProtocol(
+                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
+            )
         for index, block in enumerate(event.content):
             if isinstance(block, dict):
                 self._start_block(index, block, deltas)
@@ -1617,7 +1688,14 @@ class AnthropicDecoder(Decoder):
 
 
 ANTHROPIC_EVENTS = frozenset(
-    {b"message_start", b"content_block_start", b"content_block_delta", b"content_block_stop", b"message_delta", b"message_stop"}
+    {
+        b"message_start",
+        b"content_block_start",
+        b"content_block_delta",
+        b"content_block_stop",
+        b"message_delta",
+        b"message_stop",
+    }
 )
 
 
@@ -1637,7 +1715,9 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = [tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"]
+        turns = [
+            tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"
+        ]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
         outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
         messages = [self._message(turn) for turn in outgoing]
@@ -2394,22 +2474,32 @@ def fibonacci(count: int) -> list[int]:
 
 The end.
 """
-DEMO_REASONING = "The user wants to see how reasoning looks. I think about it for a moment, then I answer in one sentence.\n"
+DEMO_REASONING = (
+    "The user wants to see how reasoning looks. I think about it for a moment, then I answer in one sentence.\n"
+)
 
 
 def demo_answer(model: str, question: str) -> list[dict[str, str]]:
     """The pieces of a demo model's answer as chat deltas."""
     texts = {
         "tour": DEMO_TEXT.format(question=shorten(question, None)),
-        "long": "".join(f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)),
+        "long": "".join(
+            f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)
+        ),
         "markdown": DEMO_MARKDOWN,
         "reasoning": "That is how it looks: the reasoning first, then the answer.\n",
         "loop": "This model goes round in circles. " * 2000,
         "slow": "One word a second: this is what a large model on a small machine feels like.\n",
         "fails": "This answer breaks off in the mid",
     }
-    reasoning = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", DEMO_REASONING)] if model == "reasoning" else []
-    pieces = re.findall(r"\S+\s*", texts[model]) if model == "slow" else re.findall(f"(?s).{{1,{DEMO_PIECE_CHARACTERS}}}", texts[model])
+    reasoning = (
+        [{"reasoning_content": word} for word in re.findall(r"\S+\s*", DEMO_REASONING)] if model == "reasoning" else []
+    )
+    pieces = (
+        re.findall(r"\S+\s*", texts[model])
+        if model == "slow"
+        else re.findall(f"(?s).{{1,{DEMO_PIECE_CHARACTERS}}}", texts[model])
+    )
     return reasoning + [{"content": piece} for piece in pieces]
 
 
@@ -2560,7 +2650,9 @@ class Answer:
         """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
         if body.startswith(b"<"):
             words, _ = body_words("text/html", body)
-            raise ProviderProtocol(f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}")
+            raise ProviderProtocol(
+                f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}"
+            )
         self.decoder.decode_document(body, deltas)
 
     def _strange_error(self, body: bytes) -> ProviderError:
@@ -2568,7 +2660,9 @@ class Answer:
         if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
             return in_band_error(self.provider, body)
         words, _ = body_words(self._response.headers.get("content-type", ""), body)
-        return ProviderProtocol(f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}")
+        return ProviderProtocol(
+            f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}"
+        )
 
 
 def body_reader(response: httpx.Response) -> Callable[[], Awaitable[bytes]]:
@@ -2589,7 +2683,15 @@ def connection_errors() -> tuple[type[Exception], ...]:
     import aiohttp
     import httpx
 
-    return (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
+    return (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        httpx.StreamError,
+        aiohttp.ClientError,
+        aiohttp.http.HttpProcessingError,
+        OSError,
+        ValueError,
+    )
 
 
 def connection_error(provider: Provider, exc: Exception) -> ProviderError:
@@ -2598,12 +2700,18 @@ def connection_error(provider: Provider, exc: Exception) -> ProviderError:
 
     cause = exc.__cause__ or exc
     if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
-        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}")
+        return ProviderProtocol(
+            f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}"
+        )
     if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
         inner = getattr(cause, "os_error", None)
         reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
-        return ProviderUnavailable(f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True)
-    return ProviderUnavailable(f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True)
+        return ProviderUnavailable(
+            f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True
+        )
+    return ProviderUnavailable(
+        f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True
+    )
 
 
 def reason_of(exc: BaseException) -> str:
@@ -2664,7 +2772,10 @@ class Providers:
     def _open_client(self) -> httpx.AsyncClient:
         if self._client is None:
             import httpx
-            limits = httpx.Limits(max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15)
+
+            limits = httpx.Limits(
+                max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15
+            )
             transport = open_transport(limits)
             self._client = httpx.AsyncClient(
                 transport=transport,
@@ -2807,7 +2918,9 @@ class Providers:
         if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
             return self._check(Target(self._config.providers[0], wanted), name)
         self._find(prefix if slash else wanted, name)
-        raise ModelNotFound(f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too")
+        raise ModelNotFound(
+            f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too"
+        )
 
     async def _find_by_model(self, wanted: str, name: str) -> Target | None:
         """The target of a model without its provider, where only one has it. Raises ModelNotFound.
@@ -2836,7 +2949,9 @@ class Providers:
         """Refuses a model that is known not to be there: where the list is given, not asked."""
         models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
         if models and target.model not in models:
-            raise ModelNotFound(f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}")
+            raise ModelNotFound(
+                f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}"
+            )
         return target
 
     async def _first_model(self, provider: Provider) -> str:
@@ -2846,7 +2961,9 @@ class Providers:
             if not re.search(r"embed|whisper|tts|dall-e|moderation|image|audio|realtime|rerank|transcri", model):
                 return model
         reason = f": {listed.error}" if listed.error else ""
-        raise InvalidRequest(f"model: is absent, and {provider.name} lists none{reason}; name one, or set LLMCHAT_DEFAULT_MODEL")
+        raise InvalidRequest(
+            f"model: is absent, and {provider.name} lists none{reason}; name one, or set LLMCHAT_DEFAULT_MODEL"
+        )
 
 
 def models_of(document: Any) -> list[str]:
@@ -3084,7 +3201,12 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     connection.create_function("segment", 1, segment, deterministic=True)
     connection.create_function("owner_token", 1, owner_token, deterministic=True)
     try:
-        for pragma in (f"busy_timeout={DATABASE_BUSY_MS}", "foreign_keys=ON", "synchronous=NORMAL", "temp_store=MEMORY"):
+        for pragma in (
+            f"busy_timeout={DATABASE_BUSY_MS}",
+            "foreign_keys=ON",
+            "synchronous=NORMAL",
+            "temp_store=MEMORY",
+        ):
             connection.execute(f"PRAGMA {pragma}")
     except sqlite3.Error:
         connection.close()
@@ -3426,7 +3548,9 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
 
 
 def conversation_of(connection: sqlite3.Connection, message_id: int) -> int:
-    return cast(int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0])
+    return cast(
+        int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0]
+    )
 
 
 def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
@@ -3515,7 +3639,9 @@ def mark_lock(descriptor: int, words: bytes) -> None:
 # ── operations: what runs in a connection's thread ──────────────────────────────────────────────────────────────────
 
 
-def commit_together(connection: sqlite3.Connection, operations: Sequence[Callable[..., Any]], durable: bool) -> list[Any]:
+def commit_together(
+    connection: sqlite3.Connection, operations: Sequence[Callable[..., Any]], durable: bool
+) -> list[Any]:
     """Runs the operations in one transaction. Returns the value, or the exception, of each.
 
     `durable`: the commit is fsynced. Raises sqlite3.Error if the transaction as a whole could not be committed; then
@@ -3597,12 +3723,23 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
 
 
 def insert_turn(
-    connection: sqlite3.Connection, owner: str | None, conversation_id: int, parent_id: int | None, turn: Turn, created_at_ms: int
+    connection: sqlite3.Connection,
+    owner: str | None,
+    conversation_id: int,
+    parent_id: int | None,
+    turn: Turn,
+    created_at_ms: int,
 ) -> int:
     """Stores a message that is whole; returns its id. `owner` is whose search finds it; None: nobody's."""
     params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
     message_id = insert_message(
-        connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=encode_json(params).decode()
+        connection,
+        conversation_id,
+        parent_id,
+        turn.role,
+        "completed",
+        created_at_ms,
+        params_json=encode_json(params).decode(),
     )
     insert_content(connection, message_id, turn.content)
     if owner is not None:
@@ -3614,7 +3751,9 @@ def insert_answer(
     connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, created_at_ms: int
 ) -> Started:
     """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
-    row = connection.execute("SELECT system, params_json, hidden FROM conversation WHERE id = ?", (conversation_id,)).fetchone()
+    row = connection.execute(
+        "SELECT system, params_json, hidden FROM conversation WHERE id = ?", (conversation_id,)
+    ).fetchone()
     asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
     message_id = insert_message(
         connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
@@ -3659,7 +3798,9 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
     )
     rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
     before = message_of(row, [Delta(*one) for one in rows])
-    conversation = connection.execute("SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)).fetchone()
+    conversation = connection.execute(
+        "SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)
+    ).fetchone()
     return Started(
         before.conversation_id,
         message_id,
@@ -3678,7 +3819,9 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
 def select_answer(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
     row = select_message(connection, owner, message_id)
     if row["role"] != "assistant":
-        raise InvalidRequest(f"message_id: message {message_id} is of role {row['role']}; only an answer can be generated")
+        raise InvalidRequest(
+            f"message_id: message {message_id} is of role {row['role']}; only an answer can be generated"
+        )
     return row
 
 
@@ -3745,14 +3888,22 @@ def find_parent(connection: sqlite3.Connection, conversation_id: int, parent_id:
 
 
 def insert_message(
-    connection: sqlite3.Connection, conversation_id: int, parent_id: int | None, role: str, status: str, created_at_ms: int, **more: Any
+    connection: sqlite3.Connection,
+    conversation_id: int,
+    parent_id: int | None,
+    role: str,
+    status: str,
+    created_at_ms: int,
+    **more: Any,
 ) -> int:
     columns = {
         "conversation_id": conversation_id, "parent_id": parent_id, "role": role, "status": status,
         "created_at_ms": created_at_ms, "ended_at_ms": None if status == "running" else created_at_ms, **more,
     }  # fmt: skip
     places = ", ".join("?" * len(columns))
-    cursor = connection.execute(f"INSERT INTO message ({', '.join(columns)}) VALUES ({places})", tuple(columns.values()))
+    cursor = connection.execute(
+        f"INSERT INTO message ({', '.join(columns)}) VALUES ({places})", tuple(columns.values())
+    )
     return cast(int, cursor.lastrowid)
 
 
@@ -3871,7 +4022,12 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
         content = found.setdefault(row["id"], (row, []))[1]
         content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
-        Turn(row["role"], tuple(join_deltas(content)), row["provider"], json.loads(row["params_json"]).get("tool_call_id"))
+        Turn(
+            row["role"],
+            tuple(join_deltas(content)),
+            row["provider"],
+            json.loads(row["params_json"]).get("tool_call_id"),
+        )
         for row, content in found.values()
     )
 
@@ -3898,7 +4054,9 @@ def load_message(connection: sqlite3.Connection, owner: str, message_id: int) ->
 
 def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
     joined = join_deltas(content)
-    elapsed = [None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])]
+    elapsed = [
+        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
+    ]
     return Message(
         id=row["id"],
         conversation_id=row["conversation_id"],
@@ -3997,7 +4155,9 @@ def path_to_newest(parents: Mapping[int, int | None]) -> list[int]:
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
     with reading(connection):
         summary = summary_of(require_conversation(connection, owner, conversation_id))
-        rows = connection.execute("SELECT * FROM message WHERE conversation_id = ? ORDER BY id", (conversation_id,)).fetchall()
+        rows = connection.execute(
+            "SELECT * FROM message WHERE conversation_id = ? ORDER BY id", (conversation_id,)
+        ).fetchall()
         contents: dict[int, list[Delta]] = {row["id"]: [] for row in rows}
         for message_id, kind, text in connection.execute(
             "SELECT message_id, kind, text FROM delta WHERE message_id IN"
@@ -4016,10 +4176,14 @@ def update_conversation(
     """Sets title, system or parameters; that is no activity, so the conversation keeps its place in the list."""
     row = require_conversation(connection, owner, conversation_id)
     title, system = changes.get("title", row["title"]), changes.get("system", row["system"])
-    params = {**json.loads(row["params_json"]), **{name: changes[name] for name in changes if name not in ("title", "system")}}
+    params = {
+        **json.loads(row["params_json"]),
+        **{name: changes[name] for name in changes if name not in ("title", "system")},
+    }
     params_json = encode_json({name: value for name, value in params.items() if value is not None}).decode()
     connection.execute(
-        "UPDATE conversation SET title = ?, system = ?, params_json = ? WHERE id = ?", (title, system, params_json, conversation_id)
+        "UPDATE conversation SET title = ?, system = ?, params_json = ? WHERE id = ?",
+        (title, system, params_json, conversation_id),
     )
     if title != row["title"]:
         index_title(connection, owner, conversation_id, title)
@@ -4132,7 +4296,9 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
         parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (asked_id,)).fetchone()[0]
     connection.execute("UPDATE message SET parent_id = ? WHERE parent_id = ?", (parent_id, message_id))
     for table, key in (("message_fts", "rowid"), ("message", "id")):
-        connection.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),))
+        connection.execute(
+            f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),)
+        )
     messages = "SELECT count(*) FROM message WHERE conversation_id = ?"
     if connection.execute(messages, (row["conversation_id"],)).fetchone()[0] == 0:
         delete_conversation(connection, owner, row["conversation_id"])
@@ -4141,8 +4307,12 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
 
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
     """Sets a title that a model made, unless somebody has set one meanwhile."""
-    first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[0]
-    row = connection.execute("SELECT title FROM conversation WHERE id = ? AND owner = ?", (conversation_id, owner)).fetchone()
+    first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[
+        0
+    ]
+    row = connection.execute(
+        "SELECT title FROM conversation WHERE id = ? AND owner = ?", (conversation_id, owner)
+    ).fetchone()
     if first is None or row is None:
         return
     question = next(iter(select_path(connection, first)), None)
@@ -4284,7 +4454,9 @@ def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Archiv
 
 def next_conversation(connection: sqlite3.Connection, owner: str, after: int) -> int | None:
     """The id that follows among an owner's conversations."""
-    found = connection.execute("SELECT min(id) FROM conversation WHERE owner = ? AND id > ? AND hidden = 0", (owner, after))
+    found = connection.execute(
+        "SELECT min(id) FROM conversation WHERE owner = ? AND id > ? AND hidden = 0", (owner, after)
+    )
     return cast("int | None", found.fetchone()[0])
 
 
@@ -5583,11 +5755,11 @@ class Rendering:
                 continue
             text, self._fed, offset = self._fed, "", self.offset
             frame = await asyncio.to_thread(self._render, text, is_last)
-            self._publish(offset, encode_html(frame, offset))
+            self.publish(offset, encode_html(frame, offset))
             if not is_last:
                 await asyncio.sleep(max(RENDER_SECONDS_MIN, RENDER_COST_RATIO * frame.seconds))
         self.ended.set()
-        self._publish(self.offset, self._end_frame)
+        self.publish(self.offset, self._end_frame)
 
     def _render(self, text: str, is_last: bool) -> Frame:
         self._stream.feed(text)
@@ -5595,7 +5767,8 @@ class Rendering:
         self._snapshot = self._stream.snapshot()
         return frame
 
-    def _publish(self, offset: int, data: bytes) -> None:
+    def publish(self, offset: int, data: bytes) -> None:
+        """Puts an event that is no text before everyone who looks on."""
         for subscriber in self.subscribers:
             subscriber.put(offset, data)
 
@@ -5662,7 +5835,8 @@ class Generation:
         # the guards over content
         self._characters_max = config.answer_characters_max
         self._circles = {
-            kind: RepetitionGuard(config.repetition_count, config.repetition_characters) for kind in sorted(MERGED_KINDS)
+            kind: RepetitionGuard(config.repetition_count, config.repetition_characters)
+            for kind in sorted(MERGED_KINDS)
         }
 
     @property
@@ -5696,7 +5870,9 @@ class Generation:
         if self.pending_characters > PENDING_CHARACTERS_MAX:
             self.room.clear()
         if self.characters > self._characters_max:
-            raise TooLong(f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)")
+            raise TooLong(
+                f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)"
+            )
         if circle is not None:
             raise Repetition(f"the model goes round in circles, repeating {shorten(circle, None)!r}")
 
@@ -5916,18 +6092,14 @@ class Generations:
     async def _start(
         self, owner: str, targets: tuple[Target, ...], operation: Callable[..., Started], *arguments: Any
     ) -> Started:
-        if self.draining:
-            raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
-        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
-        if self._config.users and theirs >= self._config.owner_generations_max:
-            raise RateLimited(
-                f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)", retry_after_seconds=5
-            )
-        if len(self.running) + self._starting.total() >= self._config.generations_max:
-            raise Overloaded(
-                f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)",
-                retry_after_seconds=5,
-            )
+        new = arguments[-1]
+        try:
+            self._check_room(owner)
+        except LlmchatError:  # a repeat asks for nothing new
+            keyed = isinstance(new, NewMessage) and new.idempotency_key is not None
+            if keyed and (earlier := await self._store.read(find_repeated, new)):
+                return earlier
+            raise
         self._starting[owner] += 1
         try:
             started = await self._store.write(operation, *arguments, durable=True)
@@ -5936,6 +6108,18 @@ class Generations:
         if not started.repeated:
             self._launch(Generation(owner, started, targets, self._config))
         return started
+
+    def _check_room(self, owner: str) -> None:
+        """Whether one more generation may start. Raises Draining, RateLimited, Overloaded."""
+        if self.draining:
+            raise Draining("the server is shutting down", retry_after_seconds=self._config.drain_seconds + 1)
+        theirs = sum(one.owner == owner for one in self.running.values()) + self._starting[owner]
+        if self._config.users and theirs >= self._config.owner_generations_max:
+            words = f"{theirs} of your generations are running, the limit (LLMCHAT_OWNER_GENERATIONS_MAX)"
+            raise RateLimited(words, retry_after_seconds=5)
+        if len(self.running) + self._starting.total() >= self._config.generations_max:
+            words = f"{self._config.generations_max} generations are running, the limit (LLMCHAT_GENERATIONS_MAX)"
+            raise Overloaded(words, retry_after_seconds=5)
 
     def _launch(self, generation: Generation) -> None:
         self.running[generation.message_id] = generation
@@ -6020,12 +6204,17 @@ class Generations:
     async def _attempt(self, generation: Generation, target: Target) -> GenerationError | None:
         """One question to one model. Returns what went wrong, or None."""
         started = generation.started
-        question = Question(target.model, started.system, started.turns, started.parameters, continues=bool(started.content))
+        question = Question(
+            target.model, started.system, started.turns, started.parameters, continues=bool(started.content)
+        )
         generation.attempt_at, generation.last_delta_at = time.monotonic(), None
         generation.attempting, generation.answer = True, None
         failure: GenerationError | None = None
         try:
-            async with asyncio.timeout(None) as generation.guard, self._providers.ask(target, question) as generation.answer:
+            async with (
+                asyncio.timeout(None) as generation.guard,
+                self._providers.ask(target, question) as generation.answer,
+            ):
                 if started.content:
                     generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
                 while (deltas := await generation.answer.read()) is not None:
@@ -6053,7 +6242,10 @@ class Generations:
 
     def _notice(self, generation: Generation, code: str, failure: GenerationError, **more: Any) -> None:
         data = {"code": code, **more, "error": failure.detail()}
-        generation.publish(generation.published, encode_event("notice", data))
+        notice = encode_event("notice", data)
+        generation.publish(generation.published, notice)
+        if generation.rendering is not None:
+            generation.rendering.publish(generation.published, notice)
 
     def _watch(self, generation: Generation) -> None:
         """The guards' clock: one timer per generation, which looks whether a bound was passed and sets itself anew."""
@@ -6083,7 +6275,9 @@ class Generations:
             await self._flush([generation.take() for generation in dirty.values()])
             cost = time.monotonic() - started_at
             self.flush_ms = cost * 1000
-            interval = min(max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO), FLUSH_INTERVAL_SECONDS_MAX)
+            interval = min(
+                max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO), FLUSH_INTERVAL_SECONDS_MAX
+            )
             self._next_flush_at = max(self._next_flush_at + interval, started_at - FLUSH_BURST_SECONDS + interval)
 
     async def _pace(self) -> None:
@@ -6210,7 +6404,9 @@ class Generations:
                 target = await self._providers.resolve(None, self._config.title_model, "LLMCHAT_TITLE_MODEL")
                 message = await self._store.read(load_message, generation.owner, generation.message_id)
                 asked = text_of(generation.started.turns[-1].content) if generation.started.turns else ""
-                prompt = TITLE_PROMPT.format(question=asked[:TITLE_SAMPLE_CHARACTERS], answer=message.text[:TITLE_SAMPLE_CHARACTERS])
+                prompt = TITLE_PROMPT.format(
+                    question=asked[:TITLE_SAMPLE_CHARACTERS], answer=message.text[:TITLE_SAMPLE_CHARACTERS]
+                )
                 question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
                 deltas: list[Delta] = []
                 async with self._providers.ask(target, question) as answer:
@@ -6239,7 +6435,9 @@ class Generations:
             "first_delta_ms": outcome.first_delta_ms,
             "total_ms": outcome.total_ms,
         }
-        log.info("generation ended", extra={"fields": {name: value for name, value in fields.items() if value is not None}})
+        log.info(
+            "generation ended", extra={"fields": {name: value for name, value in fields.items() if value is not None}}
+        )
 
     # ── subscribers ──
 
@@ -6277,7 +6475,9 @@ class Generations:
             limit = f"{self._config.subscribers_max} streams of message {message_id} are open, the limit"
             raise Overloaded(f"{limit} (LLMCHAT_SUBSCRIBERS_MAX)", retry_after_seconds=5)
         if self.owner_streams.total() >= self._config.streams_max:
-            raise Overloaded(f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5)
+            raise Overloaded(
+                f"{self._config.streams_max} streams are open, the limit (LLMCHAT_STREAMS_MAX)", retry_after_seconds=5
+            )
         if self._config.users and self.owner_streams.get(owner, 0) >= self._config.owner_streams_max:
             limit = f"{self._config.owner_streams_max} of your streams are open, the limit (LLMCHAT_OWNER_STREAMS_MAX)"
             raise RateLimited(limit, retry_after_seconds=5)
@@ -6482,7 +6682,9 @@ LOCAL_OWNER = "local"
 SESSION_COOKIE = "llmchat_session"
 PUBLIC_PATHS = frozenset({"/api/v1/health", "/sign-in"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-FORWARDING_HEADERS = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"})
+FORWARDING_HEADERS = frozenset(
+    {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"}
+)
 FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
 FAILURES_FREE_IN_ALL = 100  # and of all addresses together
 FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
@@ -6551,7 +6753,9 @@ def with_token(config: Config) -> tuple[Config, bool]:
             file.write(token + "\n")
         os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
     except OSError as exc:
-        raise StartError(f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}") from exc
+        raise StartError(
+            f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}"
+        ) from exc
     return replace(config, token=token), True
 
 
@@ -6559,7 +6763,9 @@ def read_token(path: Path) -> str:
     """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
     token = path.read_text("latin-1").strip()
     if not is_token(token):
-        raise StartError(f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one")
+        raise StartError(
+            f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one"
+        )
     return token
 
 
@@ -6598,7 +6804,9 @@ def parse_hosts(config: Config) -> Iterator[str]:
     for one in comma_list(config.hosts):
         name, _ = host_and_port(one)
         if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
-            raise StartError(f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org")
+            raise StartError(
+                f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org"
+            )
         yield name
 
 
@@ -6606,7 +6814,9 @@ def parse_origins(config: Config) -> frozenset[str]:
     """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
     for one in comma_list(config.cors_origins):
         if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
-            raise StartError(f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org")
+            raise StartError(
+                f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org"
+            )
     return frozenset(comma_list(config.cors_origins))
 
 
@@ -6710,11 +6920,17 @@ class Gate:
             same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
             refused = is_foreign(scope) or not same
         if refused:
-            raise Forbidden(f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+            raise Forbidden(
+                f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may"
+            )
 
     def _check_forwarded(self, scope: Scope) -> None:
         """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
-        if self.is_open and not self._is_proxy(peer_of(scope)) and any(name in FORWARDING_HEADERS for name, _ in scope["headers"]):
+        if (
+            self.is_open
+            and not self._is_proxy(peer_of(scope))
+            and any(name in FORWARDING_HEADERS for name, _ in scope["headers"])
+        ):
             raise Forbidden(
                 "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
                 " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
@@ -6728,7 +6944,10 @@ class Gate:
         return [
             (b"access-control-allow-origin", origin.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
-            (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+            (
+                b"access-control-allow-headers",
+                b"authorization, content-type, idempotency-key, last-event-id, x-request-id",
+            ),
             (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
             (b"access-control-max-age", b"600"),
             (b"cross-origin-resource-policy", b"cross-origin"),
@@ -6887,7 +7106,9 @@ class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
         | UnsetType
         | None
     ) = UNSET
-    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = None
+    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = (
+        None
+    )
 
 
 class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
@@ -6983,7 +7204,10 @@ class EndpointHelp(Struct):
 
 
 class HelpAnswer(Struct):
+    """`token_needed`: somebody can sign out."""
+
     version: str
+    token_needed: bool
     default_model: str | None
     endpoints: list[EndpointHelp]
     providers: list[ProviderHelp]
@@ -7053,7 +7277,9 @@ async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
     slowest = loop.time() + BODY_STALL_SECONDS
     while True:
         try:
-            async with asyncio.timeout_at(min(loop.time() + BODY_STALL_SECONDS, slowest + size / BODY_BYTES_PER_SECOND)):
+            async with asyncio.timeout_at(
+                min(loop.time() + BODY_STALL_SECONDS, slowest + size / BODY_BYTES_PER_SECOND)
+            ):
                 data = await anext(pieces, None)
         except ClientDisconnect as exc:
             raise InvalidRequest("body: the connection was closed before it was whole") from exc
@@ -7479,7 +7705,10 @@ async def ended_message(request: Request, message_id: int) -> tuple[Message, dic
     if generation is None and message.status == "running":  # a repeat, a moment before what it repeats is known here
         await asyncio.sleep(STARTED_WAIT_SECONDS)
         return await ended_message(request, message_id)
-    return message, generation.ending.error if generation is not None and generation.ending is not None else message.error
+    return (
+        message,
+        generation.ending.error if generation is not None and generation.ending is not None else message.error,
+    )
 
 
 async def finished_message(request: Request, message_id: int) -> Response:
@@ -7604,7 +7833,11 @@ async def get_health(request: Request) -> Response:
         last_flush_ms=round(generations.flush_ms, 3),
         uptime_seconds=round(time.monotonic() - service.started_at, 3),
     )
-    return json_response(answer if is_known else HealthAnswer(status), 200 if status == "ok" else 503, None if status == "ok" else {"Retry-After": "1"})
+    return json_response(
+        answer if is_known else HealthAnswer(status),
+        200 if status == "ok" else 503,
+        None if status == "ok" else {"Retry-After": "1"},
+    )
 
 
 async def get_help(request: Request) -> Response:
@@ -7612,8 +7845,14 @@ async def get_help(request: Request) -> Response:
     refresh = request.query_params.get("refresh", "0") not in ("0", "")
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
-    default = service.config.default_model or next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
-    return json_response(HelpAnswer(__version__, default, endpoints, listed, list(service.config.unusable_keys)))
+    default = service.config.default_model or next(
+        (f"{one.name}/{one.models[0]}" for one in listed if one.models), None
+    )
+    return json_response(
+        HelpAnswer(
+            __version__, not service.gate.is_open, default, endpoints, listed, list(service.config.unusable_keys)
+        )
+    )
 
 
 async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:
@@ -7766,7 +8005,9 @@ PAGE_POLICY = (
 def html_page(body: str, status: int = 200) -> Response:
     """A page without a script and without another file."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    document = f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+    document = (
+        f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+    )
     headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
     return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
 
@@ -7882,19 +8123,25 @@ def image_of(part: ImagePart, name: str) -> Delta:
     try:
         data = base64.b64decode(encoded, validate=True)
     except ValueError as exc:
-        raise InvalidRequest(f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched") from exc
+        raise InvalidRequest(
+            f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched"
+        ) from exc
     if len(data) > IMAGE_BYTES_MAX:
         raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
     found = image_type(data)
     if found is None or (part.media_type is not None and part.media_type != found):
-        raise InvalidRequest(f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type")
+        raise InvalidRequest(
+            f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type"
+        )
     return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
 
 
 def idempotency_key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
-        raise InvalidRequest(f"Idempotency-Key: has {len(key)} characters; it is 1 to {HEADER_BYTES_MAX} printable ASCII characters")
+        raise InvalidRequest(
+            f"Idempotency-Key: has {len(key)} characters; it is 1 to {HEADER_BYTES_MAX} printable ASCII characters"
+        )
     return key
 
 
@@ -8132,7 +8379,9 @@ def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[R
 
 def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
-    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {StartedAnswer}
+    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {
+        StartedAnswer
+    }
     ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     references = dict(zip(ordered, schemas, strict=True))
@@ -8141,7 +8390,11 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "llmchat", "version": __version__, "description": "Answers that survive: streamed, stored, resumed."},
+        "info": {
+            "title": "llmchat",
+            "version": __version__,
+            "description": "Answers that survive: streamed, stored, resumed.",
+        },
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],  # on this machine alone none is needed
@@ -8175,7 +8428,9 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
     for status in sorted({*one.errors, 401, 403, 429, 500}):
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
-    parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query]
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query
+    ]
     if "{id}" in one.shown_path:
         parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
@@ -8205,7 +8460,8 @@ def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> s
     fields_of_body = [(name, describe_schema(value)) for name, value in schema.get("properties", {}).items()]
     fields_of_query = [(f"?{name}=", f"{describe_schema(value)}: {meaning}") for name, value, meaning in one.query]
     rows = "".join(
-        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}" for name, text in fields_of_body + fields_of_query
+        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}"
+        for name, text in fields_of_body + fields_of_query
     )
     url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
     curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
@@ -8225,7 +8481,12 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
         text = " | ".join(map(str, schema["enum"]))
     else:
         text = str(schema.get("type", "anything"))
-    names = {"minimum": "at least", "maximum": "at most", "minLength": "at least, characters:", "maxLength": "at most, characters:"}
+    names = {
+        "minimum": "at least",
+        "maximum": "at most",
+        "minLength": "at least, characters:",
+        "maxLength": "at most, characters:",
+    }
     text += "".join(f", {words} {schema[key]:,}" for key, words in names.items() if key in schema)
     if schema.get("default") is not None:
         text += f", default {json.dumps(schema['default'])}"
@@ -8310,7 +8571,10 @@ def openai_failure(message_id: int, error: Mapping[str, Any]) -> Response:
     return json_response(OpenAIErrorAnswer(detail, message_id), status, {"x-should-retry": "false"})
 
 
-INTERRUPTED = {"code": "server_error", "message": "llmchat was stopped before the answer was finished; its text is kept"}
+INTERRUPTED = {
+    "code": "server_error",
+    "message": "llmchat was stopped before the answer was finished; its text is kept",
+}
 
 # ── requests: chat completions ──────────────────────────────────────────────────────────────────────────────────────
 #
@@ -9187,7 +9451,9 @@ OPENAI_ENDPOINTS = (
 # service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
+SWITCH_SECONDS = (
+    0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
+)
 CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
 
 
@@ -9257,6 +9523,7 @@ def create_app(config: Config) -> Starlette:
 
     endpoints = (*ENDPOINTS, *OPENAI_ENDPOINTS)
     app = App(routes=[*routes_of(endpoints), *PAGE_ROUTES], lifespan=lifespan)
+    app.router.redirect_slashes = False  # a path is right, or it is told what there is
     app.state.service = Service(config, store, providers, generations, gate, endpoints, time.monotonic())
     return app
 
@@ -9295,7 +9562,10 @@ def refusal(is_too_large: bool) -> bytes:
     """The whole response to what is no request."""
     status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
     if is_too_large:
-        status, error = 431, TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+        status, error = (
+            431,
+            TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit"),
+        )
     request_id = f"{random.getrandbits(64):016x}"
     response = error_response(error, request_id)
     own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
@@ -9440,13 +9710,17 @@ def greet(config: Config, host: str, port: int, interrupted: int, is_new_token: 
     shown = f"[{host}]" if ":" in host else host
     found = ", ".join(one.name for one in config.providers)
     hint = " (no key was found; set one such as OPENAI_API_KEY, or OLLAMA_BASE_URL)" if found == DEMO else ""
-    ended = f" ({interrupted} answers were interrupted; their text is kept)" if interrupted else ""
+    what = "1 answer was" if interrupted == 1 else f"{interrupted} answers were"
+    ended = f" ({what} interrupted; the text is kept)" if interrupted else ""
     print(f"llmchat {__version__} listens on http://{shown}:{port}")
     print(f"database: {Path(config.db).absolute()}{ended}")
     print(f"providers: {found}{hint}", *config.unusable_keys, sep="\n", flush=True)
     if is_new_token:
         reached = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
-        print(f"sign in at http://{reached}:{port}/sign-in?token={config.token} (kept in {token_path(config)})", flush=True)
+        print(
+            f"sign in at http://{reached}:{port}/sign-in?token={config.token} (kept in {token_path(config)})",
+            flush=True,
+        )
 
 
 def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -9454,7 +9728,8 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
     parser = argparse.ArgumentParser(
         prog="llmchat",
         description="A self-hosted chat with any LLM: one Python file, one SQLite file, and nothing that you have seen is lost.",
-        epilog="settings, from the environment or .env:\n" + "\n".join(lines)
+        epilog="settings, from the environment or .env:\n"
+        + "\n".join(lines)
         + "\n\nproviders: <PROVIDER>_API_KEY switches one on; <PROVIDER>_BASE_URL too, for local servers;\n"
         "  <PROVIDER>_MODELS (comma list) and <PROVIDER>_DIALECT (openai | anthropic) say more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

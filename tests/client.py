@@ -50,7 +50,9 @@ class EventStream:
         self._socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + payload)
         head = self._read_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         self.status = int(head[0].split()[1])
-        self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
+        self.headers = {
+            name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)
+        }
         self.error = self._read_error() if self.status != 200 else None
 
     def __enter__(self) -> EventStream:

@@ -395,7 +395,8 @@ for (const name of ["openai/tool", "anthropic/tool"])
     assert.equal(answer.text, "It is 21 degrees.");
   }
 const silent = [openai("openai/silent"), openai.chat("openai/silent")];
-for (const said of await Promise.all(silent.map((model) => streamText({ model, prompt }).text))) assert.equal(said, text);
+const said = await Promise.all(silent.map((model) => streamText({ model, prompt }).text));
+assert.deepEqual(said, [text, text]);
 """
 
 

@@ -52,7 +52,9 @@ class Server:
         ]
         for reader in self._readers:
             reader.start()
-        wait_until(lambda: len(self.output) >= 3 or self.process.poll() is not None, "the server's start", START_SECONDS)
+        wait_until(
+            lambda: len(self.output) >= 3 or self.process.poll() is not None, "the server's start", START_SECONDS
+        )
         match = re.search(r"http://\S+", "".join(self.output))
         assert match, f"did not start: {self.output} {self.log}"
         self.url = match[0]
@@ -60,8 +62,7 @@ class Server:
 
     def _collect(self, pipe: Any, lines: list[str]) -> None:
         with pipe:
-            for line in pipe:
-                lines.append(line)
+            lines.extend(pipe)
 
     @property
     def port(self) -> int:
@@ -103,7 +104,9 @@ class Server:
 
     def content(self, message_id: int) -> str:
         """The stored content of a message, of every kind, as a second connection sees it."""
-        return "".join(text for (text,) in self.rows("SELECT text FROM delta WHERE message_id = ? ORDER BY offset", message_id))
+        return "".join(
+            text for (text,) in self.rows("SELECT text FROM delta WHERE message_id = ? ORDER BY offset", message_id)
+        )
 
     def kill(self) -> None:
         """kill -9."""
@@ -153,7 +156,12 @@ def serve(tmp_path: Path, provider: Provider) -> Iterator[Callable[..., Server]]
     servers: list[Server] = []
 
     def start(*arguments: str, folder: Path = tmp_path, **settings: str) -> Server:
-        settings = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "sk-test", "OPENAI_MODELS": "m,n", **settings}
+        settings = {
+            "OPENAI_BASE_URL": provider.base_url,
+            "OPENAI_API_KEY": "sk-test",
+            "OPENAI_MODELS": "m,n",
+            **settings,
+        }
         servers.append(Server(folder, *arguments, **settings))
         return servers[-1]
 

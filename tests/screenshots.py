@@ -16,7 +16,12 @@ from tests.provider import Provider, openai_reasoning, openai_text
 
 PICTURE_BYTES_MAX = 150_000
 FOLDER = ROOT / "web" / "screenshots"
-EARLIER = ("Plan a weekend in Lisbon", "Regular expression for ISO dates", "Sourdough that does not rise", "What is a monad, really?")
+EARLIER = (
+    "Plan a weekend in Lisbon",
+    "Regular expression for ISO dates",
+    "Sourdough that does not rise",
+    "What is a monad, really?",
+)
 QUESTION = "Why are there two tides a day?"
 REASONING = "They ask for the cause. The gradient of the pull matters, not the pull itself."
 ANSWER = """\
@@ -53,7 +58,9 @@ def take(browser: Browser, url: str, name: str, **options: object) -> None:
     expect(tab.locator("#model-name")).to_contain_text("/")
     ask(tab)
     tab.mouse.move(0, 0)
-    tab.locator("#scroller").evaluate("(node) => node.scrollTo(0, 0)" if name != "phone" else "(node) => node.scrollTo(0, node.scrollHeight)")
+    tab.locator("#scroller").evaluate(
+        "(node) => node.scrollTo(0, 0)" if name != "phone" else "(node) => node.scrollTo(0, node.scrollHeight)"
+    )
     tab.locator("#jump").evaluate("(node) => { node.style.visibility = 'hidden' }")
     path = FOLDER / f"{name}.png"
     tab.screenshot(path=path, animations="disabled")
@@ -72,7 +79,9 @@ def make_icon(browser: Browser) -> None:
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with Provider() as provider, sync_playwright() as driver, tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), OPENAI_BASE_URL=provider.base_url, OPENAI_API_KEY="sk-test", OPENAI_MODELS="gpt-4o-mini")
+        server = Server(
+            Path(folder), OPENAI_BASE_URL=provider.base_url, OPENAI_API_KEY="sk-test", OPENAI_MODELS="gpt-4o-mini"
+        )
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), chromium_sandbox=False)
         try:
             for text in EARLIER:
@@ -80,11 +89,18 @@ def main() -> None:
             for name, options in {
                 "light": {"viewport": {"width": 1200, "height": 820}},
                 "dark": {"viewport": {"width": 1200, "height": 820}, "color_scheme": "dark"},
-                "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 1.5},
+                "phone": {
+                    "viewport": {"width": 390, "height": 844},
+                    "has_touch": True,
+                    "is_mobile": True,
+                    "device_scale_factor": 1.5,
+                },
             }.items():
                 words = [word + " " for word in REASONING.split()]
                 pieces = [ANSWER[at : at + 12] for at in range(0, len(ANSWER), 12)]
-                provider.script([*openai_reasoning(*words, delay=0.12), *openai_text(*pieces, usage=(21, 212), delay=0.03)])
+                provider.script(
+                    [*openai_reasoning(*words, delay=0.12), *openai_text(*pieces, usage=(21, 212), delay=0.03)]
+                )
                 take(browser, server.url, name, **options)
             make_icon(browser)
         finally:

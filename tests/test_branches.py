@@ -32,7 +32,10 @@ def test_regenerate_makes_a_sibling_and_asks_the_same_question_again(server: Ser
     assert asked(provider, 0) == asked(provider, 1) == [("user", "Hello")]
     conversation = server.get(f"/api/v1/conversations/{first['conversation_id']}").json()
     assert conversation["path"] == [first["parent_id"], second["id"]]
-    assert [one["id"] for one in conversation["messages"] if one["parent_id"] == first["parent_id"]] == [first["id"], second["id"]]
+    assert [one["id"] for one in conversation["messages"] if one["parent_id"] == first["parent_id"]] == [
+        first["id"],
+        second["id"],
+    ]
 
 
 def test_only_the_path_to_the_root_goes_upstream(server: Server, provider: Provider) -> None:
@@ -79,7 +82,9 @@ def test_continue_prefills_where_the_provider_can(serve: Any, provider: Provider
 
 
 def test_continue_after_a_kill_joins_without_a_seam_and_with_exact_cursors(server: Server, provider: Provider) -> None:
-    provider.script([*openai_text("First half,", finish=None, usage=None, done=False), Hang()], openai_text(" second half."))
+    provider.script(
+        [*openai_text("First half,", finish=None, usage=None, done=False), Hang()], openai_text(" second half.")
+    )
     reader = Reader()
     with server.chat() as stream:
         reader.read(stream, 2)
@@ -111,7 +116,11 @@ def test_tool_calls_come_back_and_their_results_go_out(server: Server, provider:
     provider.script(openai_tool_calls(("call_1", "weather", '{"city":"Rome"}')), openai_text("Sunny."))
     answer = whole(server, "Weather?", tools=tools)
     assert answer["finish_reason"] == "tool_calls"
-    assert json.loads(answer["content"][0]["text"]) == {"id": "call_1", "name": "weather", "arguments": '{"city":"Rome"}'}
+    assert json.loads(answer["content"][0]["text"]) == {
+        "id": "call_1",
+        "name": "weather",
+        "arguments": '{"city":"Rome"}',
+    }
     result = {"type": "tool_result", "tool_call_id": "call_1", "text": "22 °C"}
     final = whole(server, [result], conversation_id=answer["conversation_id"], tools=tools)
     assert final["text"] == "Sunny."
@@ -137,7 +146,10 @@ def test_parameters_and_system_of_a_conversation_hold_until_they_are_unset(serve
     assert changed["parameters"] == {"temperature": 0.1, "max_tokens": 5} and changed["title"] == "Renamed"
     whole(server, conversation_id=answer["conversation_id"], temperature=0.9)
     body = provider.chats[-1].json
-    assert (body["temperature"], body["max_completion_tokens"]) == (0.9, 5) and body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (body["temperature"], body["max_completion_tokens"]) == (0.9, 5) and body["messages"][0] == {
+        "role": "system",
+        "content": "Be brief.",
+    }
     assert server.client.patch(path, json={"max_tokens": None}).json()["parameters"] == {"temperature": 0.1}
 
 
@@ -165,7 +177,13 @@ def found(server: Server, query: str) -> list[int]:
 
 
 def test_search_finds_titles_questions_and_answers_in_any_language(server: Server, provider: Provider) -> None:
-    texts = ["The quick brown fox", "天気はとてもいいです", "Über naïve Café-Gäste", "def fibonacci(count): pass", "สวัสดีครับ"]
+    texts = [
+        "The quick brown fox",
+        "天気はとてもいいです",
+        "Über naïve Café-Gäste",
+        "def fibonacci(count): pass",
+        "สวัสดีครับ",
+    ]
     for text in texts:
         provider.script(openai_text(text))
     for number, question in enumerate(["Animals", "Wetter", "Deutsch", "Code", "Thai"], 1):
@@ -183,7 +201,29 @@ def test_search_finds_titles_questions_and_answers_in_any_language(server: Serve
 def test_a_query_is_text_whatever_it_holds(server: Server, provider: Provider) -> None:
     provider.script(openai_text('He said "NEAR(a b)" AND left: x* -- OR NOT'))
     whole(server)
-    for query in ['"', '""', "*", "a*", "NEAR(", "near(a b)", "AND", "NOT", "OR OR", "title:x", "-", "--", "a AND", "(", ")", "^", "{", "\\", "'", "%", "' OR 1=1"]:
+    for query in [
+        '"',
+        '""',
+        "*",
+        "a*",
+        "NEAR(",
+        "near(a b)",
+        "AND",
+        "NOT",
+        "OR OR",
+        "title:x",
+        "-",
+        "--",
+        "a AND",
+        "(",
+        ")",
+        "^",
+        "{",
+        "\\",
+        "'",
+        "%",
+        "' OR 1=1",
+    ]:
         response = server.get("/api/v1/conversations", params={"query": query})
         assert response.status_code == 200, (query, response.text)
     assert found(server, "NOT left") == [1] and found(server, '"NEAR(a') == [1]

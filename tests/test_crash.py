@@ -121,7 +121,7 @@ def test_a_kill_before_the_first_delta_leaves_an_empty_interrupted_answer(server
     assert server.content(message_id - 1) == "Nobody answers", (
         "the question was committed before the provider was asked"
     )
-    assert "(1 answers were interrupted" in "".join(server.output)
+    assert "(1 answer was interrupted" in "".join(server.output)
     assert_sound(server)
 
 

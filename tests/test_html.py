@@ -7,7 +7,7 @@ import pytest
 from llmchat import render
 from tests.client import Event, EventStream
 from tests.conftest import Server
-from tests.provider import Hang, Provider, openai_reasoning, openai_text
+from tests.provider import Answer, Hang, Provider, openai_reasoning, openai_text
 
 MARKDOWN = "# Title\n\nA *paragraph* with [a link][late].\n\n```python\nx = 1\n```\n\n- one\n- two\n\n[late]: https://example.org/\n\nEnd."
 
@@ -25,7 +25,7 @@ class Page:
         if event.name == "start":
             self.__init__()
         elif event.name == "html":
-            self.blocks.update({number: block for number, block in event.data["settled"]})
+            self.blocks.update(dict(event.data["settled"]))
             self.open = event.data["open"]
         elif event.name == "delta":
             assert event.data["kind"] == "reasoning"
@@ -58,7 +58,13 @@ def test_html_that_came_in_pieces_is_the_full_render(server: Server, provider: P
 
 
 def test_who_comes_late_gets_everything_at_once_and_then_the_rest(server: Server, provider: Provider) -> None:
-    provider.script([*openai_text("First.\n\nSecond.\n\nThi", finish=None, usage=None, done=False), provider.gate("go"), *openai_text("rd.")])
+    provider.script(
+        [
+            *openai_text("First.\n\nSecond.\n\nThi", finish=None, usage=None, done=False),
+            provider.gate("go"),
+            *openai_text("rd."),
+        ]
+    )
     with server.chat("Hi") as plain:
         assert plain.take(2)[-1].name == "delta"
         page = Page()
@@ -105,3 +111,14 @@ def test_another_rendering_is_refused(server: Server) -> None:
     server.post("/api/v1/chat", {"message": "Hi", "stream": False})
     response = server.get("/api/v1/messages/2?render=pdf")
     assert response.status_code == 400 and "render: 'pdf'" in response.json()["error"]["message"]
+
+
+def test_a_retry_is_announced_on_a_stream_of_html_too(server: Server, provider: Provider) -> None:
+    provider.script(Answer(503, {}, [], before=(provider.gate("refuse"),)), openai_text("Here."))
+    message_id = server.start_chat("Hi")
+    with html_stream(server, message_id) as stream:
+        events = stream.events()
+        names = [next(events).name, next(events).name]
+        provider.open_gate("refuse")
+        names += [event.name for event in events]
+    assert names[:3] == ["start", "html", "notice"] and names[-1] == "end"

@@ -30,7 +30,9 @@ def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
     path = str(tmp_path / "llmchat.db")
     llmchat.prepare_database(path, suspect=False)
     with contextlib.closing(llmchat.connect(path, read_only=False)) as connection:
-        connection.execute("INSERT INTO conversation (id, owner, title, created_at_ms, updated_at_ms) VALUES (1, 'local', 't', 1, 1)")
+        connection.execute(
+            "INSERT INTO conversation (id, owner, title, created_at_ms, updated_at_ms) VALUES (1, 'local', 't', 1, 1)"
+        )
         yield connection
 
 

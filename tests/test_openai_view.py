@@ -42,6 +42,7 @@ USER = [{"role": "user", "content": "Hi"}]
 ASKED = {"model": "m", "messages": USER}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\nrest").decode()
+RECEIVE_BYTES = 16_384  # that the kernel takes for a client that does not read
 PAUSE = 0.06  # seconds between two deltas of the provider that are to be two rows, far above the flusher's interval
 
 
@@ -154,7 +155,10 @@ class Raw:
             **(headers or {}),
         }
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items())]
-        self.socket = socket.create_connection((address.hostname or "", address.port or 0), 20)
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        self.socket.settimeout(20)
+        self.socket.connect((address.hostname or "", address.port or 0))
         self.socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + payload)
         self.data = b""
 
@@ -489,7 +493,7 @@ def test_what_is_not_stored_is_hidden_and_leaves_nothing_behind(impatient: Serve
 
 def test_the_sweep_takes_what_has_ended_and_nobody_reads(tmp_path: Path) -> None:
     path = str(tmp_path / "llmchat.db")
-    llmchat.prepare_database(path)
+    llmchat.prepare_database(path, suspect=False)
     target = llmchat.Target(llmchat.Provider("p", "openai", "http://p.invalid/v1"), "m")
     asked = (llmchat.Turn("user", (llmchat.Delta("text", "Hi"),)),)
     new = llmchat.NewMessage("ann", None, llmchat.UNSET, asked, None, (target,), llmchat.Parameters(), hidden=True)
@@ -510,24 +514,23 @@ def test_the_sweep_takes_what_has_ended_and_nobody_reads(tmp_path: Path) -> None
 
 
 def test_the_sweep_waits_for_a_slow_reader(impatient: Server, provider: Provider) -> None:
-    source = random.Random(1)
-    pieces = ["".join(chr(source.randrange(0x1F300, 0x1F5FF)) for _ in range(1000)) for _ in range(400)]
+    source = random.Random(1)  # characters that JSON makes 6 bytes of: more in all than the kernel takes for a socket
+    pieces = ["".join(chr(source.randrange(0x0E, 0x1F)) for _ in range(1000)) for _ in range(900)]
     provider.script(openai_text(*pieces))
     with Raw(impatient, "POST", "/v1/responses", {"model": "m", "input": "Hi", "stream": True, "store": False}) as raw:
         raw.read_until(b"response.created")
         response_id = raw.data.split(b'"id":"')[1].split(b'"')[0].decode()
-        path = f"/v1/responses/{response_id}"
-        wait_until(lambda: impatient.get(path).json()["status"] == "completed", "its end")
+        path = f"/v1/responses/{response_id}/input_items"
+        message_id = int(response_id.removeprefix("resp_"))
+        ended = "SELECT 1 FROM message WHERE id = ? AND status = 'completed'"
+        wait_until(lambda: impatient.rows(ended, message_id), "its end", 20)
         later = complete(impatient).json()["id"].removeprefix("chatcmpl-")
         wait_until(lambda: impatient.get(f"/api/v1/messages/{later}").status_code == 404, "the sweep of a later one")
         assert impatient.get(path).status_code == 200
-        raw.read_until(b"event: response.completed")
-    wait_until(lambda: impatient.get(path).status_code == 404, "its sweep")
+    wait_until(lambda: impatient.get(path).status_code == 404, "its sweep, once the reader is gone")
 
 
-def test_what_is_not_stored_survives_its_client(
-    impatient: Server, provider: Provider
-) -> None:
+def test_what_is_not_stored_survives_its_client(impatient: Server, provider: Provider) -> None:
     provider.script(
         [*openai_text("Hel", finish=None, usage=None, done=False), provider.gate("walk"), *openai_text("lo")]
     )
@@ -715,19 +718,34 @@ def test_a_response_streams_reasoning_text_and_calls_and_replays_the_same(
         assert tool.get("function", tool)["name"] == "look"
 
 
+def stream_rows(server: Server, provider: Provider, *texts: str) -> bytes:
+    """A streamed response, each text a row of its own: the next one is sent once the client has the one before."""
+    part = {"finish": None, "usage": None, "done": False}
+    gates = [f"{len(provider.chats)} {number}" for number in range(len(texts))]
+    pairs = zip(texts, gates, strict=True)
+    steps = [step for text, gate in pairs for step in (*openai_text(text, **part), provider.gate(gate))]  # type: ignore[arg-type]
+    provider.script([*steps, *openai_text()])
+    with Raw(server, "POST", "/v1/responses", {"model": "m", "input": "Hi", "stream": True}) as raw:
+        for text, gate in zip(texts, gates, strict=True):
+            raw.read_until(b'"delta":' + json.dumps(text).encode())
+            provider.open_gate(gate)
+        raw.read_until(b"0\r\n\r\n")
+    return raw.data
+
+
 def test_each_stored_row_is_one_event(server: Server, provider: Provider) -> None:
-    provider.script(split_text("one ", "two ", "three "))
-    found = events(respond(server, stream=True).text)
-    message_id = int(found[0]["response"]["id"].removeprefix("resp_"))
-    rows = [text for (text,) in server.rows("SELECT text FROM delta WHERE message_id = ? ORDER BY offset", message_id)]
-    assert [one["delta"] for one in found if one["type"].endswith(".delta")] == rows and len(rows) > 1
+    live = stream_rows(server, provider, "one ", "two ", "three ")
+    response_id = live.split(b'"id":"')[1].split(b'"')[0].decode()
+    replayed = server.get(f"/v1/responses/{response_id}?stream=true").text
+    assert [one["delta"] for one in events(replayed) if one["type"].endswith(".delta")] == ["one ", "two ", "three "]
+    assert [one.encode() in live for one in frames(replayed)] == [True] * 11
 
 
 def test_a_stream_goes_on_after_any_number_live_and_later(impatient: Server, provider: Provider) -> None:
     """Cut off, and resumed from every number, while it runs and when it has ended: never a gap, never twice."""
     provider.script([*BUSY, provider.gate("more"), *openai_text(" wor", "ld", delay=PAUSE)])
     with Raw(impatient, "POST", "/v1/responses", {"model": "m", "input": "Hi", "stream": True}) as raw:
-        raw.read_until(b'"lo"')
+        raw.read_until(b'lo"')
     response_id = raw.data.split(b'"id":"')[1].split(b'"')[0].decode()
     resumed = [
         Raw(impatient, "GET", f"/v1/responses/{response_id}?stream=true&starting_after={after}")
@@ -795,9 +813,9 @@ def merge_rows(server: Server, message_id: int) -> None:
 
 
 def test_once_rows_are_merged_a_replay_is_still_valid_and_whole(server: Server, provider: Provider) -> None:
-    provider.script(split_text(*"abcdef"))
-    before = events(respond(server, stream=True).text)
-    response_id = before[0]["response"]["id"]
+    live = stream_rows(server, provider, "one ", "two ", "three ")
+    response_id = live.split(b'"id":"')[1].split(b'"')[0].decode()
+    before = events(server.get(f"/v1/responses/{response_id}?stream=true").text)
     merge_rows(server, int(response_id.removeprefix("resp_")))
     after = events(server.get(f"/v1/responses/{response_id}?stream=true").text)
     assert len(after) < len(before) and check_events(after) == before[-1]["response"]
@@ -892,8 +910,10 @@ def test_an_unstored_response_follows_a_stored_one_and_nothing_follows_it(server
 
 
 def test_a_running_response_cannot_be_followed_yet(server: Server, provider: Provider) -> None:
+    before = len(provider.chats)
     provider.script([Hang()])
     running = respond(server, background=True).json()
+    provider.wait_chats(before + 1)
     response = respond(server, previous_response_id=running["id"])
     assert response.status_code == 409 and error_of(response)["param"] == "previous_response_id"
     server.post(f"/v1/responses/{running['id']}/cancel")
@@ -1014,8 +1034,10 @@ def test_a_deleted_response_is_gone_with_its_input_and_what_follows_stays(server
 def test_deleting_the_only_response_deletes_its_conversation_even_while_it_runs(
     server: Server, provider: Provider
 ) -> None:
+    before = len(provider.chats)
     provider.script([Hang()])
     running = respond(server, "Delete me", background=True).json()
+    provider.wait_chats(before + 1)
     conversation = server.message(int(running["id"].removeprefix("resp_")))["conversation_id"]
     assert server.client.delete(f"/v1/responses/{running['id']}").json()["deleted"] is True
     assert server.get(f"/api/v1/conversations/{conversation}").status_code == 404

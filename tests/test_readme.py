@@ -13,7 +13,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", README, re.MULTILINE))
-    shown = {one.name.upper(): f"{one.default:g}" if isinstance(one.default, float) else str(one.default) for one in llmchat.SETTINGS}
+    shown = {
+        one.name.upper(): f"{one.default:g}" if isinstance(one.default, float) else str(one.default)
+        for one in llmchat.SETTINGS
+    }
     assert rows == {name: f"`{default}`" if default else "–" for name, default in shown.items()}
 
 

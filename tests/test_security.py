@@ -1379,6 +1379,9 @@ def test_an_error_of_our_own_shows_no_stack(local: Server, monkeypatch: pytest.M
     async def send(message: Any) -> None:
         sent.append(message)
 
+    def render(error: llmchat.LlmchatError, scope: Any) -> Any:
+        return llmchat.error_response(error, scope["request_id"])
+
     gate = llmchat.Gate(llmchat.Config(), llmchat.Store("unused"))
     asyncio.run(llmchat.Envelope(broken, gate, llmchat.render_error)(scope_of(), None, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 500 and b"secret" not in sent[1]["body"] and b"RuntimeError" not in sent[1]["body"]

@@ -883,7 +883,7 @@ async function loadConversation(conversation, found = null) {
   followModel();
   syncStream();
   if (found) showFound(found);
-  else if (scroll.follows) scroll.toEnd();
+  else scroll.grown();
 }
 
 function showLoadError(conversation, error) {
@@ -1662,6 +1662,7 @@ async function loadModels() {
   const help = await api("GET", "/api/v1/help").catch(() => null);
   if (!help) return;
   Object.assign(state, { providers: help.providers, defaultModel: help.default_model, unusableKeys: help.unusable_keys });
+  $("sign-out").hidden = !help.token_needed;
   renderModel();
   renderEmpty();
 }
