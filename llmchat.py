@@ -4102,9 +4102,9 @@ def load_page(
             "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1", (message_id,)
         ).fetchone()
         rows = connection.execute(
-            "SELECT offset, kind, text FROM delta WHERE message_id = ?1 AND offset >= coalesce("
-            "(SELECT max(offset) FROM delta WHERE message_id = ?1 AND offset <= ?2), 0) ORDER BY offset",
-            (message_id, cursor),
+            "SELECT offset, kind, text FROM delta WHERE message_id = :id AND offset >= coalesce("
+            "(SELECT max(offset) FROM delta WHERE message_id = :id AND offset <= :cursor), 0) ORDER BY offset",
+            {"id": message_id, "cursor": cursor},
         )
         found, characters = [], 0
         for offset, kind, text in rows:
@@ -4197,8 +4197,8 @@ def delete_conversation(connection: sqlite3.Connection, owner: str, conversation
         "SELECT id FROM message WHERE status = 'running' AND conversation_id = ?", (conversation_id,)
     ).fetchall()
     if not running:
-        indexed = "SELECT id FROM message WHERE conversation_id = ?1 UNION ALL SELECT -?1"
-        connection.execute(f"DELETE FROM message_fts WHERE rowid IN ({indexed})", (conversation_id,))
+        indexed = "SELECT id FROM message WHERE conversation_id = :id UNION ALL SELECT -:id"
+        connection.execute(f"DELETE FROM message_fts WHERE rowid IN ({indexed})", {"id": conversation_id})
         connection.execute("DELETE FROM conversation WHERE id = ?", (conversation_id,))
     return [row[0] for row in running]
 
@@ -4208,14 +4208,14 @@ def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched
     `watched`. Returns when the oldest that is left ended; None: there is none."""
     ended = (
         "hidden = 1 AND id NOT IN (SELECT conversation_id FROM message WHERE status = 'running'"
-        " UNION ALL SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?1)))"
+        " UNION ALL SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(:watched)))"
     )
     connection.execute(
-        f"DELETE FROM conversation WHERE id IN (SELECT id FROM conversation WHERE {ended} AND updated_at_ms <= ?2"
+        f"DELETE FROM conversation WHERE id IN (SELECT id FROM conversation WHERE {ended} AND updated_at_ms <= :before"
         f" ORDER BY updated_at_ms LIMIT {SWEPT_MAX})",
-        (json.dumps(watched), ended_before_ms),
+        {"watched": json.dumps(watched), "before": ended_before_ms},
     )
-    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", ("[]",)).fetchone()
+    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", {"watched": "[]"}).fetchone()
     return cast("int | None", oldest[0])
 
 
@@ -4254,10 +4254,10 @@ def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
     count = json.loads(row["response_json"] or "{}").get("input_turns", 1)
     rows = connection.execute(
         "WITH RECURSIVE path (id, parent_id, depth) AS ("
-        " SELECT id, parent_id, 1 FROM message WHERE id = ?1"
+        " SELECT id, parent_id, 1 FROM message WHERE id = :parent"
         " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id"
-        " WHERE depth < ?2) SELECT id FROM path WHERE depth <= ?2 ORDER BY depth",
-        (row["parent_id"], count),
+        " WHERE depth < :count) SELECT id FROM path WHERE depth <= :count ORDER BY depth",
+        {"parent": row["parent_id"], "count": count},
     )
     return [message_id for (message_id,) in rows]
 
