@@ -4215,7 +4215,9 @@ def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched
         f" ORDER BY updated_at_ms LIMIT {SWEPT_MAX})",
         {"watched": json.dumps(watched), "before": ended_before_ms},
     )
-    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", {"watched": "[]"}).fetchone()
+    oldest = connection.execute(
+        f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", {"watched": "[]"}
+    ).fetchone()
     return cast("int | None", oldest[0])
 
 
