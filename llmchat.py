@@ -4281,6 +4281,10 @@ def foreign_origin(service: str, *names: Any) -> str:
     return f"{service}:{name if plain else hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def text_in(document: Any, *names: str) -> str:
     """The first of these members that is a text with something in it; empty: none is."""
     found = (document.get(name) for name in names) if isinstance(document, dict) else ()
@@ -4342,15 +4346,15 @@ def chatgpt_conversation(
     nodes = {key: node for key, node in document["mapping"].items() if isinstance(node, dict)}
     parents: dict[str, str | None] = {}
     rank: dict[str, int] = {}
+    claimed: dict[str, str] = {}
     for key, node in nodes.items():
-        children = node.get("children")
-        for index, child in enumerate(children if isinstance(children, list) else ()):
-            if isinstance(child, str) and child in nodes:
+        for index, child in enumerate(listed(node.get("children"))):
+            if isinstance(child, str):
                 rank.setdefault(child, index)
-                parents.setdefault(child, key)
+                claimed.setdefault(child, key)
     for key, node in nodes.items():
         given = node.get("parent")
-        parents[key] = given if isinstance(given, str) and given in nodes else parents.get(key)
+        parents[key] = given if isinstance(given, str) and given in nodes else claimed.get(key)
     origin = foreign_origin("chatgpt", document.get("conversation_id"), document.get("id"), next(iter(nodes), None))
     created_at_ms = milliseconds_of(document.get("create_time")) or now_ms()
     messages = {key: chatgpt_message(key, node, created_at_ms, image, leave_out) for key, node in nodes.items()}
@@ -4465,10 +4469,6 @@ def chatgpt_part(part: Any, image: Callable[[str], Delta | None], leave_out: Lea
         return None
     lines = [text_in(part, "title"), text_in(part, "url"), body]
     return Delta("text", "\n\n".join(filter(None, lines))) if body else None
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def foreign_call(call_id: str, name: str, arguments: str) -> Delta:
