@@ -4932,6 +4932,10 @@ def foreign_origin(service: str, *names: Any) -> str:
     return f"{service}:{name if plain else hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def text_in(document: Any, *names: str) -> str:
     """The first of these members that is a text with something in it; empty: none is."""
     found = (document.get(name) for name in names) if isinstance(document, dict) else ()
@@ -4993,15 +4997,15 @@ def chatgpt_conversation(
     nodes = {key: node for key, node in document["mapping"].items() if isinstance(node, dict)}
     parents: dict[str, str | None] = {}
     rank: dict[str, int] = {}
+    claimed: dict[str, str] = {}
     for key, node in nodes.items():
-        children = node.get("children")
-        for index, child in enumerate(children if isinstance(children, list) else ()):
-            if isinstance(child, str) and child in nodes:
+        for index, child in enumerate(listed(node.get("children"))):
+            if isinstance(child, str):
                 rank.setdefault(child, index)
-                parents.setdefault(child, key)
+                claimed.setdefault(child, key)
     for key, node in nodes.items():
         given = node.get("parent")
-        parents[key] = given if isinstance(given, str) and given in nodes else parents.get(key)
+        parents[key] = given if isinstance(given, str) and given in nodes else claimed.get(key)
     origin = foreign_origin("chatgpt", document.get("conversation_id"), document.get("id"), next(iter(nodes), None))
     created_at_ms = milliseconds_of(document.get("create_time")) or now_ms()
     messages = {key: chatgpt_message(key, node, created_at_ms, image, leave_out) for key, node in nodes.items()}
@@ -5036,44 +5040,58 @@ def chatgpt_message(
 ) -> list[ArchivedMessage]:
     """What a node becomes: a message, or nothing. Nodes without a message only hold the tree together."""
     message = node.get("message")
-    if not isinstance(message, dict):
+    if not isinstance(message, dict) or (role := chatgpt_role(message, leave_out)) is None:
         return []
-    role, content, metadata = text_in(message.get("author"), "role"), message.get("content"), message.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    kind = text_in(content, "content_type")
-    if kind == "user_editable_context":  # the user's own instructions, hidden as they are
-        role = "system"
-    elif metadata.get("is_visually_hidden_from_conversation") or kind == "model_editable_context":
-        leave_out("hidden by ChatGPT")
-        return []
-    if role not in ("user", "assistant", "system", "tool"):
-        leave_out(f"a message of the role {role!r}")
-        return []
-    deltas = chatgpt_content(content, image, leave_out) if isinstance(content, dict) else []
-    recipient = text_in(message, "recipient")
-    answers = role == "assistant"
-    if answers and recipient not in ("", "all"):
-        deltas = [foreign_call(key, recipient, text_in(content, "text") or text_of(deltas))]
-    if answers and any(delta.kind == "image" for delta in deltas):
-        leave_out("an image in an answer, which no provider takes back")
-        deltas = [delta for delta in deltas if delta.kind != "image"]
+    deltas = chatgpt_deltas(key, role, message, image, leave_out)
     if not deltas:
         if role != "system":  # the first one of most conversations says nothing
             leave_out("a message without content")
         return []
-    finish = text_in(metadata.get("finish_details"), "type")
-    at = milliseconds_of(message.get("create_time")) or created_at_ms
     made = ArchivedMessage(
         origin=foreign_origin("chatgpt", key),
-        role=cast(Role, role),
-        status="stopped" if answers and finish == "interrupted" else "completed",
-        provider="openai" if answers else None,
-        model=text_in(metadata, "model_slug") or None if answers else None,
+        role=role,
         content=deltas,
-        finish_reason=cast(Any, FINISH_REASONS.get(finish)) if answers else None,
-        created_at_ms=at,
+        created_at_ms=milliseconds_of(message.get("create_time")) or created_at_ms,
     )
+    if role == "assistant":
+        metadata = message.get("metadata")
+        finish = text_in(metadata.get("finish_details"), "type") if isinstance(metadata, dict) else ""
+        made.provider, made.model = "openai", text_in(metadata, "model_slug") or None
+        made.status = "stopped" if finish == "interrupted" else "completed"
+        made.finish_reason = cast(Any, FINISH_REASONS.get(finish))
     return [made]
+
+
+def chatgpt_role(message: Mapping[str, Any], leave_out: LeaveOut) -> Role | None:
+    """Whose message it is; None: nobody's that is to be seen."""
+    role, metadata = text_in(message.get("author"), "role"), message.get("metadata")
+    kind = text_in(message.get("content"), "content_type")
+    hidden = isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation")
+    if kind == "user_editable_context":  # the user's own instructions, hidden as they are
+        return "system"
+    if hidden or kind == "model_editable_context":
+        leave_out("hidden by ChatGPT")
+        return None
+    if role not in ("user", "assistant", "system", "tool"):
+        leave_out(f"a message of the role {role!r}")
+        return None
+    return cast(Role, role)
+
+
+def chatgpt_deltas(
+    key: str, role: Role, message: Mapping[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut
+) -> list[Delta]:
+    """A message's content; what is addressed to a tool is a call of it."""
+    content, recipient = message.get("content"), text_in(message, "recipient")
+    deltas = chatgpt_content(content, image, leave_out) if isinstance(content, dict) else []
+    if role != "assistant":
+        return deltas
+    if recipient not in ("", "all"):
+        return [foreign_call(key, recipient, text_in(content, "text") or text_of(deltas))]
+    kept = [delta for delta in deltas if delta.kind != "image"]
+    if len(kept) < len(deltas):
+        leave_out("an image in an answer, which no provider takes back")
+    return kept
 
 
 def chatgpt_content(content: dict[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut) -> list[Delta]:
@@ -5118,10 +5136,6 @@ def chatgpt_part(part: Any, image: Callable[[str], Delta | None], leave_out: Lea
     return Delta("text", "\n\n".join(filter(None, lines))) if body else None
 
 
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def foreign_call(call_id: str, name: str, arguments: str) -> Delta:
     """A call of another service's tool; arguments that are no JSON become its only one."""
     try:
@@ -5162,30 +5176,37 @@ def claude_messages(
     if role is None:
         leave_out(f"a message of the sender {text_in(message, 'sender')!r}")
         return []
-    runs: list[tuple[str, list[Delta]]] = [(role, claude_attachments(message, leave_out))]
+    made = [
+        ArchivedMessage(
+            origin=foreign_origin("claude", key if index == 0 else f"{key}/{index}"),
+            role=role_of_run,
+            content=content,
+            created_at_ms=milliseconds_of(message.get("created_at")) or created_at_ms,
+        )
+        for index, (role_of_run, content) in enumerate(claude_runs(key, cast(Role, role), message, leave_out))
+        if content
+    ]
+    for one in made:
+        if one.role == "assistant":
+            one.provider, one.model = "anthropic", model or None
+            one.finish_reason = cast(Any, FINISH_REASONS.get(text_in(message, "stop_reason")))
+    if not made:
+        leave_out("a message without content")
+    return made
+
+
+def claude_runs(
+    key: str, role: Role, message: Mapping[str, Any], leave_out: LeaveOut
+) -> list[tuple[Role, list[Delta]]]:
+    """A message's content, parted where a tool gave a result."""
+    runs: list[tuple[Role, list[Delta]]] = [(role, claude_attachments(message, leave_out))]
     for index, block in enumerate(listed(message.get("content")) or [{"type": "text", "text": message.get("text")}]):
         if text_in(block, "type") == "tool_result":
             result = claude_result(block.get("content"))
             runs += [("tool", [Delta("text", result)] if result else []), (role, [])]
         else:
             runs[-1][1].extend(claude_block(block, f"{key}-{index}", leave_out))
-    finish_reason = FINISH_REASONS.get(text_in(message, "stop_reason")) if role == "assistant" else None
-    made = [
-        ArchivedMessage(
-            origin=foreign_origin("claude", key if index == 0 else f"{key}/{index}"),
-            role=cast(Role, role_of_run),
-            provider="anthropic" if role_of_run == "assistant" else None,
-            model=model or None if role_of_run == "assistant" else None,
-            content=content,
-            finish_reason=cast(Any, finish_reason),
-            created_at_ms=milliseconds_of(message.get("created_at")) or created_at_ms,
-        )
-        for index, (role_of_run, content) in enumerate(runs)
-        if content
-    ]
-    if not made:
-        leave_out("a message without content")
-    return made
+    return runs
 
 
 def claude_attachments(message: Mapping[str, Any], leave_out: LeaveOut) -> list[Delta]:

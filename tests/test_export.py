@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -186,9 +187,10 @@ def test_conversations_that_are_deleted_during_an_export_are_simply_not_in_it(se
     with contextlib.closing(sqlite3.connect(server.db, timeout=10)) as connection:
         for number in range(1, 41):
             connection.execute("INSERT INTO conversation VALUES (?, 'local', 't', '', 1, 1, '{}', NULL)", (number,))
-            last = llmchat.insert_message(connection, number, None, "user", "completed", 1)
-            rows = [(last, 10_000 * row, "text", "x" * 10_000) for row in range(50)]
-            connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+            for _ in range(2):  # each of them more than a page
+                last = llmchat.insert_message(connection, number, None, "user", "completed", 1)
+                rows = [(last, 10_000 * row, "text", "x" * 10_000) for row in range(30)]
+                connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
         connection.commit()
     with server.client.stream("GET", "/api/v1/export") as response:
         body = response.iter_raw(100_000)
@@ -196,8 +198,54 @@ def test_conversations_that_are_deleted_during_an_export_are_simply_not_in_it(se
         for number in range(30, 41):
             assert server.client.delete(f"/api/v1/conversations/{number}").status_code == 200
         archive = json.loads(held + b"".join(body))
-    assert [len(one["messages"]) for one in archive["conversations"]][:20] == [1] * 20
+    assert [len(one["messages"]) for one in archive["conversations"]][:20] == [2] * 20
     assert len(archive["conversations"]) < 40 or not archive["conversations"][-1]["messages"]
+
+
+def test_a_conversation_that_is_gone_when_its_turn_comes_leaves_a_whole_document() -> None:
+    class Deleting:
+        """A store in which the second of three conversations is deleted between two reads."""
+
+        async def read(self, operation: Any, owner: str, *arguments: Any) -> Any:
+            if operation is llmchat.next_conversation:
+                return arguments[0] + 1 if arguments[0] < 3 else None
+            if operation is llmchat.archive_page:
+                return b"", None
+            if arguments[0] == 2:
+                raise llmchat.NotFound("gone")
+            return b'{"origin":"%d","messages":[' % arguments[0]
+
+    async def whole() -> bytes:
+        return b"".join([data async for data in llmchat.archive_frames(Deleting(), "local")])  # type: ignore[arg-type]
+
+    assert [one["origin"] for one in json.loads(asyncio.run(whole()))["conversations"]] == ["1", "3"]
+
+
+def test_a_download_that_nobody_wants_is_not_made() -> None:
+    """HEAD, and a client that has gone."""
+    made, closed, sent = [], [], []
+
+    async def frames() -> AsyncGenerator[bytes, None]:
+        for number in range(100):
+            made.append(number)
+            yield b"x"
+            await asyncio.sleep(0)
+
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def stays() -> dict[str, str]:
+        return await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for method, receive in (("HEAD", stays), ("GET", gone)):
+        made.clear()
+        download = llmchat.Download(frames(), "text/plain", "x", close=lambda: closed.append(1))
+        asyncio.run(download({"type": "http", "method": method}, receive, send))  # type: ignore[arg-type]
+        assert len(made) < 5
+    assert closed == [1, 1]
 
 
 def test_many_exports_at_once_are_all_whole(rich: Server) -> None:
