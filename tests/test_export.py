@@ -170,7 +170,9 @@ def test_a_long_export_comes_in_pages_and_an_id_between_them_is_not_lost(
     path = str(tmp_path / "llmchat.db")
     llmchat.prepare_database(path, suspect=False)
     with contextlib.closing(llmchat.connect(path, read_only=False)) as connection:
-        connection.execute("INSERT INTO conversation VALUES (1, 'local', 't', '', 1, 1, '{}', NULL)")
+        connection.execute(
+            "INSERT INTO conversation (id, owner, title, created_at_ms, updated_at_ms) VALUES (1, 'local', 't', 1, 1)"
+        )
         ids = [llmchat.insert_message(connection, 1, None, "user", "completed", 5) for _ in range(50)]
         monkeypatch.setattr(llmchat, "SEND_BYTES_MAX", 1000)
         pages, after = [], 0
@@ -186,7 +188,10 @@ def test_a_long_export_comes_in_pages_and_an_id_between_them_is_not_lost(
 def test_conversations_that_are_deleted_during_an_export_are_simply_not_in_it(server: Server) -> None:
     with contextlib.closing(sqlite3.connect(server.db, timeout=10)) as connection:
         for number in range(1, 41):
-            connection.execute("INSERT INTO conversation VALUES (?, 'local', 't', '', 1, 1, '{}', NULL)", (number,))
+            connection.execute(
+                "INSERT INTO conversation (id, owner, title, created_at_ms, updated_at_ms) VALUES (?, 'local', 't', 1, 1)",
+                (number,),
+            )
             for _ in range(2):  # each of them more than a page
                 last = llmchat.insert_message(connection, number, None, "user", "completed", 1)
                 rows = [(last, 10_000 * row, "text", "x" * 10_000) for row in range(30)]
