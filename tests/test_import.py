@@ -978,7 +978,7 @@ def test_nothing_stays_of_a_body_that_does_not_arrive_and_the_next_import_works(
     import socket
 
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = "POST /api/v1/import HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /api/v1/import HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head.encode() + b"Content-Length: 1000000\r\n\r\n[" + b" " * 100_000)
         wait_until(lambda: refused(server), "the import that is on its way")
         assert [name.name for name in tmp_path.iterdir() if not name.name.startswith("llmchat.db")] == []
@@ -1003,7 +1003,7 @@ def test_a_body_beyond_the_limit_is_refused(
         app = llmchat.create_app(config)
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 response = await client.post("/api/v1/import", content=b"[" + b" " * 1000, headers=JSON)
                 assert response.status_code == 413 and "larger than 1,000 bytes" in response.json()["error"]["message"]
                 assert (
