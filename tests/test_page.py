@@ -86,7 +86,7 @@ WITHOUT_CLIPBOARD = """() => {
 SMALL_TARGETS = """() => [...document.querySelectorAll("button, a.icon, a.new, .item > a, summary")]
   .filter((node) => node.checkVisibility({visibilityProperty: true}))
   .map((node) => [node.getAttribute("aria-label") || node.textContent, node.getBoundingClientRect()])
-  .filter(([, {width, height}]) => width < 44 || height < 44)
+  .filter(([, {width, height}]) => width < 43.99 || height < 43.99)
   .map(([name, {width, height}]) => `${name}: ${width} × ${height}`)"""
 ALL_FIELDS_ARE_READABLE = """() => [...document.querySelectorAll("input:not([type=file], [type=radio]), textarea")]
   .every((node) => parseFloat(getComputedStyle(node).fontSize) >= 16)"""
