@@ -151,8 +151,8 @@ HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
 SEND_BYTES_MAX = 256 * 1024  # of one send to a subscriber, and of what its queue may hold: 50 stalled readers = 13 MB
 RING_BYTES_MAX = 256 * 1024  # of a generation's ring, beside the setting for its events
-PENDING_CHARACTERS_MAX = 256 * 1024  # of one generation, received but not committed; beyond it the producer waits
 
+ARRIVED_BYTES_MAX = 128 * 1024  # of one answer, arrived but not yet committed; beyond it, its provider has to wait
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
@@ -2536,87 +2536,170 @@ class ModelList:
     asked_at: float  # monotonic seconds
 
 
+class Source(Protocol):
+    """Where an answer's bytes come from. It calls the answer's `feed`, and in the end `finish` or `break_off`."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Pump:
+    """The source of a body that httpx has to decode, or that comes from no socket: a task that reads it."""
+
+    def __init__(self, answer: Answer, response: httpx.Response) -> None:
+        self._answer = answer
+        self._response = response
+        self._room = asyncio.Event()
+        self._room.set()
+        self._task = asyncio.create_task(self._read(), name="pump")
+
+    def pause(self) -> None:
+        self._room.clear()
+
+    def resume(self) -> None:
+        self._room.set()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _read(self) -> None:
+        try:
+            async for data in self._response.aiter_bytes():
+                self._answer.feed(data)
+                await self._room.wait()
+        except connection_errors() as exc:
+            self._answer.break_off(exc)
+        else:
+            self._answer.finish()
+
+
 class Answer:
-    """An open answer. `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool
-    call last grew, which is no delta before it is whole (monotonic seconds)."""
+    """An open answer. What arrives is kept as it came until `take` decodes all of it in one go.
+
+    `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool call last grew,
+    which is no delta before it is whole (monotonic seconds). `is_held`: so much has arrived that the provider is not
+    read on before it is taken. `failure` is set once the answer cannot go on.
+    """
 
     def __init__(self, provider: Provider, response: httpx.Response) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
         self.heard_at, self.grown_at = time.monotonic(), 0.0
+        self.is_held = False
+        self.failure: GenerationError | None = None
         self._response = response
-        self._receive = body_reader(response)
+        self._source: Source | None = None
+        self._on_arrival: Callable[[], object] = bool
+        self._arrived: list[bytes] = []
+        self._arrived_bytes = 0
         self._sse = SseDecoder()
         self._document: bytearray | None = None  # of an answer that is no stream
         self._is_sniffed = False
-        self._whole_at: float | None = None  # loop time since which nothing more has to come
-        self._failure: GenerationError | None = None
-        self._is_ended = False
+        self._broken: ProviderTruncated | None = None  # the connection, before its end
+        self._is_at_end = self._is_decoded = False
+        self._over = asyncio.Event()  # nothing that comes now would count
+        self._patience: asyncio.TimerHandle | None = None
 
-    async def read(self) -> list[Delta] | None:
-        """What the next read of the socket brings, which may be nothing; None once the answer is whole.
+    async def receive(self, on_arrival: Callable[[], object]) -> None:
+        """Takes in the answer, to its end, whatever that is; `on_arrival` is called when there is something to `take`.
 
-        Raises GenerationError, after the deltas that came before it. One call per read and no generator on the way:
-        this is where a stream spends its time.
+        No task wakes for what arrives, and nothing is decoded before somebody takes it: this is where a stream spends
+        its time.
         """
-        if self._failure is not None:
-            raise self._failure
-        if self._is_ended:
-            return None
-        data = await self._read_bytes()
+        self._on_arrival = on_arrival
+        attach = self._response.extensions.get("attach")
+        is_plain = self._response.headers.get("content-encoding", "identity") == "identity"
+        self._source = attach(self) if attach and is_plain else Pump(self, self._response)
+        try:
+            await self._over.wait()
+        finally:
+            self._over.set()
+            if self._patience is not None:
+                self._patience.cancel()
+            await self._source.close()
+
+    # ── what the source calls ──
+
+    def feed(self, data: bytes) -> None:
+        """Keeps bytes as they come; too many of them, and the source has to wait."""
+        if self._over.is_set():
+            return
+        self.heard_at = time.monotonic()
+        is_first = not self._arrived
+        self._arrived.append(data)
+        self._arrived_bytes += len(data)
+        if self._arrived_bytes > ARRIVED_BYTES_MAX and not self.is_held and self._source is not None:
+            self.is_held = True
+            self._source.pause()
+        if is_first:
+            self._on_arrival()
+
+    def finish(self) -> None:
+        """The body has ended, or has been given its time to."""
+        self._is_at_end = True
+        self._over.set()
+
+    def break_off(self, exc: BaseException) -> None:
+        """The connection broke. Unless the answer was whole by then, that is its failure."""
+        if not self._over.is_set():
+            words = f"the connection to {self.provider.name} broke before the answer was finished"
+            self._broken = ProviderTruncated(words, transient=True)
+            self._broken.__cause__ = exc
+            self.finish()
+
+    # ── what the generation calls ──
+
+    def fail(self, failure: GenerationError) -> None:
+        """Ends it: nothing more of this answer is wanted."""
+        self.failure = self.failure or failure
+        self._over.set()
+
+    def take(self) -> list[Delta]:
+        """The deltas of everything that has arrived since the last time."""
+        data = b"".join(self._arrived)
+        self._arrived.clear()
+        self._arrived_bytes = 0
         deltas: list[Delta] = []
-        self._failure = self._decode(data, deltas) if data else self._decode_end(deltas)
-        if not data:
-            self._is_ended = True
-        elif self.decoder.done or (self.decoder.finish_reason is not None and (deltas or self._whole_at is None)):
-            self._whole_at = asyncio.get_running_loop().time()
-        if self._failure is not None and not deltas:
-            raise self._failure
+        failure = None
+        if data and self.failure is None and not self.decoder.done:
+            failure = self._decode(data, deltas)
+            self._set_patience(bool(deltas))
+        if self._is_at_end and failure is None and self.failure is None and not self._is_decoded:
+            self._is_decoded = True
+            failure = self._broken if self._patience is None else None
+            failure = failure or self._decode_end(deltas)
+        if failure is not None:
+            self.fail(failure)
+        if self.is_held and self._source is not None:
+            self.is_held = False
+            self._source.resume()  # last, since more may arrive in it, and the end
         return deltas
 
-    async def _read_bytes(self) -> bytes:
-        """The next bytes; none at the end. Raises ProviderTruncated if the connection breaks before that."""
-        try:
-            if self._whole_at is not None:
-                data = await self._read_after_end(self._whole_at)
-            else:
-                data = await self._receive()
-                if not self._is_sniffed:
-                    data = await self._sniff(data)
-        except connection_errors() as exc:
-            words = f"the connection to {self.provider.name} broke before the answer was finished"
-            raise ProviderTruncated(words, transient=True) from exc
-        self.heard_at = time.monotonic()
-        return data
-
-    async def _sniff(self, data: bytes) -> bytes:
-        """The first bytes that say something. By them, not by a label, an answer is a stream or one document: a stream
-        is asked for, and what comes instead is mislabelled too."""
-        while data and not (head := data.lstrip(b" \t\r\n\xef\xbb\xbf")):  # DeepSeek sends blank lines while one waits
-            self.heard_at = time.monotonic()
-            data = await self._receive()
-        if data and head.startswith((b"{", b"[", b"<")):
-            self._document = bytearray()
-        self._is_sniffed = True
-        return head if data else b""
-
-    async def _read_after_end(self, whole_at: float) -> bytes:
-        """What comes after the answer is whole, which does not wait for its connection to end.
+    def _set_patience(self, has_grown: bool) -> None:
+        """An answer that is whole does not wait for its connection to end.
 
         A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
         its end can be used again.
         """
-        patience = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
-        with contextlib.suppress(TimeoutError, *connection_errors()):
-            async with asyncio.timeout_at(whole_at + patience):
-                data = await self._receive()
-                while data and self.decoder.done:
-                    data = await self._receive()
-                return data
-        return b""
+        if self.decoder.finish_reason is None and not self.decoder.done:
+            return
+        if self._patience is None or self.decoder.done or has_grown:
+            if self._patience is not None:
+                self._patience.cancel()
+            seconds = LINGER_SECONDS if self.decoder.done else FINISH_SECONDS
+            self._patience = asyncio.get_running_loop().call_later(seconds, self.finish)
 
     def _decode(self, data: bytes, deltas: list[Delta]) -> GenerationError | None:
         """Fills `deltas`; an error is returned, not raised, so that what came before it is not lost."""
+        if not self._is_sniffed:
+            # By its first bytes, not by a label, an answer is a stream or one document: a stream is asked for, and what
+            # comes instead is mislabelled too. DeepSeek sends blank lines while one waits.
+            data = data.lstrip(b" \t\r\n\xef\xbb\xbf")
+            self._is_sniffed = bool(data)
+            if data.startswith((b"{", b"[", b"<")):
+                self._document = bytearray()
         if self._document is not None:
             self._document += data
             too_large = len(self._document) > PROVIDER_EVENT_BYTES_MAX
@@ -2663,19 +2746,6 @@ class Answer:
         return ProviderProtocol(
             f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}"
         )
-
-
-def body_reader(response: httpx.Response) -> Callable[[], Awaitable[bytes]]:
-    """What gives the next bytes of a body, and none at its end: aiohttp's own reader where there is nothing to decode."""
-    reader = response.extensions.get("reader")
-    if reader is not None and response.headers.get("content-encoding", "identity") == "identity":
-        return cast("Callable[[], Awaitable[bytes]]", reader.readany)
-    stream = response.aiter_bytes()
-
-    async def read() -> bytes:
-        return await anext(stream, b"")
-
-    return read
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2807,6 +2877,16 @@ class Providers:
             yield Answer(provider, response)
         finally:
             await response.aclose()
+
+    async def ask_whole(self, target: Target, question: Question) -> list[Delta]:
+        """A question's whole answer. Raises GenerationError."""
+        deltas: list[Delta] = []
+        async with self.ask(target, question) as answer:
+            await answer.receive(lambda: deltas.extend(answer.take()))
+            deltas += answer.take()
+            if answer.failure is not None:
+                raise answer.failure
+        return deltas
 
     def prefills(self, provider: Provider) -> bool:
         """Whether a broken-off answer is continued by a prefill, not by asking."""
@@ -2975,15 +3055,64 @@ def models_of(document: Any) -> list[str]:
 
 
 def open_transport(limits: httpx.Limits) -> Any:
-    """httpx's transport over aiohttp, which also hands out the reader of each body."""
+    """httpx's transport over aiohttp, with a way past both for what arrives."""
+    from aiohttp import StreamReader
     from httpx_aiohttp import AiohttpTransport
     from httpx_aiohttp.transport import AiohttpResponseStream
+
+    class Tap(StreamReader):
+        """An open body's reader that hands every piece on at once, instead of keeping it and waking a task.
+
+        aiohttp's parser holds on to the reader that it made, so that one becomes a Tap, with an Answer for a buffer.
+        """
+
+        __slots__ = ()
+
+        def feed_data(self, data: bytes, size: int = 0) -> bool:
+            if data:
+                self._buffer.feed(data)  # type: ignore[attr-defined]
+            return False
+
+        def begin_http_chunk_receiving(self) -> None:
+            """Where the chunks of HTTP begin and end says nothing."""
+
+        end_http_chunk_receiving = begin_http_chunk_receiving
+
+        def feed_eof(self) -> None:
+            super().feed_eof()
+            self._buffer.finish()  # type: ignore[attr-defined]
+
+        def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+            super().set_exception(exc, *cause)
+            self._buffer.break_off(exc)  # type: ignore[attr-defined]
+
+        def pause(self) -> None:
+            self._protocol.pause_reading()
+
+        def resume(self) -> None:
+            self._protocol.resume_reading()
+
+        async def close(self) -> None:
+            """The connection closes with the response."""
+
+    def attach(reader: Any, answer: Answer) -> Source:
+        came, reader._buffer, reader._size = reader._buffer, answer, 0
+        reader.__class__ = Tap
+        for data in came:
+            answer.feed(data)
+        if reader.exception() is not None:
+            answer.break_off(reader.exception())
+        elif reader.is_eof():
+            answer.finish()
+        elif reader._protocol._reading_paused:
+            reader.resume()
+        return cast(Source, reader)
 
     class Transport(AiohttpTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             response = await super().handle_async_request(request)
             assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
-            response.extensions["reader"] = response.stream._aiohttp_response.content
+            response.extensions["attach"] = partial(attach, response.stream._aiohttp_response.content)
             return response
 
     transport = Transport(limits=limits)
@@ -5832,10 +5961,7 @@ class Generation:
         self.attempts = list(started.attempts)
         # content on its way
         self.pending: list[Delta] = []
-        self.pending_characters = 0
         self.characters = 0  # of the whole answer
-        self.room = asyncio.Event()  # set while pending is below its bound
-        self.room.set()
         self.seam: Seam | None = None
         self.offset = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
@@ -5872,10 +5998,18 @@ class Generation:
 
     # ── content ──
 
+    def collect(self) -> None:
+        """Moves what has arrived to pending. What the guards catch in it ends the answer."""
+        if self.answer is None or self.ending is not None:
+            return
+        try:
+            if deltas := self.answer.take():
+                self.receive(deltas)
+        except GenerationError as exc:
+            self.answer.fail(exc)
+
     def receive(self, deltas: list[Delta]) -> None:
         """Takes what the provider sent. Raises GenerationError when a guard catches something in it."""
-        if self.ending is not None:
-            return
         self.last_delta_at = time.monotonic()
         if self.first_delta_at is None:
             self.first_delta_at = self.last_delta_at
@@ -5889,9 +6023,6 @@ class Generation:
             guard = self._circles.get(delta.kind)
             circle = circle or (guard.feed(delta.text) if guard is not None else None)
         self.characters += length
-        self.pending_characters += length
-        if self.pending_characters > PENDING_CHARACTERS_MAX:
-            self.room.clear()
         if self.characters > self._characters_max:
             raise TooLong(
                 f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)"
@@ -5899,15 +6030,17 @@ class Generation:
         if circle is not None:
             raise Repetition(f"the model goes round in circles, repeating {shorten(circle, None)!r}")
 
-    def take(self) -> Flush:
-        """Everything pending, for a flush; with the outcome if this is the last."""
+    def take(self) -> Flush | None:
+        """Everything there is to flush, with the outcome if this is the last; None: nothing."""
+        self.collect()
+        if not self.pending and self.ending is None:
+            return None
         pieces = []
         for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
             for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
                 self.offset += len(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
-        self.pending_characters = 0
         return Flush(self, pieces, self.outcome() if self.ending is not None else None)
 
     def outcome(self) -> Outcome:
@@ -5974,7 +6107,7 @@ class Generation:
 
     def silent_until(self, config: Config) -> float:
         """When the running attempt counts as stalled if nothing comes; keep-alives move it, but not for ever."""
-        if self.guard is None or not self.room.is_set():  # the silence is ours
+        if self.guard is None or (self.answer is not None and self.answer.is_held):  # the silence is ours
             return float("inf")
         since = self.last_delta_at or self.attempt_at
         if self.answer is not None:
@@ -6172,6 +6305,7 @@ class Generations:
     def _end(self, generation: Generation, ending: Ending) -> None:
         """The end of a generation, whoever wants it; the first one counts. Its provider's connection closes now."""
         if generation.ending is None:
+            generation.collect()
             generation.ending = ending
             self._mark(generation)
         if generation.timer is not None:
@@ -6240,19 +6374,16 @@ class Generations:
             ):
                 if started.content:
                     generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
-                while (deltas := await generation.answer.read()) is not None:
-                    if deltas:
-                        generation.receive(deltas)
-                        self._mark(generation)
-                    if not generation.room.is_set():
-                        await generation.room.wait()
+                await generation.answer.receive(partial(self._mark, generation))
+                generation.collect()
+                failure = generation.answer.failure
         except TimeoutError:
             failure = self._stalled(generation)
         except GenerationError as exc:
             failure = exc
         finally:
             generation.guard = None
-            if generation.seam is not None and (rest := generation.seam.end()):
+            if generation.seam is not None and (rest := generation.seam.end()) and generation.ending is None:
                 generation.receive([Delta("text", rest)])
         generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
         generation.attempting = False
@@ -6294,8 +6425,11 @@ class Generations:
             await self._pace()
             self._wake.clear()
             dirty, self._dirty = self._dirty, {}
+            batch = [flush for generation in dirty.values() if (flush := generation.take()) is not None]
+            if not batch:
+                continue
             started_at = time.monotonic()
-            await self._flush([generation.take() for generation in dirty.values()])
+            await self._flush(batch)
             cost = time.monotonic() - started_at
             self.flush_ms = cost * 1000
             interval = min(
@@ -6378,8 +6512,6 @@ class Generations:
                 generation.publish(offset, encode_delta(delta, offset))
                 if generation.rendering is not None:
                     generation.rendering.feed(offset, delta)
-        if not generation.room.is_set() and generation.pending_characters <= PENDING_CHARACTERS_MAX:
-            generation.room.set()
         if flush.outcome is not None:
             self.merger.wake()
             self.running.pop(generation.message_id, None)
@@ -6431,10 +6563,7 @@ class Generations:
                     question=asked[:TITLE_SAMPLE_CHARACTERS], answer=message.text[:TITLE_SAMPLE_CHARACTERS]
                 )
                 question = Question(target.model, "", (Turn("user", (Delta("text", prompt),)),), Parameters())
-                deltas: list[Delta] = []
-                async with self._providers.ask(target, question) as answer:
-                    while (batch := await answer.read()) is not None:
-                        deltas += batch
+                deltas = await self._providers.ask_whole(target, question)
             title = make_title(text_of(deltas).strip().strip('"'))
             if title:
                 await self._store.write(title_conversation, generation.owner, generation.conversation_id, title)
@@ -7505,20 +7634,20 @@ class EventStream(Response):
             if scope["method"] == "HEAD":
                 await send({"type": "http.response.body", "body": b""})
                 return
-            gone = asyncio.ensure_future(self._watch_client(receive))
-            send = scope["server_send"]  # the layers between have nothing to say about a body
+            # A task of its own sends, and this one only waits for the client: to wake a task is to climb through all the
+            # layers that await each other in it, and here are a dozen.
+            sending = asyncio.create_task(self._send(stream, scope["server_send"]), name="stream")
             try:
-                while (data := await stream.read()) is not None:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                while (await receive())["type"] != "http.disconnect":
+                    """The server says so when the client is gone, and when the response is complete."""
             finally:
-                gone.cancel()
+                stream.close()
+                await sending
 
-    async def _watch_client(self, receive: Receive) -> None:
-        """The server tells of a closed connection only to who asks."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._stream.close()
+    async def _send(self, stream: Stream, send: Send) -> None:
+        while (data := await stream.read()) is not None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class Download(Response):

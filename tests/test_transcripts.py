@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llmchat import Answer, Delta, GenerationError, Provider, SseDecoder, body_words, join_deltas, models_of, text_of
+from llmchat import Answer, Delta, Provider, SseDecoder, body_words, join_deltas, models_of, text_of
 
 RECORDINGS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 STREAMS = [path for path in RECORDINGS if b"text/event-stream" in path.read_bytes().partition(b"\r\n\r\n")[0]]
@@ -80,11 +80,10 @@ def read(recording: Recording, *pieces: bytes) -> Result:
         response = httpx.Response(recording.status, headers=kept, stream=Body(*pieces))
         answer = Answer(Provider("recorded", recording.dialect, "http://127.0.0.1/v1"), response)
         result = Result()
-        try:
-            while (deltas := await answer.read()) is not None:
-                result.deltas += deltas
-        except GenerationError as exc:
-            result.error = f"{exc.code}: {exc.message}"
+        await answer.receive(lambda: result.deltas.extend(answer.take()))
+        result.deltas += answer.take()
+        if answer.failure is not None:
+            result.error = f"{answer.failure.code}: {answer.failure.message}"
         result.deltas = join_deltas(result.deltas)
         result.finish_reason, result.usage = answer.decoder.finish_reason, answer.decoder.usage
         return result
