@@ -112,7 +112,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 if TYPE_CHECKING:
     import httpx
@@ -5803,19 +5803,28 @@ class Seam:
 
 
 class Subscriber:
-    """The queue of one open stream. `cursor` follows what was taken out of it."""
+    """The queue of one open stream. `cursor` follows what was taken out of it.
 
-    __slots__ = ("_bytes", "cursor", "lagging", "queue")
+    While its reader waits, everything before has been sent, and a frame goes straight to `send_now`, without waking a
+    task; only what that refuses, since the client does not keep up, is queued.
+    """
 
-    def __init__(self, cursor: int) -> None:
+    __slots__ = ("_bytes", "_is_awaited", "_send_now", "cursor", "lagging", "queue")
+
+    def __init__(self, cursor: int, send_now: Callable[[bytes], bool]) -> None:
         self.cursor = cursor
         self.queue: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(QUEUE_EVENTS_MAX)
         self.lagging = False
         self._bytes = 0
+        self._is_awaited = False
+        self._send_now = send_now
 
     def put(self, offset: int, frame: bytes) -> None:
         """Takes a frame, or gives up: whoever reads too slowly starts again from the store."""
         if self.lagging:
+            return
+        if self._is_awaited and self.queue.empty() and self._send_now(frame):
+            self.cursor = offset
             return
         if self.queue.full() or self._bytes > SEND_BYTES_MAX:
             self.lagging = True
@@ -5832,7 +5841,11 @@ class Subscriber:
 
     async def get(self) -> bytes:
         """Everything that is pending, joined for a single send; waits for the first."""
-        offset, frame = await self.queue.get()
+        self._is_awaited = True
+        try:
+            offset, frame = await self.queue.get()
+        finally:
+            self._is_awaited = False
         if self.queue.empty():
             self._bytes = 0
             self.cursor = offset
@@ -5888,9 +5901,9 @@ class Rendering:
         self._end_frame = frame
         self._wake.set()
 
-    def attach(self) -> tuple[Subscriber, bytes]:
+    def attach(self, send_now: Callable[[bytes], bool]) -> tuple[Subscriber, bytes]:
         """A new subscriber, and everything up to now."""
-        subscriber = Subscriber(self.offset)
+        subscriber = Subscriber(self.offset, send_now)
         self.subscribers.add(subscriber)
         self._wake.set()
         others = b"".join(encode_delta(delta, self.offset) for delta in join_deltas(self._others))
@@ -6075,18 +6088,19 @@ class Generation:
 
     # ── publishing ──
 
-    def publish(self, offset: int, frame: bytes) -> None:
-        """Puts a committed event, or one that carries no content, before everyone who looks on."""
-        self._ring.append((offset, frame))
-        self._ring_bytes += len(frame)
+    def publish(self, events: Sequence[tuple[int, bytes]]) -> None:
+        """Puts committed events, or one that carries no content, before everyone who looks on: (offset after it, frame)."""
+        offset, data = events[0] if len(events) == 1 else (events[-1][0], b"".join([frame for _, frame in events]))
+        self._ring.extend(events)
+        self._ring_bytes += len(data)
         while len(self._ring) > self._ring_events_max or (self._ring_bytes > RING_BYTES_MAX and len(self._ring) > 1):
             self._ring_floor, dropped = self._ring.popleft()
             self._ring_bytes -= len(dropped)
         self.published = offset
         for subscriber in self.subscribers:
-            subscriber.put(offset, frame)
+            subscriber.put(offset, data)
 
-    def attach(self, cursor: int) -> tuple[Subscriber, bytes] | None:
+    def attach(self, cursor: int, send_now: Callable[[bytes], bool]) -> tuple[Subscriber, bytes] | None:
         """A subscriber from this cursor on and the part of the ring that it lacks; None: the ring does not reach it.
 
         The cursor must be where an event ends, as every cursor that was handed out is; one that stands inside an
@@ -6099,7 +6113,7 @@ class Generation:
             return None
         if self.ended.is_set() and not behind:
             behind = [self._ring[-1][1]]
-        subscriber = Subscriber(self.published)
+        subscriber = Subscriber(self.published, send_now)
         self.subscribers.add(subscriber)
         return subscriber, b"".join(behind)
 
@@ -6397,7 +6411,7 @@ class Generations:
     def _notice(self, generation: Generation, code: str, failure: GenerationError, **more: Any) -> None:
         data = {"code": code, **more, "error": failure.detail()}
         notice = encode_event("notice", data)
-        generation.publish(generation.published, notice)
+        generation.publish([(generation.published, notice)])
         if generation.rendering is not None:
             generation.rendering.publish(generation.published, notice)
 
@@ -6508,9 +6522,10 @@ class Generations:
         """What was committed, to everyone who looks on."""
         generation = flush.generation
         if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
-            for offset, delta in flush.pieces:
-                generation.publish(offset, encode_delta(delta, offset))
-                if generation.rendering is not None:
+            if flush.pieces:
+                generation.publish([(offset, encode_delta(delta, offset)) for offset, delta in flush.pieces])
+            if generation.rendering is not None:
+                for offset, delta in flush.pieces:
                     generation.rendering.feed(offset, delta)
         if flush.outcome is not None:
             self.merger.wake()
@@ -6575,7 +6590,7 @@ class Generations:
         timing = Timing(outcome.first_delta_ms, outcome.total_ms)
         generation.ended.set()
         end = encode_end(outcome.ending, outcome.usage, timing)
-        generation.publish(generation.published, end)
+        generation.publish([(generation.published, end)])
         if generation.rendering is not None:
             generation.rendering.end(end)
         fields = {
@@ -6690,6 +6705,7 @@ class Stream:
         self._finished = False
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+        self.write: Callable[[bytes], bool] | None = None  # sends, unless the client does not keep up
 
     def __enter__(self) -> Stream:
         """Raises Overloaded, RateLimited."""
@@ -6713,6 +6729,13 @@ class Stream:
         self._closed = True
         self._wake()
 
+    def _send_now(self, data: bytes) -> bool:
+        """Sends what comes while `read` waits. The end is left to `read`, which must return."""
+        if self.write is None or self._source is None or self._source.ended.is_set() or not self.write(data):
+            return False
+        self._sent_at = time.monotonic()
+        return True
+
     def _wake(self, frame: bytes = b"") -> None:
         if self._subscriber is not None and self._subscriber.queue.empty():
             self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
@@ -6731,14 +6754,13 @@ class Stream:
                 self._finished = True
             else:
                 data = await subscriber.get()
-                self._cursor = subscriber.cursor
         self._sent_at = time.monotonic()
         return data
 
     async def _catch_up(self) -> bytes:
         """What the ring has beyond the cursor, from where the queue goes on; else some of what the store has."""
         generation = self._generations.running.get(self._message_id)
-        attached = generation.attach(self._cursor) if generation is not None else None
+        attached = generation.attach(self._cursor, self._send_now) if generation is not None else None
         if generation is not None and attached is not None:
             return self._attach(generation, *attached)
         page = await self._load()
@@ -6761,6 +6783,7 @@ class Stream:
     def _detach(self) -> None:
         if self._source is not None and self._subscriber is not None:
             self._source.subscribers.discard(self._subscriber)
+            self._cursor = self._subscriber.cursor
         self._source = self._subscriber = None
 
     def _beat(self) -> None:
@@ -6780,7 +6803,7 @@ class HtmlStream(Stream):
         generation = self._generations.running.get(self._message_id)
         rendering = await self._generations.rendering(generation) if generation is not None else None
         if rendering is not None:
-            return self._attach(rendering, *rendering.attach())
+            return self._attach(rendering, *rendering.attach(self._send_now))
         message = await self._generations.load_whole(self._owner, self._message_id)
         if message.status == "running":
             await asyncio.sleep(STARTED_WAIT_SECONDS)
@@ -6805,6 +6828,10 @@ class ViewStream(Stream):
     def __init__(self, generations: Generations, owner: str, message_id: int, first: bytes, view: View) -> None:
         super().__init__(generations, owner, message_id, 0, first)
         self._view = view
+
+    def _send_now(self, data: bytes) -> bool:
+        """What is translated cannot be taken back."""
+        return False
 
     async def read(self) -> bytes | None:
         while (data := await super().read()) is not None:
@@ -7615,6 +7642,22 @@ def error_headers(error: LlmchatError) -> dict[str, str]:
     return headers
 
 
+def direct_write(send: Send) -> Callable[[bytes], bool] | None:
+    """What sends a piece of a streamed body at once, and refuses if the client does not keep up; None under a server
+    that is not ours. It does what uvicorn's `send` does for such a piece, which is a coroutine and so takes a task."""
+    cycle = getattr(send, "__self__", None)
+    if not isinstance(cycle, RequestResponseCycle):
+        return None
+
+    def write(data: bytes) -> bool:
+        if cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    return write
+
+
 class EventStream(Response):
     """A Server-Sent Events response: sends a stream's frames until its end or the client's."""
 
@@ -7636,7 +7679,9 @@ class EventStream(Response):
                 return
             # A task of its own sends, and this one only waits for the client: to wake a task is to climb through all the
             # layers that await each other in it, and here are a dozen.
-            sending = asyncio.create_task(self._send(stream, scope["server_send"]), name="stream")
+            send = scope["server_send"]
+            stream.write = direct_write(send)
+            sending = asyncio.create_task(self._send(stream, send), name="stream")
             try:
                 while (await receive())["type"] != "http.disconnect":
                     """The server says so when the client is gone, and when the response is complete."""
