@@ -2411,13 +2411,13 @@ class MarkdownStream:
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 8. Providers
 #
-# One HTTP client for all of them, opened at the first question, because its import alone doubles the start. A
-# question is one POST; its answer is read as bytes off the transport, past httpx's decoding layers, and comes out as
-# batches of deltas, one per read of the socket. Every way in which that can fail becomes a ProviderError here; what
-# follows from it (retry, fallback, the end of the generation) is decided in section 10. httpx runs on aiohttp, whose
-# parser is C: Python's own was the largest cost of a stream. The client is given its limits, for both libraries cap
-# at 100 connections unless told otherwise. Redirects are not followed: the key would go along. The demo provider is a
-# transport under the same client, so that a first start without a key takes the very same way.
+# One HTTP transport for all of them, opened at the first question, because its import alone doubles the start. It is
+# httpx's over aiohttp, whose parser is C (Python's own was the largest cost of a stream), used without httpx's client:
+# of what that adds to a request, no provider needs anything, and redirects must not be followed with the key. It is
+# given its limits, for both libraries cap at 100 connections unless told otherwise. An answer's bytes are taken off
+# aiohttp's parser as they come and decoded when somebody wants deltas. Every way in which that can fail becomes a
+# ProviderError here; what follows from it (retry, fallback, the end of the generation) is decided in section 10. The
+# demo provider is a transport too, so that a first start without a key takes the very same way.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
@@ -2825,35 +2825,34 @@ LEARNT_QUIRKS = {
 }
 
 
+PROVIDER_EXTENSIONS = {"timeout": {"connect": PROVIDER_CONNECT_SECONDS}}  # as httpx tells its transports
+PROVIDER_HEADERS = {
+    "user-agent": f"llmchat/{__version__}", "accept": "*/*", "accept-encoding": "identity",
+    "content-type": "application/json",
+}  # fmt: skip
+
+
 class Providers:
     """The configured providers: asks them questions, knows their models, remembers what they refused."""
 
     def __init__(self, config: Config) -> None:
         self.rejected: set[str] = set()  # names of providers that refused their key; a list of models may need none
         self._config = config
-        self._client: httpx.AsyncClient | None = None
+        self._transport: Any = None
         self._learnt: dict[str, frozenset[str]] = {}
         self._models: dict[str, ModelList] = {}
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        if self._transport is not None:
+            await self._transport.aclose()
 
-    def _open_client(self) -> httpx.AsyncClient:
-        if self._client is None:
+    def _open_transport(self) -> Any:
+        if self._transport is None:
             import httpx
 
-            limits = httpx.Limits(
-                max_connections=self._config.generations_max + len(self._config.providers), keepalive_expiry=15
-            )
-            transport = open_transport(limits)
-            self._client = httpx.AsyncClient(
-                transport=transport,
-                mounts={f"all://{DEMO_HOST}": open_demo_transport()},
-                timeout=httpx.Timeout(None, connect=PROVIDER_CONNECT_SECONDS),
-                headers={"user-agent": f"llmchat/{__version__}", "accept-encoding": "identity"},
-            )
-        return self._client
+            connections = self._config.generations_max + len(self._config.providers)
+            self._transport = open_transport(httpx.Limits(max_connections=connections, keepalive_expiry=15))
+        return self._transport
 
     @asynccontextmanager
     async def ask(self, target: Target, question: Question) -> AsyncIterator[Answer]:
@@ -2904,11 +2903,13 @@ class Providers:
         """One request; the response's body is still to be read. Raises ProviderError."""
         if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
             raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
-        client = self._open_client()
-        headers = {**DIALECTS[provider.dialect].headers(provider), "content-type": "application/json"}
+        import httpx
+
+        transport = open_demo_transport() if provider.name == DEMO else self._open_transport()
+        headers = {**PROVIDER_HEADERS, **DIALECTS[provider.dialect].headers(provider)}
         try:
-            request = client.build_request(method, url, content=body, headers=headers)
-            return await client.send(request, stream=True)
+            request = httpx.Request(method, url, content=body, headers=headers, extensions=PROVIDER_EXTENSIONS)
+            return cast("httpx.Response", await transport.handle_async_request(request))
         except connection_errors() as exc:
             raise connection_error(provider, exc) from exc
 
