@@ -3122,13 +3122,16 @@ def open_transport(limits: httpx.Limits) -> Any:
 
 
 def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
-    """The aiohttp session under httpx: no cookies between users, proxies as the environment names them."""
+    """The aiohttp session under httpx: no cookies between users, proxies as the environment names them (for which
+    aiohttp asks a thread at every request, so only if there are any)."""
+    from urllib.request import getproxies
+
     import aiohttp
 
     connector = aiohttp.TCPConnector(
         limit=limits.max_connections or 0, keepalive_timeout=limits.keepalive_expiry, ssl=ssl_context
     )
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=True)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=bool(getproxies()))
 
 
 def open_demo_transport() -> Any:
