@@ -829,27 +829,35 @@ class SseDecoder:
             data = self._fold_newlines(data)
         if not self._started:
             data = self._drop_byte_order_mark(data)
+        if not self._buffer and len(data) <= PROVIDER_EVENT_BYTES_MAX and data.endswith(b"\n\n"):  # as it mostly comes
+            blocks = data[:-2].split(b"\n\n")
+        else:
+            blocks = self._split(data)
+        events = []
+        for block in blocks:
+            if block.startswith(b"data: ") and b"\n" not in block:
+                events.append((b"", block[6:]))
+            elif event := self._parse(block):
+                events.append(event)
+        return events
+
+    def _split(self, data: bytes) -> list[bytes]:
+        """The blocks between blank lines that these bytes complete; the rest is kept."""
         buffer = self._buffer
         searched = max(len(buffer) - 1, 0)
         buffer += data
         end = buffer.rfind(b"\n\n", searched)
-        if end < 0:
-            self._check_size(len(buffer))
-            return []
-        blocks = bytes(memoryview(buffer)[:end]).split(b"\n\n")
-        del buffer[: end + 2]
-        self._check_size(max(len(buffer), *map(len, blocks)))
-        return [event for block in blocks if (event := self._parse(block))]
+        blocks = bytes(memoryview(buffer)[:end]).split(b"\n\n") if end >= 0 else []
+        del buffer[: end + 2 if end >= 0 else 0]
+        if (size := max(map(len, [buffer, *blocks]))) > PROVIDER_EVENT_BYTES_MAX:
+            raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit: {size:,}")
+        return blocks
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """What the end of the stream leaves: an undelimited last event, if there is one (departure 2)."""
         event = self._parse(bytes(self._buffer))
         self._buffer.clear()
         return [event] if event else []
-
-    def _check_size(self, size: int) -> None:
-        if size > PROVIDER_EVENT_BYTES_MAX:
-            raise ProviderProtocol(f"one event is larger than {PROVIDER_EVENT_BYTES_MAX:,} bytes, the limit")
 
     def _parse(self, block: bytes) -> tuple[bytes, bytes] | None:
         event = parse_sse_block(block)
@@ -878,8 +886,6 @@ class SseDecoder:
 
 def parse_sse_block(block: bytes) -> tuple[bytes, bytes] | None:
     """The event of the lines between two blank lines, or None if they carry no data (comments, keep-alives)."""
-    if block.startswith(b"data: ") and b"\n" not in block:
-        return b"", block[6:]
     name, data = b"", []
     for line in block.split(b"\n"):
         field_name, _, value = line.partition(b":")
@@ -1858,7 +1864,7 @@ assert tuple(DIALECTS) == DIALECT_NAMES
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 REPETITION_PERIOD_CHARACTERS_MAX = 1_000  # a long paragraph; one period and this many more are the least evidence
-REPETITION_STEP_CHARACTERS = 100  # from look to look: shares out a look's cost; a verdict lags less than two steps
+REPETITION_STEP_CHARACTERS = 200  # from look to look: shares out a look's cost; a verdict lags less than two steps
 REPETITION_WINDOW_CHARACTERS = 4_000  # what is kept and searched
 REPETITION_BEFORE = "".join(map(chr, range(0xE000, 0xE000 + REPETITION_WINDOW_CHARACTERS)))  # private use, each once
 REPETITION_DELTAS = 100  # the same delta as often as this, in a row

@@ -166,7 +166,7 @@ def test_a_circle_of_words_is_caught_as_soon_as_it_has_passed_both_bounds() -> N
     for phrase in ("I am stuck. ", "Wait, let me think about the harbour and its nets once more. "):
         reached = max(COUNT * len(phrase), CHARACTERS + len(phrase))
 
-        offset = alarm_offset(phrase * 100)
+        offset = alarm_offset(phrase * 150)
 
         assert offset is not None
         assert reached <= offset < reached + 2 * REPETITION_STEP_CHARACTERS
