@@ -1864,7 +1864,7 @@ assert tuple(DIALECTS) == DIALECT_NAMES
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 REPETITION_PERIOD_CHARACTERS_MAX = 1_000  # a long paragraph; one period and this many more are the least evidence
-REPETITION_STEP_CHARACTERS = 200  # from look to look: shares out a look's cost; a verdict lags less than two steps
+REPETITION_STEP_CHARACTERS = 100  # from look to look: shares out a look's cost; a verdict lags less than two steps
 REPETITION_WINDOW_CHARACTERS = 4_000  # what is kept and searched
 REPETITION_BEFORE = "".join(map(chr, range(0xE000, 0xE000 + REPETITION_WINDOW_CHARACTERS)))  # private use, each once
 REPETITION_DELTAS = 100  # the same delta as often as this, in a row
@@ -2852,13 +2852,15 @@ class Providers:
         if self._transport is not None:
             await self._transport.aclose()
 
-    def _open_transport(self) -> Any:
+    async def open(self) -> None:
+        """Opens the transport, if it is not. Its import goes on in a thread, for it takes as long as the whole start."""
+        if self._transport is None:
+            await asyncio.to_thread(importlib.import_module, "httpx_aiohttp")
         if self._transport is None:
             import httpx
 
             connections = self._config.generations_max + len(self._config.providers)
             self._transport = open_transport(httpx.Limits(max_connections=connections, keepalive_expiry=15))
-        return self._transport
 
     @asynccontextmanager
     async def ask(self, target: Target, question: Question) -> AsyncIterator[Answer]:
@@ -2911,7 +2913,8 @@ class Providers:
             raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         import httpx
 
-        transport = open_demo_transport() if provider.name == DEMO else self._open_transport()
+        await self.open()
+        transport = open_demo_transport() if provider.name == DEMO else self._transport
         headers = {**PROVIDER_HEADERS, **DIALECTS[provider.dialect].headers(provider)}
         try:
             request = httpx.Request(method, url, content=body, headers=headers, extensions=PROVIDER_EXTENSIONS)
@@ -6363,6 +6366,7 @@ class Generations:
         Only before the first delta: after it, another try would pay twice and repeat text.
         """
         failure: GenerationError | None = None
+        await self._providers.open()
         for target in generation.targets:
             if failure is not None:
                 self._notice(generation, "falling_back", failure, to=str(target))
