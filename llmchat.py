@@ -803,6 +803,11 @@ def encode_delta(delta: Delta, offset: int) -> bytes:
     return b"id: %d\nevent: delta\ndata: %s\n\n" % (offset, encode_json(delta))
 
 
+def offset_of(frame: bytes, before: int) -> int:
+    """The offset after an event, by its id; one without an id is where the event before it was."""
+    return int(frame[4 : frame.index(b"\n")]) if frame.startswith(b"id: ") else before
+
+
 HEARTBEAT_FRAME = encode_event("heartbeat", {})
 RESET_FRAME = encode_event("reset", {}, 0)
 SSE_FIELDS = frozenset({b"data", b"event", b"id", b"retry", b""})
@@ -5994,7 +5999,7 @@ class Generation:
         self.subscribers: set[Subscriber] = set()
         self.ended = asyncio.Event()  # the `end` event is out
         self.rendering: Rendering | None = None
-        self._ring: deque[tuple[int, bytes]] = deque()
+        self._ring: deque[bytes] = deque()  # frames, whose ids are their offsets: a stream's memory is mostly this
         self._ring_floor = self.published  # the offset before the ring's oldest event
         self._ring_bytes = 0
         self._ring_events_max = config.ring_events
@@ -6104,10 +6109,11 @@ class Generation:
     def publish(self, events: Sequence[tuple[int, bytes]]) -> None:
         """Puts committed events, or one that carries no content, before everyone who looks on: (offset after it, frame)."""
         offset, data = events[0] if len(events) == 1 else (events[-1][0], b"".join([frame for _, frame in events]))
-        self._ring.extend(events)
+        self._ring.extend([frame for _, frame in events])
         self._ring_bytes += len(data)
         while len(self._ring) > self._ring_events_max or (self._ring_bytes > RING_BYTES_MAX and len(self._ring) > 1):
-            self._ring_floor, dropped = self._ring.popleft()
+            dropped = self._ring.popleft()
+            self._ring_floor = offset_of(dropped, self._ring_floor)
             self._ring_bytes -= len(dropped)
         self.published = offset
         for subscriber in self.subscribers:
@@ -6121,11 +6127,16 @@ class Generation:
         """
         if not self._ring_floor <= cursor <= self.published:
             return None
-        behind = [frame for offset, frame in self._ring if offset > cursor or cursor == 0]
-        if cursor != self._ring_floor and all(offset != cursor for offset, _ in self._ring):
+        offset, is_at_event, behind = self._ring_floor, cursor == self._ring_floor, []
+        for frame in self._ring:
+            offset = offset_of(frame, offset)
+            is_at_event = is_at_event or offset == cursor
+            if offset > cursor or cursor == 0:
+                behind.append(frame)
+        if not is_at_event:
             return None
         if self.ended.is_set() and not behind:
-            behind = [self._ring[-1][1]]
+            behind = [self._ring[-1]]
         subscriber = Subscriber(self.published, send_now)
         self.subscribers.add(subscriber)
         return subscriber, b"".join(behind)
