@@ -5524,7 +5524,10 @@ class Unzipper:
                 self._images.setdefault(found[0], name)
 
     def read(self, name: str) -> Iterator[bytes]:
+        """A file in pieces. Only deflate's can be taken out in pieces; of bzip2's and LZMA's one may be gigabytes."""
         with zip_errors():
+            if self._archive.getinfo(name).compress_type not in (0, 8):
+                raise NotImplementedError("its files are neither stored nor deflated")
             file = self._archive.open(name)
         while True:
             with zip_errors():

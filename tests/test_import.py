@@ -1082,13 +1082,24 @@ def break_zip(kind: str) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_that_can_only_be_undone_all_at_once_is_refused(
+    database: sqlite3.Connection, method: int
+) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("conversations.json", json.dumps([WHOLE]))
+    found = Import(database, buffer.getvalue())
+    assert found.error == "body: is a zip that cannot be read: its files are neither stored nor deflated"
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("truncated", "is broken, or has too many files in it"),
         ("checksum", "cannot be read: Bad CRC-32"),
         ("password", "cannot be read: File 'conversations.json' is encrypted, password required"),
-        ("method", "cannot be read: That compression method is not supported"),
+        ("method", "cannot be read: its files are neither stored nor deflated"),
         ("stream", "cannot be read: Error -3 while decompressing data"),
         ("entries", "is broken, or has too many files in it"),
         ("zip64", "is broken, or has too many files in it"),
