@@ -75,6 +75,7 @@ import shutil
 import socket
 import sqlite3
 import sys
+import tempfile
 import time
 import unicodedata
 import urllib.parse
@@ -4589,31 +4590,25 @@ def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Archiv
     )
 
 
-class Outline(NamedTuple):
-    """What of a conversation is written as Markdown."""
-
-    conversation: ConversationSummary
-    path: list[int]  # from the first message to the newest
-    branches: int  # paths from a first message to a last one
-
-
-def load_outline(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Outline:
+def load_outline(
+    connection: sqlite3.Connection, owner: str, conversation_id: int
+) -> tuple[ConversationSummary, list[int], int]:
+    """A conversation, the ids of its messages from the first to the newest, and how many are in other branches."""
     with reading(connection):
         summary = ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
         rows = connection.execute("SELECT id, parent_id FROM message WHERE conversation_id = ?", (conversation_id,))
         parents = dict(map(tuple, rows))
-    return Outline(summary, path_to_newest(parents), len(parents.keys() - set(parents.values())))
+    path = path_to_newest(parents)
+    return summary, path, len(parents) - len(path)
 
 
-def markdown_head(outline: Outline) -> str:
+def markdown_head(conversation: ConversationSummary, messages: int, others: int) -> str:
     """The beginning of a conversation as Markdown."""
-    conversation, others = outline.conversation, outline.branches - 1
     title = " ".join(conversation.title.split()) or f"Conversation {conversation.id}"
     span = f"{utc(conversation.created_at_ms)} to {utc(conversation.updated_at_ms)}"
-    lines = [f"# {title}", f"*{len(outline.path)} messages, {span}*"]
-    if others > 0:
-        branches = "There is 1 other branch" if others == 1 else f"There are {others} other branches"
-        lines.append(f"*{branches}: this is the newest one. The export as JSON has them all.*")
+    lines = [f"# {title}", f"*{messages} messages, {span}*"]
+    if others:
+        lines.append(f"*Not here: messages in other branches ({others}). The export as JSON has them all.*")
     if conversation.system:
         lines.append("**System prompt**\n\n" + quoted(conversation.system))
     return "\n\n".join(lines) + "\n"
@@ -4758,16 +4753,11 @@ class JsonWindow:
         self._at = found.start()
         return found[0]
 
-    def take(self, character: str) -> bool:
-        """Steps over the next character if it is this one."""
+    def step(self, character: str) -> None:
+        """Steps over the next character, which must be this one."""
         if self.peek() != character:
-            return False
-        self._at += 1
-        return True
-
-    def expect(self, character: str) -> None:
-        if not self.take(character):
             self.refuse(f"expected {character}")
+        self._at += 1
 
     def value(self) -> Any:
         """The next value, whole."""
@@ -4789,13 +4779,13 @@ class JsonWindow:
 
     def items(self, brackets: str = "[]") -> Iterator[None]:
         """Steps through a list; at each step the next value is to be read."""
-        self.expect(brackets[0])
-        if self.take(brackets[1]):
-            return
-        yield
-        while not self.take(brackets[1]):
-            self.expect(",")
+        self.step(brackets[0])
+        if self.peek() != brackets[1]:
             yield
+        while self.peek() != brackets[1]:
+            self.step(",")
+            yield
+        self.step(brackets[1])
 
     def members(self) -> Iterator[str]:
         """Steps through an object; at each step, whose name is given, the value is to be read."""
@@ -4803,7 +4793,7 @@ class JsonWindow:
             if self.peek() != '"':
                 self.refuse("expected a name in quotes")
             name = self.value()
-            self.expect(":")
+            self.step(":")
             yield name
 
     def _widen(self) -> None:
@@ -5310,6 +5300,8 @@ class Unzipper:
         with zip_errors():
             self._archive = zipfile.ZipFile(file)
         self._left = ARCHIVE_BYTES_MAX
+        named = ((IMAGE_NAME.match(name.rpartition("/")[2]), name) for name in self._archive.namelist())
+        self._images = {found[0]: name for found, name in named if found}
 
     def documents(self) -> list[str]:
         """The files that hold conversations, in order. Raises InvalidRequest: there is none."""
@@ -5333,11 +5325,6 @@ class Unzipper:
             with self._archive.open(name) as file:
                 while data := file.read(ARCHIVE_READ_BYTES):
                     yield data
-
-    @functools.cached_property
-    def _images(self) -> dict[str, str]:
-        found = ((IMAGE_NAME.match(name.rpartition("/")[2]), name) for name in reversed(self._archive.namelist()))
-        return {match[0]: name for match, name in found if match}
 
     def image(self, pointer: str) -> Delta | None:
         """The image that `file-service://file-…` or `sediment://file_…` points to."""
@@ -5417,13 +5404,12 @@ def find_by_origin(
     connection: sqlite3.Connection, table: str, scope: str, within: str | int, origin: str
 ) -> int | None:
     """The id of what has this origin, because it came in with it or because it was made here."""
-    row = connection.execute(f"SELECT id FROM {table} WHERE {scope} = ? AND origin = ?", (within, origin)).fetchone()
     made_here = re.fullmatch("llmchat:([0-9]{1,15})-([0-9]{1,15})", origin)
-    if row is None and made_here:
-        row = connection.execute(
-            f"SELECT id FROM {table} WHERE id = ? AND created_at_ms = ? AND {scope} = ? AND origin IS NULL",
-            (int(made_here[1]), int(made_here[2]), within),
-        ).fetchone()
+    row = connection.execute(
+        f"SELECT id FROM {table} WHERE {scope} = ?1 AND origin = ?2 UNION ALL"
+        f" SELECT id FROM {table} WHERE {scope} = ?1 AND origin IS NULL AND id = ?3 AND created_at_ms = ?4",
+        (within, origin, *(made_here.groups() if made_here else (None, None))),
+    ).fetchone()
     return None if row is None else cast(int, row[0])
 
 
@@ -7970,11 +7956,12 @@ async def export_conversation(request: Request) -> Response:
     form = request.query_params.get("format", "json")
     if form not in ("json", "markdown"):
         raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
-    outline = await service.store.read(load_outline, owner, conversation_id)
-    name = safe_file_name(outline.conversation.title, f"conversation {conversation_id}")
-    if form == "markdown":
-        return Download(markdown_frames(service.store, owner, outline), "text/markdown; charset=utf-8", f"{name}.md")
-    return Download(archive_frames(service.store, owner, [conversation_id]), "application/json", f"{name}.json")
+    conversation, path, others = await service.store.read(load_outline, owner, conversation_id)
+    name = safe_file_name(conversation.title, f"conversation {conversation_id}")
+    if form == "json":
+        return Download(archive_frames(service.store, owner, [conversation_id]), "application/json", f"{name}.json")
+    frames = markdown_frames(service.store, owner, path, markdown_head(conversation, len(path), others))
+    return Download(frames, "text/markdown; charset=utf-8", f"{name}.md")
 
 
 async def export_all(request: Request) -> Response:
@@ -7992,27 +7979,23 @@ async def import_conversations(request: Request) -> Response:
     if content_type.partition(";")[0].strip().lower() not in ARCHIVE_TYPES:
         shown = content_type or "none"
         raise InvalidRequest(f"content-type: {shown!r} is not accepted; send application/json or application/zip")
-    with alone(service, "import"), await spool(request, service.config.db) as file:
-        return json_response(await import_archive(service.store, owner_of(request), file))
+    with alone(service, "import"):
+        async with spool(request, service.config.db) as file:
+            return json_response(await import_archive(service.store, owner_of(request), file))
 
 
-async def spool(request: Request, database: str) -> BinaryIO:
+@asynccontextmanager
+async def spool(request: Request, database: str) -> AsyncIterator[BinaryIO]:
     """The request's body as a file without a name, beside the database: /tmp is often memory."""
-    import tempfile
-
-    file: BinaryIO | None = None
     try:
-        file = cast(BinaryIO, await asyncio.to_thread(partial(tempfile.TemporaryFile, dir=Path(database).parent)))
-        async for data in body_pieces(request, ARCHIVE_BYTES_MAX):
-            await asyncio.to_thread(file.write, data)
-        await asyncio.to_thread(file.seek, 0)
-    except BaseException as exc:
-        if file is not None:
-            file.close()
-        if isinstance(exc, OSError):
-            raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
-        raise
-    return file
+        opened = await asyncio.to_thread(partial(tempfile.TemporaryFile, dir=Path(database).parent))
+        with cast(BinaryIO, opened) as file:
+            async for data in body_pieces(request, ARCHIVE_BYTES_MAX):
+                await asyncio.to_thread(file.write, data)
+            await asyncio.to_thread(file.seek, 0)
+            yield file
+    except OSError as exc:
+        raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
 
 
 async def archive_frames(store: Store, owner: str, ids: Sequence[int]) -> AsyncGenerator[bytes, None]:
@@ -8030,9 +8013,9 @@ async def archive_frames(store: Store, owner: str, ids: Sequence[int]) -> AsyncG
     yield ARCHIVE_END
 
 
-async def markdown_frames(store: Store, owner: str, outline: Outline) -> AsyncGenerator[bytes, None]:
-    yield markdown_head(outline).encode()
-    for message_id in outline.path:
+async def markdown_frames(store: Store, owner: str, path: Sequence[int], head: str) -> AsyncGenerator[bytes, None]:
+    yield head.encode()
+    for message_id in path:
         yield markdown_message(await store.read(load_message, owner, message_id)).encode()
 
 

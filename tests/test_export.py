@@ -270,7 +270,7 @@ def test_markdown_reads_from_top_to_bottom_with_models_and_dates(rich: Server) -
     assert response.headers["content-type"] == "text/markdown; charset=utf-8"
     text = response.text
     assert text.startswith("# Ünïted: a/b? <c>\n\n*15 messages, 20")
-    assert "*There is 1 other branch: this is the newest one. The export as JSON has them all.*" in text
+    assert "*Not here: messages in other branches (1). The export as JSON has them all.*" in text
     assert "**System prompt**\n\n> Be brief.\n> Always.\n" in text
     when = r"20\d\d-\d\d-\d\d \d\d:\d\d UTC"
     headings = re.findall(rf"^## (.*), {when}$", text, re.MULTILINE)

@@ -763,11 +763,11 @@ def test_wrong_types_anywhere_never_break_an_import_and_never_take_the_next_conv
         )
     for (conversation_id,) in database.execute("SELECT id FROM conversation").fetchall():
         llmchat.load_conversation(database, "local", conversation_id)
-        outline = llmchat.load_outline(database, "local", conversation_id)
-        llmchat.markdown_head(outline)
-        for message_id in outline.path:
+        conversation, path, others = llmchat.load_outline(database, "local", conversation_id)
+        llmchat.markdown_head(conversation, len(path), others)
+        for message_id in path:
             llmchat.markdown_message(llmchat.load_message(database, "local", message_id))
-            llmchat.select_path(database, message_id) if message_id == outline.path[-1] else None
+            llmchat.select_path(database, message_id) if message_id == path[-1] else None
     json.dumps(export_of(database)).encode()
     assert [row[0] for row in database.execute("PRAGMA integrity_check")] == ["ok"]
 
@@ -849,7 +849,7 @@ def test_every_way_to_cut_a_document_into_chunks_gives_the_same_values(monkeypat
         window = llmchat.JsonWindow(iter([data[start : start + size] for start in range(0, len(data), size)]))
         assert [window.value() for _ in window.items()] == [document, 17, 1.25, "end"], size
         window = llmchat.JsonWindow(iter([data[start : start + size] for start in range(0, len(data), size)]))
-        window.expect("[")
+        window.step("[")
         found = {}
         for name in window.members():
             found[name] = window.value()
@@ -873,7 +873,7 @@ def test_an_error_at_the_beginning_of_a_long_file_is_told_without_reading_on() -
             yield b'[{"a": oops, ' if number == 0 else b" " * 1000
 
     window = llmchat.JsonWindow(chunks())
-    window.expect("[")
+    window.step("[")
     with pytest.raises(llmchat.InvalidRequest, match="expecting value at character 7"):
         window.value()
     assert len(read) < 10
