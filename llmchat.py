@@ -3355,6 +3355,19 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     return connection
 
 
+def value_of(connection: sqlite3.Connection, query: str, *arguments: Any) -> Any:
+    """The first value of the first row; None: there is no row."""
+    row = connection.execute(query, arguments).fetchone()
+    return None if row is None else row[0]
+
+
+def insert_row(connection: sqlite3.Connection, table: str, **columns: Any) -> int:
+    """Stores a row; returns its id."""
+    places = ", ".join("?" * len(columns))
+    query = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"
+    return cast(int, connection.execute(query, tuple(columns.values())).lastrowid)
+
+
 async def open_database(path: str, *, read_only: bool) -> Database:
     """A connection with a thread of its own; whoever gets it closes it."""
     database = Database(partial(connect, path, read_only=read_only), 64)
@@ -3405,7 +3418,7 @@ def check_database(connection: sqlite3.Connection, path: str) -> None:
     deadline = time.monotonic() + CHECK_SECONDS_MAX
     connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
     try:
-        found = connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
+        found = value_of(connection, f"PRAGMA {pragma}(1)")
     except sqlite3.OperationalError as exc:
         if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
             raise
@@ -3416,17 +3429,33 @@ def check_database(connection: sqlite3.Connection, path: str) -> None:
         connection.set_progress_handler(None, 0)
 
 
+def copy_database(path: str, target: str) -> None:
+    """A copy of the database as it is at one moment, also while it is written to, in a single file.
+
+    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
+    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
+    """
+    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    with contextlib.closing(connect(path, read_only=True)) as source:
+        source.execute("BEGIN")
+        if not value_of(source, "SELECT 1 FROM sqlite_schema WHERE name = 'conversation'"):
+            raise sqlite3.DatabaseError("is not llmchat's")
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
+            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
+
+
 def migrate(connection: sqlite3.Connection, path: str) -> None:
     """Applies what is new in migrations/, each file in its own transaction together with its number."""
     scripts = sorted(MIGRATIONS.glob("[0-9][0-9][0-9][0-9]_*.sql"))
-    have, want = connection.execute("PRAGMA user_version").fetchone()[0], len(scripts)
+    have, want = value_of(connection, "PRAGMA user_version"), len(scripts)
     if have > want:
         raise StartError(f"database {path}: is of version {have}, made by a newer llmchat; this one knows {want}")
     if have == want:
         return
     if have > 0:
-        back_up(connection, f"{path}.before-{want:04}")
-    elif connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        copy_database(path, f"{path}.before-{want:04}")
+    elif value_of(connection, "SELECT count(*) FROM sqlite_schema"):
         raise StartError(f"database {path}: holds tables that are not llmchat's")
     for number, script in enumerate(scripts[have:], have + 1):
         connection.execute("BEGIN IMMEDIATE")
@@ -3448,29 +3477,6 @@ def sql_statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-
-
-def back_up(connection: sqlite3.Connection, path: str) -> None:
-    """A consistent copy of the database, also while it is written to."""
-    create_private(path)
-    with contextlib.closing(sqlite3.connect(path)) as copy:
-        connection.backup(copy)
-
-
-def copy_database(path: str, target: str) -> None:
-    """A copy of the database as it is at one moment, also while it is written to, in a single file.
-
-    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
-    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
-    """
-    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
-    with contextlib.closing(connect(path, read_only=True)) as source:
-        source.execute("BEGIN")
-        if not source.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'conversation'").fetchone()[0]:
-            raise sqlite3.DatabaseError("is not llmchat's")
-        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
-            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
-            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
 
 
 def open_copy(path: str) -> BinaryIO:
@@ -3674,7 +3680,8 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
     titles = connection.execute(newest.format("< 0 ORDER BY rowid"), (f"{mine} title:({words})", limit))
     found = [(-row, row) for (row,) in titles]
     texts = connection.execute(newest.format("> 0 ORDER BY rowid DESC"), (f"{mine} text:({words})", SEARCH_MATCHES_MAX))
-    found += [(conversation_of(connection, row), row) for (row,) in texts]
+    within = "SELECT conversation_id FROM message WHERE id = ?"
+    found += [(value_of(connection, within, row), row) for (row,) in texts]
     best: dict[int, int] = {}
     for conversation_id, row in found:
         if len(best) < limit:
@@ -3682,16 +3689,10 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
     summaries = []
     for conversation_id, row in best.items():
         summary = summary_of(require_conversation(connection, owner, conversation_id))
-        text = connection.execute("SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", (row,)).fetchone()[0]
+        text = value_of(connection, "SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", row)
         match = Match(row if row > 0 else None, snippet_of(text, phrases))
         summaries.append(ConversationSummary(**summary, match=match))
     return ConversationList(summaries, None)
-
-
-def conversation_of(connection: sqlite3.Connection, message_id: int) -> int:
-    return cast(
-        int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0]
-    )
 
 
 def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
@@ -3837,8 +3838,37 @@ def is_disk_error(exc: Exception) -> bool:
 
 def touch(connection: sqlite3.Connection) -> None:
     """Writes a page and changes nothing: proves that the database can be written."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    connection.execute(f"PRAGMA user_version = {version}")
+    connection.execute(f"PRAGMA user_version = {value_of(connection, 'PRAGMA user_version')}")
+
+
+def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
+    joined = join_deltas(content)
+    elapsed = [
+        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
+    ]
+    return Message(
+        id=row["id"],
+        conversation_id=row["conversation_id"],
+        parent_id=row["parent_id"],
+        role=row["role"],
+        status=row["status"],
+        provider=row["provider"],
+        model=row["model"],
+        text=text_of(joined),
+        content=joined,
+        finish_reason=row["finish_reason"],
+        error=json.loads(row["error_json"]) if row["error_json"] else None,
+        usage=msgspec.json.decode(row["usage_json"], type=Usage) if row["usage_json"] else None,
+        timing=Timing(*elapsed),
+        attempts=json.loads(row["attempts_json"]),
+        created_at_ms=row["created_at_ms"],
+    )
+
+
+def whole_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Message:
+    """The message of a row, with its content."""
+    rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
+    return message_of(row, [Delta(*one) for one in rows])
 
 
 def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
@@ -3864,23 +3894,13 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
 
 
 def insert_turn(
-    connection: sqlite3.Connection,
-    owner: str | None,
-    conversation_id: int,
-    parent_id: int | None,
-    turn: Turn,
+    connection: sqlite3.Connection, owner: str | None, conversation_id: int, parent_id: int | None, turn: Turn,
     created_at_ms: int,
-) -> int:
+) -> int:  # fmt: skip
     """Stores a message that is whole; returns its id. `owner` is whose search finds it; None: nobody's."""
-    params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
+    params_json = encode_json({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}).decode()
     message_id = insert_message(
-        connection,
-        conversation_id,
-        parent_id,
-        turn.role,
-        "completed",
-        created_at_ms,
-        params_json=encode_json(params).decode(),
+        connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=params_json
     )
     insert_content(connection, message_id, turn.content)
     if owner is not None:
@@ -3911,7 +3931,7 @@ def insert_answer(
         row["system"] if new.answer_system is None else new.answer_system,
         () if parent_id is None else select_path(connection, parent_id),
         msgspec.convert(asked, Parameters),
-        is_first=not row["hidden"] and connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+        is_first=not row["hidden"] and value_of(connection, answers, conversation_id) == 1,
         hidden=bool(row["hidden"]),
     )
 
@@ -3937,8 +3957,7 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
         " merged = 0, provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
-    rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
-    before = message_of(row, [Delta(*one) for one in rows])
+    before = whole_message(connection, row)
     conversation = connection.execute(
         "SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)
     ).fetchone()
@@ -3982,13 +4001,13 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
     title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
-    cursor = connection.execute(
-        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms, hidden) VALUES (?, ?, ?, ?, ?, ?)",
-        (new.owner, title, new.system or "", created_at_ms, created_at_ms, new.hidden),
-    )
+    conversation_id = insert_row(
+        connection, "conversation", owner=new.owner, title=title, system=new.system or "", hidden=new.hidden,
+        created_at_ms=created_at_ms, updated_at_ms=created_at_ms,
+    )  # fmt: skip
     if not new.hidden:
-        index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
-    return cast(int, cursor.lastrowid)
+        index_title(connection, new.owner, conversation_id, title)
+    return conversation_id
 
 
 def make_title(text: str) -> str:
@@ -4019,33 +4038,23 @@ def find_parent(connection: sqlite3.Connection, conversation_id: int, parent_id:
     """The message that a new one follows. UNSET: the newest leaf, which is the newest message of all."""
     if parent_id is UNSET:
         newest = "SELECT max(id) FROM message WHERE conversation_id = ?"
-        return cast("int | None", connection.execute(newest, (conversation_id,)).fetchone()[0])
+        return cast("int | None", value_of(connection, newest, conversation_id))
     if parent_id is None:
         return None
-    found = connection.execute("SELECT conversation_id FROM message WHERE id = ?", (parent_id,)).fetchone()
-    if found is None or found[0] != conversation_id:
+    if value_of(connection, "SELECT conversation_id FROM message WHERE id = ?", parent_id) != conversation_id:
         raise InvalidRequest(f"parent_id: there is no message {parent_id} in conversation {conversation_id}")
     return parent_id
 
 
 def insert_message(
-    connection: sqlite3.Connection,
-    conversation_id: int,
-    parent_id: int | None,
-    role: str,
-    status: str,
-    created_at_ms: int,
-    **more: Any,
-) -> int:
-    columns = {
-        "conversation_id": conversation_id, "parent_id": parent_id, "role": role, "status": status,
-        "created_at_ms": created_at_ms, "ended_at_ms": None if status == "running" else created_at_ms, **more,
-    }  # fmt: skip
-    places = ", ".join("?" * len(columns))
-    cursor = connection.execute(
-        f"INSERT INTO message ({', '.join(columns)}) VALUES ({places})", tuple(columns.values())
-    )
-    return cast(int, cursor.lastrowid)
+    connection: sqlite3.Connection, conversation_id: int, parent_id: int | None, role: str, status: str,
+    created_at_ms: int, **more: Any,
+) -> int:  # fmt: skip
+    columns = {"ended_at_ms": None if status == "running" else created_at_ms, **more}
+    return insert_row(
+        connection, "message", conversation_id=conversation_id, parent_id=parent_id, role=role, status=status,
+        created_at_ms=created_at_ms, **columns,
+    )  # fmt: skip
 
 
 def insert_content(connection: sqlite3.Connection, message_id: int, content: Iterable[Delta]) -> None:
@@ -4185,38 +4194,6 @@ def select_message(connection: sqlite3.Connection, owner: str, message_id: int) 
     return cast(sqlite3.Row, row)
 
 
-def load_message(connection: sqlite3.Connection, owner: str, message_id: int) -> Message:
-    """A whole message, as of one moment."""
-    with reading(connection):
-        row = select_message(connection, owner, message_id)
-        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
-        return message_of(row, [Delta(*one) for one in rows])
-
-
-def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
-    joined = join_deltas(content)
-    elapsed = [
-        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
-    ]
-    return Message(
-        id=row["id"],
-        conversation_id=row["conversation_id"],
-        parent_id=row["parent_id"],
-        role=row["role"],
-        status=row["status"],
-        provider=row["provider"],
-        model=row["model"],
-        text=text_of(joined),
-        content=joined,
-        finish_reason=row["finish_reason"],
-        error=json.loads(row["error_json"]) if row["error_json"] else None,
-        usage=msgspec.json.decode(row["usage_json"], type=Usage) if row["usage_json"] else None,
-        timing=Timing(*elapsed),
-        attempts=json.loads(row["attempts_json"]),
-        created_at_ms=row["created_at_ms"],
-    )
-
-
 @contextlib.contextmanager
 def reading(connection: sqlite3.Connection) -> Iterator[None]:
     """Several SELECTs as of one moment."""
@@ -4225,6 +4202,12 @@ def reading(connection: sqlite3.Connection) -> Iterator[None]:
         yield
     finally:
         connection.execute("COMMIT")
+
+
+def load_message(connection: sqlite3.Connection, owner: str, message_id: int) -> Message:
+    """A whole message, as of one moment."""
+    with reading(connection):
+        return whole_message(connection, select_message(connection, owner, message_id))
 
 
 def load_page(
@@ -4356,10 +4339,8 @@ def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched
         f" ORDER BY updated_at_ms LIMIT {SWEPT_MAX})",
         {"watched": json.dumps(watched), "before": ended_before_ms},
     )
-    oldest = connection.execute(
-        f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", {"watched": "[]"}
-    ).fetchone()
-    return cast("int | None", oldest[0])
+    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", {"watched": "[]"})
+    return cast("int | None", oldest.fetchone()[0])
 
 
 # ── what a response of section 13 needs: the answer, what it was asked with, what it follows ──
@@ -4387,9 +4368,8 @@ def select_response(connection: sqlite3.Connection, owner: str, message_id: int)
 def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
     with reading(connection):
         row = select_response(connection, owner, message_id)
-        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
         asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
-        return StoredResponse(message_of(row, [Delta(*one) for one in rows]), asked)
+        return StoredResponse(whole_message(connection, row), asked)
 
 
 def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
@@ -4432,34 +4412,27 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
         return False
     doomed, parent_id = [message_id], row["parent_id"]
     for asked_id in input_ids(connection, row):
-        children = "SELECT count(*) FROM message WHERE parent_id = ?"
-        if connection.execute(children, (asked_id,)).fetchone()[0] > 1:
+        if value_of(connection, "SELECT count(*) FROM message WHERE parent_id = ?", asked_id) > 1:
             break
         doomed.append(asked_id)
-        parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (asked_id,)).fetchone()[0]
+        parent_id = value_of(connection, "SELECT parent_id FROM message WHERE id = ?", asked_id)
     connection.execute("UPDATE message SET parent_id = ? WHERE parent_id = ?", (parent_id, message_id))
     for table, key in (("message_fts", "rowid"), ("message", "id")):
         connection.execute(
             f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),)
         )
-    messages = "SELECT count(*) FROM message WHERE conversation_id = ?"
-    if connection.execute(messages, (row["conversation_id"],)).fetchone()[0] == 0:
+    if value_of(connection, "SELECT max(id) FROM message WHERE conversation_id = ?", row["conversation_id"]) is None:
         delete_conversation(connection, owner, row["conversation_id"])
     return True
 
 
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
     """Sets a title that a model made, unless somebody has set one meanwhile."""
-    first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[
-        0
-    ]
-    row = connection.execute(
-        "SELECT title FROM conversation WHERE id = ? AND owner = ?", (conversation_id, owner)
-    ).fetchone()
-    if first is None or row is None:
+    first = value_of(connection, "SELECT min(id) FROM message WHERE conversation_id = ?", conversation_id)
+    shown = value_of(connection, "SELECT title FROM conversation WHERE id = ? AND owner = ?", conversation_id, owner)
+    if first is None or shown is None:
         return
-    question = next(iter(select_path(connection, first)), None)
-    if question is not None and row["title"] == make_title(text_of(question.content)):
+    if shown == make_title(text_of(select_path(connection, first)[0].content)):
         update_conversation(connection, owner, conversation_id, {"title": title})
 
 
@@ -4577,8 +4550,7 @@ def archived_head(row: sqlite3.Row) -> bytearray:
 
 
 def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> ArchivedMessage:
-    content = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
-    message = msgspec.structs.asdict(message_of(row, [Delta(*one) for one in content]))
+    message = msgspec.structs.asdict(whole_message(connection, row))
     parent = (row["parent_id"], row["parent_created_at_ms"], row["parent_origin"])
     return ArchivedMessage(
         origin=origin_of(row["id"], row["created_at_ms"], row["origin"]),
@@ -5405,26 +5377,23 @@ def find_by_origin(
 ) -> int | None:
     """The id of what has this origin, because it came in with it or because it was made here."""
     made_here = re.fullmatch("llmchat:([0-9]{1,15})-([0-9]{1,15})", origin)
-    row = connection.execute(
+    found = value_of(
+        connection,
         f"SELECT id FROM {table} WHERE {scope} = ?1 AND origin = ?2 UNION ALL"
         f" SELECT id FROM {table} WHERE {scope} = ?1 AND origin IS NULL AND id = ?3 AND created_at_ms = ?4",
-        (within, origin, *(made_here.groups() if made_here else (None, None))),
-    ).fetchone()
-    return None if row is None else cast(int, row[0])
+        *(within, origin, *(made_here.groups() if made_here else (None, None))),
+    )
+    return cast("int | None", found)
 
 
 def import_conversation(connection: sqlite3.Connection, owner: str, conversation: ArchivedConversation) -> int:
+    columns = {
+        name: getattr(conversation, name) for name in ("origin", "title", "system", "created_at_ms", "updated_at_ms")
+    }
     params_json = encode_json(conversation.parameters).decode()
-    cursor = connection.execute(
-        "INSERT INTO conversation (owner, title, system, params_json, created_at_ms, updated_at_ms, origin)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (
-            owner, conversation.title, conversation.system, params_json, conversation.created_at_ms,
-            conversation.updated_at_ms, conversation.origin,
-        ),
-    )  # fmt: skip
-    index_title(connection, owner, cast(int, cursor.lastrowid), conversation.title)
-    return cast(int, cursor.lastrowid)
+    conversation_id = insert_row(connection, "conversation", owner=owner, params_json=params_json, **columns)
+    index_title(connection, owner, conversation_id, conversation.title)
+    return conversation_id
 
 
 def import_message(
