@@ -4918,7 +4918,7 @@ def foreign_origin(service: str, *names: Any) -> str:
 
 
 def parents_first(parents: Mapping[str, str | None]) -> Iterable[str]:
-    """Every node after its parent, else in the order given. A circle is cut where the way up meets itself."""
+    """Every node after its parent, else in the order given. A circle is cut above the node that is met first."""
     placed: dict[str, None] = {}
     for node in parents:
         climbed: dict[str, None] = {}
@@ -4926,7 +4926,8 @@ def parents_first(parents: Mapping[str, str | None]) -> Iterable[str]:
         while above is not None and above not in placed and above not in climbed:
             climbed[above] = None
             above = parents.get(above)
-        placed.update(dict.fromkeys(reversed(climbed)))
+        circle = [above] if above in climbed else []
+        placed.update(dict.fromkeys([*circle, *reversed(climbed)]))
     return placed
 
 
@@ -4995,15 +4996,15 @@ def chatgpt_conversation(document: Mapping[str, Any], source: Source) -> Archive
     A node's own word for its parent counts more than another's for its children, whose order is the siblings'.
     """
     nodes = {key: node for key, node in document["mapping"].items() if isinstance(node, dict)}
+    claimed: dict[str, tuple[int, str | None]] = {}
+    for key, node in nodes.items():
+        for rank, child in enumerate(listed(node.get("children"))):
+            if isinstance(child, str):
+                claimed.setdefault(child, (rank, key))
     parents: dict[str, str | None] = {}
-    for key, node in nodes.items():
-        for child in listed(node.get("children")):
-            if isinstance(child, str) and child in nodes:
-                parents.setdefault(child, key)
-    for key, node in nodes.items():
-        if isinstance(parent := node.get("parent"), str) and parent in nodes:
-            parents[key] = parent
-        parents.setdefault(key, None)
+    for key in sorted(nodes, key=lambda key: claimed.get(key, (0,))[0]):
+        given = nodes[key].get("parent")
+        parents[key] = given if isinstance(given, str) and given in nodes else claimed.get(key, (0, None))[1]
     made = {key: chatgpt_message(key, node.get("message"), source) for key, node in nodes.items()}
     return foreign_conversation("chatgpt", document, parents, made)
 

@@ -66,6 +66,10 @@ class Import:
         return one.imported, one.present, other.imported, other.present
 
     @property
+    def orphans(self) -> int:
+        return self.left_out.get("a parent that is not in the file: its messages became first ones", 0)
+
+    @property
     def left_out(self) -> dict[str, int]:
         return {one.reason: one.count for one in self.answer.left_out}
 
@@ -384,8 +388,7 @@ def test_a_parent_that_is_missing_or_comes_later_makes_first_messages_and_is_cou
         {**one, "origin": "c", "parent": "b"}, {**one, "origin": "d", "parent": "d"},
     ]  # fmt: skip
     found = Import(database, archive)
-    assert found.counts == (1, 0, 4, 0)
-    assert found.left_out == {"a parent that is not in the file: its messages became first ones": 3}
+    assert found.counts == (1, 0, 4, 0) and found.orphans == 3
     assert [row[0] for row in database.execute("SELECT parent_id FROM message ORDER BY id")] == [None, None, 2, None]
 
 
@@ -573,7 +576,7 @@ def test_what_a_system_says_in_the_middle_goes_to_the_system_prompt_and_leaves_n
         node("s2", "s1", ["a"], "system", "Be brief."), node("a", "s2", [], "assistant", "A"),
     ]  # fmt: skip
     found = Import(database, [chatgpt(*nodes, current="a")])
-    assert found.left_out == {} and tree_of(database) == [("user", "Q", None), ("assistant", "A", "Q")]
+    assert found.orphans == 0 and tree_of(database) == [("user", "Q", None), ("assistant", "A", "Q")]
     assert llmchat.load_conversation(database, "local", 1).system == "Be kind.\n\nBe brief."
 
 
@@ -609,6 +612,10 @@ def test_a_newer_chatgpt_export_adds_the_new_messages_to_the_same_conversation(d
     [
         ([node("a", "b", ["b"], "user", "A"), node("b", "a", ["a"], "assistant", "B")], {("A", None), ("B", "A")}),
         ([node("a", "a", ["a"], "user", "A")], {("A", None)}),
+        (
+            [node("t", "a", [], "user", "T"), node("a", "b", [], "user", "A"), node("b", "a", [], "user", "B")],
+            {("A", None), ("B", "A"), ("T", "A")},
+        ),
         ([node("a", "gone", [], "user", "A")], {("A", None)}),
         ([node("a", None, ["b", "gone", 7], "user", "A"), node("b", 7, [], "user", "B")], {("A", None), ("B", "A")}),  # type: ignore[arg-type]
         ([node("e1", "e2", []), node("e2", "e1", []), node("a", "e1", [], "user", "A")], {("A", None)}),
@@ -620,6 +627,25 @@ def test_trees_that_are_none_lose_nothing_and_end(
 ) -> None:
     assert Import(database, [chatgpt(*nodes)]).error == ""
     assert {(text, parent) for _, text, parent in tree_of(database)} == texts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_links_in_circles_lose_nothing_and_come_in_once(database: sqlite3.Connection, seed: int) -> None:
+    source = random.Random(seed)
+    keys = [f"k{number}" for number in range(30)]
+    parents = {key: source.choice([None, *keys, *keys]) for key in keys}
+    nodes = [node(key, parents[key], source.sample(keys, 3), source.choice(["user", ""]), key) for key in keys]
+    found = Import(database, [chatgpt(*nodes)])
+    assert found.orphans == 0
+    assert sorted(text for _, text, _ in tree_of(database)) == sorted(one["id"] for one in nodes if one["message"])
+    ids = dict(database.execute("SELECT id, parent_id FROM message"))
+    assert all(parent is None or parent < one for one, parent in ids.items()), "a parent comes first: no circle is left"
+
+
+def test_a_message_in_very_many_parts_comes_in(database: sqlite3.Connection) -> None:
+    content = {"content_type": "text", "parts": ["ab"] * 100_000}
+    assert Import(database, [chatgpt(node("u", None, [], "user", content=content))]).counts == (1, 0, 1, 0)
+    assert len(llmchat.load_message(database, "local", 1).text) == 299_999
 
 
 def test_a_very_long_and_a_very_wide_tree_come_in(database: sqlite3.Connection) -> None:
@@ -708,6 +734,16 @@ def test_messages_of_claude_that_say_whom_they_follow_are_a_tree(database: sqlit
         ("C", "A"),
     }
     assert path_of(database) == ["Q", "B"]
+
+
+def test_conversations_and_messages_of_claude_without_ids_are_known_when_they_come_again(
+    database: sqlite3.Connection,
+) -> None:
+    said_twice = [said("m1", "human", "Q"), said("m1", "assistant", "A"), said("", "human", "More")]
+    several = [claude(*said_twice, uuid=None, created_at=f"2025-01-0{day}T00:00:00Z") for day in (1, 2)]
+    assert Import(database, several).counts == (2, 0, 6, 0)
+    assert path_of(database) == ["Q", "A", "More"]
+    assert Import(database, several).counts == (0, 2, 0, 6)
 
 
 # ── hostile ─────────────────────────────────────────────────────────────────────────────────────────────────────────
