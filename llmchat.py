@@ -5433,7 +5433,8 @@ class UsageRow(Struct):
 def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[UsageRow]:
     rows = connection.execute(
         "SELECT date(message.created_at_ms / 1000, 'unixepoch') AS day, provider, model, count(*),"
-        " sum(json_extract(usage_json, '$.input_tokens')), sum(json_extract(usage_json, '$.output_tokens')),"
+        " CAST(total(json_extract(usage_json, '$.input_tokens')) AS INTEGER),"
+        " CAST(total(json_extract(usage_json, '$.output_tokens')) AS INTEGER),"
         " max(json_extract(usage_json, '$.estimated')) FROM message JOIN conversation ON conversation.id = conversation_id"
         " WHERE owner = ? AND usage_json IS NOT NULL AND message.created_at_ms >= ?"
         " GROUP BY day, provider, model ORDER BY day DESC, provider, model",

@@ -346,6 +346,16 @@ def test_what_is_strange_but_can_be_kept_comes_in_and_goes_out_again(
     assert export_of(other_database) == exported
 
 
+def test_tokens_beyond_all_reason_are_summed_all_the_same(database: sqlite3.Connection) -> None:
+    usage = {"input_tokens": 2**62, "output_tokens": 1, "estimated": False}
+    archive = ours(usage=usage, created_at_ms=llmchat.now_ms())
+    messages = archive["conversations"][0]["messages"]
+    messages += [{**messages[0], "origin": f"more-{number}"} for number in range(3)]
+    assert Import(database, archive).counts == (1, 0, 4, 0)
+    (row,) = llmchat.sum_usage(database, "local", 1)
+    assert row.messages == 4 and row.output_tokens == 4
+
+
 @pytest.mark.parametrize(
     ("archive", "words"),
     [
