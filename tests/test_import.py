@@ -259,6 +259,15 @@ def test_what_was_made_here_is_known_when_it_comes_home(server: Server) -> None:
     assert server.get("/api/v1/export").content == newer
 
 
+def test_an_origin_that_looks_like_a_row_which_came_from_elsewhere_is_not_that_row(
+    database: sqlite3.Connection,
+) -> None:
+    for origin in ("elsewhere", "llmchat:1-17"):  # the first one gets the id 1
+        head = {"origin": origin, "created_at_ms": 17, "updated_at_ms": 17, "messages": []}
+        archive = {"format": "llmchat", "version": 1, "conversations": [head]}
+        assert Import(database, archive).counts[:2] == (1, 0)
+
+
 def test_another_owner_gets_a_copy_of_their_own(database: sqlite3.Connection) -> None:
     archive = some_archive(2)
     for owner in ("local", "ann", "bob"):
