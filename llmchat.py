@@ -4792,7 +4792,7 @@ class JsonWindow:
 
 
 @dataclass
-class Source:
+class ArchiveFile:
     """A file that is read. `image` finds an image by ChatGPT's name for it; None: it is not there."""
 
     window: JsonWindow
@@ -4843,7 +4843,7 @@ STORED_KINDS: dict[str, Any] = {"tool_call": StoredCall, "image": StoredImage, "
 NOT_OURS = (msgspec.MsgspecError, ValueError)
 
 
-def our_conversation(head: dict[str, Any], messages: Iterator[Any], source: Source) -> Iterator[Record]:
+def our_conversation(head: dict[str, Any], messages: Iterator[Any], source: ArchiveFile) -> Iterator[Record]:
     """A conversation of our own format; a message that makes no sense is left out, and so is all below a head."""
     try:
         conversation = msgspec.convert(storable({**head, "messages": []}), ArchivedConversation)
@@ -4966,7 +4966,7 @@ def foreign_conversation(
 
 
 def foreign_message(
-    origin: str, role: str, content: list[Delta], message: Mapping[str, Any], source: Source, **answer: Any
+    origin: str, role: str, content: list[Delta], message: Mapping[str, Any], source: ArchiveFile, **answer: Any
 ) -> list[ArchivedMessage]:
     """The message, or nothing if it cannot come in. `answer`: what is known of one of an assistant."""
     if role not in get_args(Role):
@@ -4990,7 +4990,7 @@ def foreign_call(call_id: str, name: str, arguments: str) -> list[Delta]:
     return [Delta("tool_call", encode_json(call).decode())]
 
 
-def chatgpt_conversation(document: Mapping[str, Any], source: Source) -> ArchivedConversation:
+def chatgpt_conversation(document: Mapping[str, Any], source: ArchiveFile) -> ArchivedConversation:
     """{title, create_time, update_time, mapping: {id: {parent, children, message}}, current_node, conversation_id}.
 
     A node's own word for its parent counts more than another's for its children, whose order is the siblings'.
@@ -5009,7 +5009,7 @@ def chatgpt_conversation(document: Mapping[str, Any], source: Source) -> Archive
     return foreign_conversation("chatgpt", document, parents, made)
 
 
-def chatgpt_message(key: str, message: Any, source: Source) -> list[ArchivedMessage]:
+def chatgpt_message(key: str, message: Any, source: ArchiveFile) -> list[ArchivedMessage]:
     """What a node becomes: a message, or nothing. Nodes without a message only hold the tree together."""
     if not isinstance(message, dict):
         return []
@@ -5027,7 +5027,7 @@ def chatgpt_message(key: str, message: Any, source: Source) -> list[ArchivedMess
     )  # fmt: skip
 
 
-def chatgpt_deltas(key: str, role: str, message: Mapping[str, Any], source: Source) -> list[Delta]:
+def chatgpt_deltas(key: str, role: str, message: Mapping[str, Any], source: ArchiveFile) -> list[Delta]:
     """A message's content; what is addressed to a tool is a call of it."""
     content, recipient = message.get("content"), text_in(message, "recipient")
     deltas = chatgpt_content(content, source) if isinstance(content, dict) else []
@@ -5041,7 +5041,7 @@ def chatgpt_deltas(key: str, role: str, message: Mapping[str, Any], source: Sour
     return kept
 
 
-def chatgpt_content(content: dict[str, Any], source: Source) -> list[Delta]:
+def chatgpt_content(content: dict[str, Any], source: ArchiveFile) -> list[Delta]:
     """What a message's content says, whichever of its many shapes it has."""
     kind, text = text_in(content, "content_type"), text_in(content, "text")
     if kind in ("thoughts", "reasoning_recap"):
@@ -5057,7 +5057,7 @@ def chatgpt_content(content: dict[str, Any], source: Source) -> list[Delta]:
     return list(itertools.chain.from_iterable(joined))
 
 
-def chatgpt_part(part: Any, source: Source) -> Delta | None:
+def chatgpt_part(part: Any, source: ArchiveFile) -> Delta | None:
     """A part of a message: a text, an image, or one of the objects that tools leave."""
     part = {"content_type": "text", "text": part} if isinstance(part, str) else part
     kind, body = text_in(part, "content_type"), text_in(part, "text", "result", "content", "name")
@@ -5072,7 +5072,7 @@ def chatgpt_part(part: Any, source: Source) -> Delta | None:
     return None
 
 
-def claude_conversation(document: Mapping[str, Any], source: Source) -> ArchivedConversation:
+def claude_conversation(document: Mapping[str, Any], source: ArchiveFile) -> ArchivedConversation:
     """{uuid, name, created_at, updated_at, chat_messages: [{uuid, sender, text, content, created_at, attachments}]}.
 
     The messages are a list; where they say whom they follow, a tree.
@@ -5092,7 +5092,7 @@ def claude_conversation(document: Mapping[str, Any], source: Source) -> Archived
     return foreign_conversation("claude", document, parents, made)
 
 
-def claude_messages(key: str, message: Mapping[str, Any], model: str, source: Source) -> list[ArchivedMessage]:
+def claude_messages(key: str, message: Mapping[str, Any], model: str, source: ArchiveFile) -> list[ArchivedMessage]:
     """What a message becomes: itself, and where tools gave results in it, one for each of those and one after it."""
     role = text_in(message, "sender").replace("human", "user")
     runs = [(role, claude_attachments(message, source))]
@@ -5110,7 +5110,7 @@ def claude_messages(key: str, message: Mapping[str, Any], model: str, source: So
     return made
 
 
-def claude_attachments(message: Mapping[str, Any], source: Source) -> list[Delta]:
+def claude_attachments(message: Mapping[str, Any], source: ArchiveFile) -> list[Delta]:
     """The texts of attached files; of other files an export has no more than the names."""
     texts = [
         f"{text_in(attached, 'file_name') or 'Attachment'}:\n\n{fenced(text, '')}\n\n"
@@ -5122,7 +5122,7 @@ def claude_attachments(message: Mapping[str, Any], source: Source) -> list[Delta
     return deltas_of("text", texts, "")
 
 
-def claude_block(block: Any, call_id: str, source: Source) -> list[Delta]:
+def claude_block(block: Any, call_id: str, source: ArchiveFile) -> list[Delta]:
     kind = text_in(block, "type")
     if kind in ("text", "voice_note"):
         return deltas_of("text", texts_in(block, "text"))
@@ -5146,7 +5146,7 @@ def claude_result(content: Any) -> list[Delta]:
 # ── archives: files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_document(source: Source) -> Iterator[Record]:
+def read_document(source: ArchiveFile) -> Iterator[Record]:
     """A list of conversations; or an archive of ours, which has one; or one conversation by itself."""
     if source.window.peek() == "{":
         yield from read_object(source)
@@ -5156,12 +5156,12 @@ def read_document(source: Source) -> Iterator[Record]:
         source.window.refuse("something follows the end")
 
 
-def read_list(source: Source) -> Iterator[Record]:
+def read_list(source: ArchiveFile) -> Iterator[Record]:
     for _ in source.window.items():
         yield from read_conversation(source)
 
 
-def read_object(source: Source) -> Iterator[Record]:
+def read_object(source: ArchiveFile) -> Iterator[Record]:
     """An archive of ours, or a list under the same name, or one conversation of another service by itself."""
     window, head, has_list = source.window, dict[str, Any](), False
     for name in window.members():
@@ -5179,7 +5179,7 @@ def read_object(source: Source) -> Iterator[Record]:
         raise InvalidRequest("body: holds no conversations of a format that is known")
 
 
-def read_conversation(source: Source) -> Iterator[Record]:
+def read_conversation(source: ArchiveFile) -> Iterator[Record]:
     """The next conversation. Messages of ours are read one by one: they may hold many images."""
     window, head, is_read = source.window, dict[str, Any](), False
     source.where = f"character {window.position:,}"
@@ -5197,7 +5197,7 @@ def read_conversation(source: Source) -> Iterator[Record]:
         yield from whole_conversation(head, source)
 
 
-def whole_conversation(head: dict[str, Any], source: Source) -> Iterator[Record]:
+def whole_conversation(head: dict[str, Any], source: ArchiveFile) -> Iterator[Record]:
     """A conversation that was read whole, of whatever service."""
     source.where = text_in(head, "title", "name") or source.where
     if "origin" in head and isinstance(head.get("messages"), list):
@@ -5319,10 +5319,10 @@ def read_archive(file: BinaryIO, answer: ImportAnswer) -> Iterator[Record]:
     if is_zip:
         unzipper = Unzipper(file)
         for name in unzipper.documents():
-            yield from read_document(Source(JsonWindow(unzipper.read(name)), answer, unzipper.image))
+            yield from read_document(ArchiveFile(JsonWindow(unzipper.read(name)), answer, unzipper.image))
     else:
         chunks = iter(partial(file.read, ARCHIVE_READ_BYTES), b"")
-        yield from read_document(Source(JsonWindow(chunks), answer, lambda pointer: None))
+        yield from read_document(ArchiveFile(JsonWindow(chunks), answer, lambda pointer: None))
 
 
 # ── archives: into the database ─────────────────────────────────────────────────────────────────────────────────────
