@@ -75,6 +75,7 @@ import shutil
 import socket
 import sqlite3
 import sys
+import tempfile
 import time
 import unicodedata
 import urllib.parse
@@ -98,6 +99,7 @@ from typing import (
     Protocol,
     TypeVar,
     cast,
+    get_args,
 )
 from urllib.parse import quote
 
@@ -3361,6 +3363,19 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     return connection
 
 
+def value_of(connection: sqlite3.Connection, query: str, *arguments: Any) -> Any:
+    """The first value of the first row; None: there is no row."""
+    row = connection.execute(query, arguments).fetchone()
+    return None if row is None else row[0]
+
+
+def insert_row(connection: sqlite3.Connection, table: str, **columns: Any) -> int:
+    """Stores a row; returns its id."""
+    places = ", ".join("?" * len(columns))
+    query = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"
+    return cast(int, connection.execute(query, tuple(columns.values())).lastrowid)
+
+
 async def open_database(path: str, *, read_only: bool) -> Database:
     """A connection with a thread of its own; whoever gets it closes it."""
     database = Database(partial(connect, path, read_only=read_only), 64)
@@ -3411,7 +3426,7 @@ def check_database(connection: sqlite3.Connection, path: str) -> None:
     deadline = time.monotonic() + CHECK_SECONDS_MAX
     connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
     try:
-        found = connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
+        found = value_of(connection, f"PRAGMA {pragma}(1)")
     except sqlite3.OperationalError as exc:
         if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
             raise
@@ -3422,17 +3437,33 @@ def check_database(connection: sqlite3.Connection, path: str) -> None:
         connection.set_progress_handler(None, 0)
 
 
+def copy_database(path: str, target: str) -> None:
+    """A copy of the database as it is at one moment, also while it is written to, in a single file.
+
+    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
+    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
+    """
+    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    with contextlib.closing(connect(path, read_only=True)) as source:
+        source.execute("BEGIN")
+        if not value_of(source, "SELECT 1 FROM sqlite_schema WHERE name = 'conversation'"):
+            raise sqlite3.DatabaseError("is not llmchat's")
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
+            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
+
+
 def migrate(connection: sqlite3.Connection, path: str) -> None:
     """Applies what is new in migrations/, each file in its own transaction together with its number."""
     scripts = sorted(MIGRATIONS.glob("[0-9][0-9][0-9][0-9]_*.sql"))
-    have, want = connection.execute("PRAGMA user_version").fetchone()[0], len(scripts)
+    have, want = value_of(connection, "PRAGMA user_version"), len(scripts)
     if have > want:
         raise StartError(f"database {path}: is of version {have}, made by a newer llmchat; this one knows {want}")
     if have == want:
         return
     if have > 0:
-        back_up(connection, f"{path}.before-{want:04}")
-    elif connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        copy_database(path, f"{path}.before-{want:04}")
+    elif value_of(connection, "SELECT count(*) FROM sqlite_schema"):
         raise StartError(f"database {path}: holds tables that are not llmchat's")
     for number, script in enumerate(scripts[have:], have + 1):
         connection.execute("BEGIN IMMEDIATE")
@@ -3454,29 +3485,6 @@ def sql_statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-
-
-def back_up(connection: sqlite3.Connection, path: str) -> None:
-    """A consistent copy of the database, also while it is written to."""
-    create_private(path)
-    with contextlib.closing(sqlite3.connect(path)) as copy:
-        connection.backup(copy)
-
-
-def copy_database(path: str, target: str) -> None:
-    """A copy of the database as it is at one moment, also while it is written to, in a single file.
-
-    The open transaction holds that moment: without it every commit of the writer would begin the copy anew. In WAL
-    mode it holds nobody up; only the log cannot shrink until it ends. Raises sqlite3.Error.
-    """
-    os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
-    with contextlib.closing(connect(path, read_only=True)) as source:
-        source.execute("BEGIN")
-        if not source.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'conversation'").fetchone()[0]:
-            raise sqlite3.DatabaseError("is not llmchat's")
-        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
-            source.backup(copy, pages=BACKUP_STEP_PAGES, sleep=0)
-            copy.execute("PRAGMA journal_mode=DELETE")  # so that nothing beside the file belongs to it
 
 
 def open_copy(path: str) -> BinaryIO:
@@ -3680,7 +3688,8 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
     titles = connection.execute(newest.format("< 0 ORDER BY rowid"), (f"{mine} title:({words})", limit))
     found = [(-row, row) for (row,) in titles]
     texts = connection.execute(newest.format("> 0 ORDER BY rowid DESC"), (f"{mine} text:({words})", SEARCH_MATCHES_MAX))
-    found += [(conversation_of(connection, row), row) for (row,) in texts]
+    within = "SELECT conversation_id FROM message WHERE id = ?"
+    found += [(value_of(connection, within, row), row) for (row,) in texts]
     best: dict[int, int] = {}
     for conversation_id, row in found:
         if len(best) < limit:
@@ -3688,16 +3697,10 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
     summaries = []
     for conversation_id, row in best.items():
         summary = summary_of(require_conversation(connection, owner, conversation_id))
-        text = connection.execute("SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", (row,)).fetchone()[0]
+        text = value_of(connection, "SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", row)
         match = Match(row if row > 0 else None, snippet_of(text, phrases))
         summaries.append(ConversationSummary(**summary, match=match))
     return ConversationList(summaries, None)
-
-
-def conversation_of(connection: sqlite3.Connection, message_id: int) -> int:
-    return cast(
-        int, connection.execute("SELECT conversation_id FROM message WHERE id = ?", (message_id,)).fetchone()[0]
-    )
 
 
 def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
@@ -3843,8 +3846,37 @@ def is_disk_error(exc: Exception) -> bool:
 
 def touch(connection: sqlite3.Connection) -> None:
     """Writes a page and changes nothing: proves that the database can be written."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    connection.execute(f"PRAGMA user_version = {version}")
+    connection.execute(f"PRAGMA user_version = {value_of(connection, 'PRAGMA user_version')}")
+
+
+def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
+    joined = join_deltas(content)
+    elapsed = [
+        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
+    ]
+    return Message(
+        id=row["id"],
+        conversation_id=row["conversation_id"],
+        parent_id=row["parent_id"],
+        role=row["role"],
+        status=row["status"],
+        provider=row["provider"],
+        model=row["model"],
+        text=text_of(joined),
+        content=joined,
+        finish_reason=row["finish_reason"],
+        error=json.loads(row["error_json"]) if row["error_json"] else None,
+        usage=msgspec.json.decode(row["usage_json"], type=Usage) if row["usage_json"] else None,
+        timing=Timing(*elapsed),
+        attempts=json.loads(row["attempts_json"]),
+        created_at_ms=row["created_at_ms"],
+    )
+
+
+def whole_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Message:
+    """The message of a row, with its content."""
+    rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
+    return message_of(row, [Delta(*one) for one in rows])
 
 
 def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
@@ -3870,23 +3902,13 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
 
 
 def insert_turn(
-    connection: sqlite3.Connection,
-    owner: str | None,
-    conversation_id: int,
-    parent_id: int | None,
-    turn: Turn,
+    connection: sqlite3.Connection, owner: str | None, conversation_id: int, parent_id: int | None, turn: Turn,
     created_at_ms: int,
-) -> int:
+) -> int:  # fmt: skip
     """Stores a message that is whole; returns its id. `owner` is whose search finds it; None: nobody's."""
-    params = {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
+    params_json = encode_json({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}).decode()
     message_id = insert_message(
-        connection,
-        conversation_id,
-        parent_id,
-        turn.role,
-        "completed",
-        created_at_ms,
-        params_json=encode_json(params).decode(),
+        connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=params_json
     )
     insert_content(connection, message_id, turn.content)
     if owner is not None:
@@ -3917,7 +3939,7 @@ def insert_answer(
         row["system"] if new.answer_system is None else new.answer_system,
         () if parent_id is None else select_path(connection, parent_id),
         msgspec.convert(asked, Parameters),
-        is_first=not row["hidden"] and connection.execute(answers, (conversation_id,)).fetchone()[0] == 1,
+        is_first=not row["hidden"] and value_of(connection, answers, conversation_id) == 1,
         hidden=bool(row["hidden"]),
     )
 
@@ -3943,8 +3965,7 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
         " merged = 0, provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
-    rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
-    before = message_of(row, [Delta(*one) for one in rows])
+    before = whole_message(connection, row)
     conversation = connection.execute(
         "SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)
     ).fetchone()
@@ -3988,13 +4009,13 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
     title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
-    cursor = connection.execute(
-        "INSERT INTO conversation (owner, title, system, created_at_ms, updated_at_ms, hidden) VALUES (?, ?, ?, ?, ?, ?)",
-        (new.owner, title, new.system or "", created_at_ms, created_at_ms, new.hidden),
-    )
+    conversation_id = insert_row(
+        connection, "conversation", owner=new.owner, title=title, system=new.system or "", hidden=new.hidden,
+        created_at_ms=created_at_ms, updated_at_ms=created_at_ms,
+    )  # fmt: skip
     if not new.hidden:
-        index_title(connection, new.owner, cast(int, cursor.lastrowid), title)
-    return cast(int, cursor.lastrowid)
+        index_title(connection, new.owner, conversation_id, title)
+    return conversation_id
 
 
 def make_title(text: str) -> str:
@@ -4025,33 +4046,23 @@ def find_parent(connection: sqlite3.Connection, conversation_id: int, parent_id:
     """The message that a new one follows. UNSET: the newest leaf, which is the newest message of all."""
     if parent_id is UNSET:
         newest = "SELECT max(id) FROM message WHERE conversation_id = ?"
-        return cast("int | None", connection.execute(newest, (conversation_id,)).fetchone()[0])
+        return cast("int | None", value_of(connection, newest, conversation_id))
     if parent_id is None:
         return None
-    found = connection.execute("SELECT conversation_id FROM message WHERE id = ?", (parent_id,)).fetchone()
-    if found is None or found[0] != conversation_id:
+    if value_of(connection, "SELECT conversation_id FROM message WHERE id = ?", parent_id) != conversation_id:
         raise InvalidRequest(f"parent_id: there is no message {parent_id} in conversation {conversation_id}")
     return parent_id
 
 
 def insert_message(
-    connection: sqlite3.Connection,
-    conversation_id: int,
-    parent_id: int | None,
-    role: str,
-    status: str,
-    created_at_ms: int,
-    **more: Any,
-) -> int:
-    columns = {
-        "conversation_id": conversation_id, "parent_id": parent_id, "role": role, "status": status,
-        "created_at_ms": created_at_ms, "ended_at_ms": None if status == "running" else created_at_ms, **more,
-    }  # fmt: skip
-    places = ", ".join("?" * len(columns))
-    cursor = connection.execute(
-        f"INSERT INTO message ({', '.join(columns)}) VALUES ({places})", tuple(columns.values())
-    )
-    return cast(int, cursor.lastrowid)
+    connection: sqlite3.Connection, conversation_id: int, parent_id: int | None, role: str, status: str,
+    created_at_ms: int, **more: Any,
+) -> int:  # fmt: skip
+    columns = {"ended_at_ms": None if status == "running" else created_at_ms, **more}
+    return insert_row(
+        connection, "message", conversation_id=conversation_id, parent_id=parent_id, role=role, status=status,
+        created_at_ms=created_at_ms, **columns,
+    )  # fmt: skip
 
 
 def insert_content(connection: sqlite3.Connection, message_id: int, content: Iterable[Delta]) -> None:
@@ -4191,38 +4202,6 @@ def select_message(connection: sqlite3.Connection, owner: str, message_id: int) 
     return cast(sqlite3.Row, row)
 
 
-def load_message(connection: sqlite3.Connection, owner: str, message_id: int) -> Message:
-    """A whole message, as of one moment."""
-    with reading(connection):
-        row = select_message(connection, owner, message_id)
-        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
-        return message_of(row, [Delta(*one) for one in rows])
-
-
-def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
-    joined = join_deltas(content)
-    elapsed = [
-        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
-    ]
-    return Message(
-        id=row["id"],
-        conversation_id=row["conversation_id"],
-        parent_id=row["parent_id"],
-        role=row["role"],
-        status=row["status"],
-        provider=row["provider"],
-        model=row["model"],
-        text=text_of(joined),
-        content=joined,
-        finish_reason=row["finish_reason"],
-        error=json.loads(row["error_json"]) if row["error_json"] else None,
-        usage=msgspec.json.decode(row["usage_json"], type=Usage) if row["usage_json"] else None,
-        timing=Timing(*elapsed),
-        attempts=json.loads(row["attempts_json"]),
-        created_at_ms=row["created_at_ms"],
-    )
-
-
 @contextlib.contextmanager
 def reading(connection: sqlite3.Connection) -> Iterator[None]:
     """Several SELECTs as of one moment."""
@@ -4231,6 +4210,12 @@ def reading(connection: sqlite3.Connection) -> Iterator[None]:
         yield
     finally:
         connection.execute("COMMIT")
+
+
+def load_message(connection: sqlite3.Connection, owner: str, message_id: int) -> Message:
+    """A whole message, as of one moment."""
+    with reading(connection):
+        return whole_message(connection, select_message(connection, owner, message_id))
 
 
 def load_page(
@@ -4362,10 +4347,8 @@ def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched
         f" ORDER BY updated_at_ms LIMIT {SWEPT_MAX})",
         {"watched": json.dumps(watched), "before": ended_before_ms},
     )
-    oldest = connection.execute(
-        f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", {"watched": "[]"}
-    ).fetchone()
-    return cast("int | None", oldest[0])
+    oldest = connection.execute(f"SELECT min(updated_at_ms) FROM conversation WHERE {ended}", {"watched": "[]"})
+    return cast("int | None", oldest.fetchone()[0])
 
 
 # ── what a response of section 13 needs: the answer, what it was asked with, what it follows ──
@@ -4393,9 +4376,8 @@ def select_response(connection: sqlite3.Connection, owner: str, message_id: int)
 def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
     with reading(connection):
         row = select_response(connection, owner, message_id)
-        rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (message_id,))
         asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
-        return StoredResponse(message_of(row, [Delta(*one) for one in rows]), asked)
+        return StoredResponse(whole_message(connection, row), asked)
 
 
 def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
@@ -4438,34 +4420,27 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
         return False
     doomed, parent_id = [message_id], row["parent_id"]
     for asked_id in input_ids(connection, row):
-        children = "SELECT count(*) FROM message WHERE parent_id = ?"
-        if connection.execute(children, (asked_id,)).fetchone()[0] > 1:
+        if value_of(connection, "SELECT count(*) FROM message WHERE parent_id = ?", asked_id) > 1:
             break
         doomed.append(asked_id)
-        parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (asked_id,)).fetchone()[0]
+        parent_id = value_of(connection, "SELECT parent_id FROM message WHERE id = ?", asked_id)
     connection.execute("UPDATE message SET parent_id = ? WHERE parent_id = ?", (parent_id, message_id))
     for table, key in (("message_fts", "rowid"), ("message", "id")):
         connection.execute(
             f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),)
         )
-    messages = "SELECT count(*) FROM message WHERE conversation_id = ?"
-    if connection.execute(messages, (row["conversation_id"],)).fetchone()[0] == 0:
+    if value_of(connection, "SELECT max(id) FROM message WHERE conversation_id = ?", row["conversation_id"]) is None:
         delete_conversation(connection, owner, row["conversation_id"])
     return True
 
 
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
     """Sets a title that a model made, unless somebody has set one meanwhile."""
-    first = connection.execute("SELECT min(id) FROM message WHERE conversation_id = ?", (conversation_id,)).fetchone()[
-        0
-    ]
-    row = connection.execute(
-        "SELECT title FROM conversation WHERE id = ? AND owner = ?", (conversation_id, owner)
-    ).fetchone()
-    if first is None or row is None:
+    first = value_of(connection, "SELECT min(id) FROM message WHERE conversation_id = ?", conversation_id)
+    shown = value_of(connection, "SELECT title FROM conversation WHERE id = ? AND owner = ?", conversation_id, owner)
+    if first is None or shown is None:
         return
-    question = next(iter(select_path(connection, first)), None)
-    if question is not None and row["title"] == make_title(text_of(question.content)):
+    if shown == make_title(text_of(select_path(connection, first)[0].content)):
         update_conversation(connection, owner, conversation_id, {"title": title})
 
 
@@ -4540,100 +4515,80 @@ class Archive(Struct):
 ARCHIVE_START, ARCHIVE_END = b'{"format":"llmchat","version":1,"conversations":[', b"]}\n"
 
 
-def origin_sql(table: str) -> str:
-    """The origin of a row as SQL."""
-    return f"coalesce({table}.origin, 'llmchat:' || {table}.id || '-' || {table}.created_at_ms)"
+def origin_of(row_id: int, created_at_ms: int, origin: str | None) -> str:
+    return origin or f"llmchat:{row_id}-{created_at_ms}"
 
 
-def archive_head(connection: sqlite3.Connection, owner: str, conversation_id: int) -> bytes:
-    """A conversation as JSON up to its first message. Raises NotFound."""
-    row = require_conversation(connection, owner, conversation_id)
-    origin = f"SELECT {origin_sql('conversation')} FROM conversation WHERE id = ?"
-    head = ArchivedConversation(
-        origin=connection.execute(origin, (conversation_id,)).fetchone()[0],
-        title=row["title"],
-        system=row["system"],
-        parameters=msgspec.json.decode(row["params_json"], type=Parameters),
-        created_at_ms=row["created_at_ms"],
-        updated_at_ms=row["updated_at_ms"],
-    )
-    return encode_json(head).removesuffix(b"]}")
+def list_ids(connection: sqlite3.Connection, owner: str) -> list[int]:
+    """The ids of an owner's conversations."""
+    rows = connection.execute("SELECT id FROM conversation WHERE owner = ? AND hidden = 0 ORDER BY id", (owner,))
+    return [conversation_id for (conversation_id,) in rows]
 
 
 def archive_page(
     connection: sqlite3.Connection, owner: str, conversation_id: int, after: int
 ) -> tuple[bytes, int | None]:
-    """Some messages from behind an id on, as JSON with commas between, and the last one's id; None: it was the last."""
+    """A conversation as JSON, from behind a message's id on (0: from its head on), as far as one send goes.
+
+    Returns it with the last message's id; None: the conversation is whole. Raises NotFound instead of its head.
+    """
+    page = bytearray() if after else archived_head(require_conversation(connection, owner, conversation_id))
     rows = connection.execute(
-        f"SELECT message.*, {origin_sql('message')} AS origin_here, {origin_sql('parent')} AS parent_origin"
-        " FROM message JOIN conversation ON conversation.id = message.conversation_id LEFT JOIN message AS parent"
-        " ON parent.id = message.parent_id WHERE message.conversation_id = ? AND owner = ? AND message.id > ?"
-        " ORDER BY message.id",
-        (conversation_id, owner, after),
+        "SELECT message.*, parent.origin AS parent_origin, parent.created_at_ms AS parent_created_at_ms"
+        " FROM message LEFT JOIN message AS parent ON parent.id = message.parent_id"
+        " WHERE message.conversation_id = ? AND message.id > ? ORDER BY message.id",
+        (conversation_id, after),
     )
-    page = bytearray()
     for row in rows:
-        page += b"," * bool(page) + encode_json(archived_message(connection, row))
+        page += b"," * bool(after) + encode_json(archived_message(connection, row))
+        after = row["id"]
         if len(page) > SEND_BYTES_MAX:
-            return bytes(page), row["id"]
-    return bytes(page), None
+            return bytes(page), after
+    return bytes(page + b"]}"), None
+
+
+def archived_head(row: sqlite3.Row) -> bytearray:
+    """A conversation as JSON up to its first message."""
+    head = ArchivedConversation(
+        origin=origin_of(row["id"], row["created_at_ms"], row["origin"]),
+        parameters=msgspec.json.decode(row["params_json"], type=Parameters),
+        **{name: row[name] for name in ("title", "system", "created_at_ms", "updated_at_ms")},
+    )
+    return bytearray(encode_json(head).removesuffix(b"]}"))
 
 
 def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> ArchivedMessage:
-    content = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
-    message = message_of(row, [Delta(*one) for one in content])
+    message = msgspec.structs.asdict(whole_message(connection, row))
+    parent = (row["parent_id"], row["parent_created_at_ms"], row["parent_origin"])
     return ArchivedMessage(
-        origin=row["origin_here"],
-        parent=None if row["parent_id"] is None else row["parent_origin"],
-        role=cast(Role, message.role),
-        status=message.status,
-        provider=message.provider,
-        model=message.model,
+        origin=origin_of(row["id"], row["created_at_ms"], row["origin"]),
+        parent=None if row["parent_id"] is None else origin_of(*parent),
         params=json.loads(row["params_json"]),
-        content=message.content,
-        finish_reason=message.finish_reason,
-        error=message.error,
-        usage=message.usage,
-        attempts=message.attempts,
-        created_at_ms=message.created_at_ms,
         first_delta_at_ms=row["first_delta_at_ms"],
         ended_at_ms=row["ended_at_ms"],
+        **{name: value for name, value in message.items() if name in ArchivedMessage.__struct_fields__},
     )
 
 
-def next_conversation(connection: sqlite3.Connection, owner: str, after: int) -> int | None:
-    """The id that follows among an owner's conversations."""
-    found = connection.execute(
-        "SELECT min(id) FROM conversation WHERE owner = ? AND id > ? AND hidden = 0", (owner, after)
-    )
-    return cast("int | None", found.fetchone()[0])
-
-
-class Outline(NamedTuple):
-    """What of a conversation is written as Markdown."""
-
-    conversation: ConversationSummary
-    path: list[int]  # from the first message to the newest
-    branches: int  # paths from a first message to a last one
-
-
-def load_outline(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Outline:
+def load_outline(
+    connection: sqlite3.Connection, owner: str, conversation_id: int
+) -> tuple[ConversationSummary, list[int], int]:
+    """A conversation, the ids of its messages from the first to the newest, and how many are in other branches."""
     with reading(connection):
         summary = ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
         rows = connection.execute("SELECT id, parent_id FROM message WHERE conversation_id = ?", (conversation_id,))
         parents = dict(map(tuple, rows))
-    return Outline(summary, path_to_newest(parents), len(parents.keys() - set(parents.values())))
+    path = path_to_newest(parents)
+    return summary, path, len(parents) - len(path)
 
 
-def markdown_head(outline: Outline) -> str:
+def markdown_head(conversation: ConversationSummary, messages: int, others: int) -> str:
     """The beginning of a conversation as Markdown."""
-    conversation, others = outline.conversation, outline.branches - 1
     title = " ".join(conversation.title.split()) or f"Conversation {conversation.id}"
     span = f"{utc(conversation.created_at_ms)} to {utc(conversation.updated_at_ms)}"
-    lines = [f"# {title}", f"*{len(outline.path)} messages, {span}*"]
-    if others > 0:
-        branches = "There is 1 other branch" if others == 1 else f"There are {others} other branches"
-        lines.append(f"*{branches}: this is the newest one. The export as JSON has them all.*")
+    lines = [f"# {title}", f"*{messages} messages, {span}*"]
+    if others:
+        lines.append(f"*Not here: messages in other branches ({others}). The export as JSON has them all.*")
     if conversation.system:
         lines.append("**System prompt**\n\n" + quoted(conversation.system))
     return "\n\n".join(lines) + "\n"
@@ -4641,10 +4596,12 @@ def markdown_head(outline: Outline) -> str:
 
 def markdown_message(message: Message) -> str:
     """A message as Markdown: who and when, then its content, each kind in a form that can be read."""
-    names = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
     model = "/".join(filter(None, (message.provider, message.model)))
-    who = f"{names[message.role]} ({model})" if model and message.role == "assistant" else names[message.role]
-    blocks = [f"## {who}, {utc(message.created_at_ms)}", *filter(None, map(markdown_delta, message.content))]
+    who = f" ({model})" if model and message.role == "assistant" else ""
+    blocks = [
+        f"## {message.role.capitalize()}{who}, {utc(message.created_at_ms)}",
+        *filter(None, map(markdown_delta, message.content)),
+    ]
     if message.error is not None:
         blocks.append(f"*{message.status}: {message.error.get('message', '')}*")
     elif message.status != "completed":
@@ -4695,25 +4652,18 @@ def close_fence(text: str) -> str:
 
 # ── archives: what comes in ─────────────────────────────────────────────────────────────────────────────────────────
 #
-# Three formats become one: ours; ChatGPT's `conversations.json`, a list of trees under `mapping`; and Claude's, a list
-# of `chat_messages`. Neither service documents its own; these are the shapes that their users find in their exports.
-# A zip, as both deliver it, is read for its conversations and for the images that they point to. A file is read
-# through a window that holds one message of ours or one conversation of theirs, and comes in as pieces, a few in a
-# transaction: whatever breaks, what came before is in, and the same file, mended, brings the rest and nothing twice.
-# What is there is never changed. What cannot come in is counted by its reason.
+# Three formats become one stream of records: ours; ChatGPT's `conversations.json`, a list of trees under `mapping`; and
+# Claude's, a list of `chat_messages`. Neither service documents its own; these are the shapes that their users find in
+# their exports. A zip, as both deliver it, is read for its conversations and for the images that they point to. A file
+# is read through a window that holds one message of ours or one conversation of theirs, and comes in with a few
+# messages in a transaction: whatever breaks, what came before is in, and the same file, mended, brings the rest and
+# nothing twice. What is there is never changed. What cannot come in is counted by its reason.
 #
 # The tools of other services cannot be called from here. Their calls and results are kept to be read, the results
-# without an id, so that neither goes upstream when such a conversation goes on (see `pair_tools`).
+# without an id, so that neither goes upstream when such a conversation goes on (see `answered`).
 
 OTHER_REASONS = "other reasons"
-
-
-class Piece(NamedTuple):
-    """Some messages of a conversation that comes in. `begins`: they are the first."""
-
-    conversation: ArchivedConversation
-    begins: bool
-    messages: list[ArchivedMessage]
+Record = tuple[ArchivedConversation, ArchivedMessage | None]  # None: the conversation begins
 
 
 class ImportCount(Struct):
@@ -4721,10 +4671,6 @@ class ImportCount(Struct):
 
     imported: int = 0
     present: int = 0
-
-    def add(self, more: ImportCount) -> None:
-        self.imported += more.imported
-        self.present += more.present
 
 
 class LeftOut(Struct):
@@ -4741,18 +4687,22 @@ class ImportAnswer(Struct):
     left_out: list[LeftOut]
 
     def leave_out(self, reason: str, where: str, count: int = 1) -> None:
-        by_reason = {one.reason: one for one in self.left_out}
+        known = {one.reason: one for one in self.left_out}
         reason = shorten(reason, None)
-        if reason not in by_reason and len(self.left_out) >= LEFT_OUT_MAX:
+        if reason not in known and len(known) >= LEFT_OUT_MAX:
             reason = OTHER_REASONS
-        if reason in by_reason:
-            by_reason[reason].count += count
-        else:
-            self.left_out.append(LeftOut(reason, count, shorten(where, None)))
+        if reason not in known:
+            known[reason] = LeftOut(reason, 0, shorten(where, None))
+        known[reason].count += count
+        self.left_out = list(known.values())
 
 
 NOT_SPACE = re.compile(r"[^ \t\r\n]")
-NUMBER_CHARACTERS = 32  # a number this close to the window's end may go on beyond it
+CUT_CHARACTERS = 32  # a value this close to the window's end may go on beyond it
+SCAN_JSON = json.JSONDecoder(
+    parse_int=lambda digits: int(digits) if len(digits) < 20 else digits,  # what no encoder takes becomes text
+    parse_constant=lambda word: None,  # NaN and its like are no JSON
+).raw_decode
 
 
 class JsonWindow:
@@ -4762,13 +4712,10 @@ class JsonWindow:
     """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._scan = json.JSONDecoder(parse_constant=lambda word: None).raw_decode
+        self._texts = codecs.iterdecode(chunks, "utf-8-sig")
         self._text = ""
         self._at = 0
         self._gone = 0  # characters before the window
-        self._bytes = 0
         self._ended = False
 
     @property
@@ -4786,86 +4733,65 @@ class JsonWindow:
         self._at = found.start()
         return found[0]
 
-    def take(self, character: str) -> bool:
-        """Steps over the next character if it is this one."""
+    def step(self, character: str) -> None:
+        """Steps over the next character, which must be this one."""
         if self.peek() != character:
-            return False
-        self._at += 1
-        return True
-
-    def expect(self, character: str) -> None:
-        if not self.take(character):
             self.refuse(f"expected {character}")
+        self._at += 1
 
     def value(self) -> Any:
         """The next value, whole."""
         self.peek()
         while True:
             try:
-                value, end = self._scan(self._text, self._at)
+                value, end = SCAN_JSON(self._text, self._at)
             except json.JSONDecodeError as exc:
-                cut = exc.msg.startswith("Unterminated string") or exc.pos >= len(self._text) - NUMBER_CHARACTERS
-                if self._ended or not cut:
-                    self.refuse(exc.msg[:1].lower() + exc.msg[1:], exc.pos)
+                is_cut = "Unterminated" in exc.msg or exc.pos + CUT_CHARACTERS >= len(self._text)
+                if self._ended or not is_cut:
+                    self.refuse(exc.msg.lower(), exc.pos)
             except RecursionError:
                 self.refuse("nested too deep")
-            except ValueError:
-                self.refuse("a number has too many digits")
             else:
-                margin = NUMBER_CHARACTERS if isinstance(value, int | float) else 0
-                if self._ended or end + margin < len(self._text):
+                if self._ended or end + CUT_CHARACTERS < len(self._text):
                     self._at = end
                     return value
             self._widen()
 
-    def items(self) -> Iterator[None]:
+    def items(self, brackets: str = "[]") -> Iterator[None]:
         """Steps through a list; at each step the next value is to be read."""
-        self.expect("[")
-        if self.take("]"):
-            return
-        yield
-        while not self.take("]"):
-            self.expect(",")
+        self.step(brackets[0])
+        if self.peek() != brackets[1]:
             yield
+        while self.peek() != brackets[1]:
+            self.step(",")
+            yield
+        self.step(brackets[1])
 
     def members(self) -> Iterator[str]:
         """Steps through an object; at each step, whose name is given, the value is to be read."""
-        self.expect("{")
-        if self.take("}"):
-            return
-        yield self._name()
-        while not self.take("}"):
-            self.expect(",")
-            yield self._name()
-
-    def _name(self) -> str:
-        if self.peek() != '"':
-            self.refuse("expected a name in quotes")
-        name = cast(str, self.value())
-        self.expect(":")
-        return name
+        for _ in self.items("{}"):
+            if self.peek() != '"':
+                self.refuse("expected a name in quotes")
+            name = self.value()
+            self.step(":")
+            yield name
 
     def _widen(self) -> None:
         """Drops what was read, and doubles the rest."""
+        parts = [self._text[self._at :]]
         self._gone += self._at
-        self._text, self._at = self._text[self._at :], 0
-        if len(self._text) > ARCHIVE_VALUE_CHARACTERS_MAX:
+        self._at, wanted = 0, len(parts[0]) + 1
+        if wanted > ARCHIVE_VALUE_CHARACTERS_MAX:
             self.refuse(f"one value is longer than {ARCHIVE_VALUE_CHARACTERS_MAX:,} characters, the limit,")
-        parts, wanted = [self._text], 2 * len(self._text) + 1
-        while wanted > sum(map(len, parts)) and not self._ended:
-            parts.append(self._decode(next(self._chunks, b"")))
-        self._text = "".join(parts)
-
-    def _decode(self, data: bytes) -> str:
-        self._ended = not data
-        held = len(self._decoder.getstate()[0])
         try:
-            text = self._decoder.decode(data, final=self._ended)
+            while wanted > 0:
+                parts.append(next(self._texts))
+                wanted -= len(parts[-1])
+        except StopIteration:
+            self._ended = True
         except UnicodeDecodeError as exc:
-            place = self._bytes - held + exc.start
-            raise InvalidRequest(f"body: is not UTF-8: {exc.reason} at byte {place:,}") from exc
-        self._bytes += len(data)
-        return text
+            self.refuse(f"not UTF-8: {exc.reason}", sum(map(len, parts)) + len(exc.object[: exc.start].decode()))
+        self._text = "".join(parts)
 
     def refuse(self, what: str, at: int | None = None) -> NoReturn:
         at = self._at if at is None else at
@@ -4873,164 +4799,31 @@ class JsonWindow:
         raise InvalidRequest(f"body: cannot be imported: {what} at character {self._gone + at:,}{ends}")
 
 
-class LeaveOut(Protocol):
-    def __call__(self, reason: str) -> None: ...
+@dataclass
+class ArchiveFile:
+    """A file that is read. `image` finds an image by ChatGPT's name for it; None: it is not there."""
 
+    window: JsonWindow
+    answer: ImportAnswer
+    image: Callable[[str], Delta | None]
+    where: str = ""  # what is read just now: its title, or its place in the file
 
-class ArchiveReader:
-    """Reads a file as pieces; what does not come in goes into the answer.
-
-    `image` finds an image by ChatGPT's name for it, as content; None: it is not there.
-    """
-
-    def __init__(self, chunks: Iterator[bytes], answer: ImportAnswer, image: Callable[[str], Delta | None]) -> None:
-        self._window = JsonWindow(chunks)
-        self._answer = answer
-        self._image = image
-
-    def pieces(self) -> Iterator[Piece]:
-        window = self._window
-        if window.peek() == "{":
-            yield from self._document()
-        else:
-            for _ in window.items():
-                yield from self._conversation()
-        if window.peek():
-            window.refuse("something follows the end")
-
-    def _document(self) -> Iterator[Piece]:
-        """An archive of ours, or a list under the same name, or one conversation of another service by itself."""
-        window, head, listed_some = self._window, dict[str, Any](), False
-        for name in window.members():
-            if name == "conversations" and window.peek() == "[":
-                if head.get("format") == "llmchat" and head.get("version") != 1:
-                    version = str(head.get("version"))
-                    raise InvalidRequest(f"version: {version[:40]} was made by a newer llmchat; this one knows 1")
-                listed_some = True
-                for _ in window.items():
-                    yield from self._conversation()
-            else:
-                head[name] = window.value()
-        if "mapping" in head or "chat_messages" in head:
-            yield from self._whole(head, "the file")
-        elif not listed_some:
-            raise InvalidRequest("body: holds no conversations of a format that is known")
-
-    def _conversation(self) -> Iterator[Piece]:
-        """The next conversation. Messages of ours are read one by one: they may hold many images."""
-        window, head, streamed = self._window, dict[str, Any](), False
-        where = f"character {window.position:,}"
-        if window.peek() != "{":
-            window.value()
-            self._answer.leave_out("not a conversation", where)
-            return
-        for name in window.members():
-            if name == "messages" and "origin" in head and window.peek() == "[":
-                streamed = True
-                yield from self._ours(head, (window.value() for _ in window.items()), where)
-            else:
-                head[name] = window.value()
-        if not streamed:
-            yield from self._whole(head, where)
-
-    def _whole(self, head: dict[str, Any], where: str) -> Iterator[Piece]:
-        """A conversation that was read whole, of whatever service."""
-        title = head.get("title") or head.get("name")
-        where = title if isinstance(title, str) else where
-        leave_out = partial(self._answer.leave_out, where=where)
-        if isinstance(head.get("mapping"), dict):
-            yield from self._foreign(partial(chatgpt_conversation, head, self._image, leave_out), leave_out)
-        elif isinstance(head.get("chat_messages"), list):
-            yield from self._foreign(partial(claude_conversation, head, leave_out), leave_out)
-        elif "origin" in head and isinstance(head.get("messages"), list):
-            yield from self._ours(head, iter(head.pop("messages")), where)
-        else:
-            leave_out("not a conversation of a format that is known")
-
-    def _foreign(self, convert: Callable[[], ArchivedConversation], leave_out: LeaveOut) -> Iterator[Piece]:
-        try:
-            found = convert()
-        except (ValueError, RecursionError) as exc:
-            leave_out(f"a conversation that makes no sense: {reason_of(exc)}")
-            return
-        if found.messages:
-            yield from cut_pieces(found, iter(found.messages))
-        else:
-            leave_out("a conversation without a message")
-
-    def _ours(self, head: dict[str, Any], messages: Iterator[Any], where: str) -> Iterator[Piece]:
-        try:
-            conversation = msgspec.convert(storable({**head, "messages": []}), ArchivedConversation)
-        except (msgspec.ValidationError, ValueError) as exc:
-            count = 1 + sum(1 for _ in messages)
-            self._answer.leave_out(f"a conversation with its messages: {exc}", where, count)
-            return
-        yield from cut_pieces(conversation, self._our_messages(messages, conversation.title or where))
-
-    def _our_messages(self, values: Iterator[Any], where: str) -> Iterator[ArchivedMessage]:
-        for value in values:
-            try:
-                yield our_message(value)
-            except (msgspec.MsgspecError, ValueError) as exc:
-                self._answer.leave_out(f"a message: {exc}", where)
-
-
-def characters_of(message: ArchivedMessage) -> int:
-    return sum(len(delta.text) for delta in message.content)
-
-
-def characters_of_piece(piece: Piece) -> int:
-    """What counts towards a transaction; a few messages of many characters weigh as much as many messages."""
-    fewest = ARCHIVE_GROUP_CHARACTERS // ARCHIVE_GROUP_MESSAGES
-    return sum(max(fewest, characters_of(message)) for message in piece.messages)
-
-
-def cut_pieces(conversation: ArchivedConversation, messages: Iterator[ArchivedMessage]) -> Iterator[Piece]:
-    """The conversation in pieces of bounded size. What was whole before the file breaks off is a piece too."""
-    head = msgspec.structs.replace(conversation, messages=[])
-    begins = True
-    for group in grouped(messages, characters_of):
-        yield Piece(head, begins, group)
-        begins = False
-    if begins:
-        yield Piece(head, True, [])
-
-
-def grouped(values: Iterator[T], weigh: Callable[[T], int]) -> Iterator[list[T]]:
-    """The values in groups for one transaction each; those before a failure come before it."""
-    group: list[T] = []
-    characters = 0
-    failure: LlmchatError | None = None
-    while True:
-        try:
-            value = next(values)
-        except StopIteration:
-            break
-        except LlmchatError as exc:
-            failure = exc
-            break
-        group.append(value)
-        characters += weigh(value)
-        if len(group) >= ARCHIVE_GROUP_MESSAGES or characters >= ARCHIVE_GROUP_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-    if failure is not None:
-        raise failure
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        self.answer.leave_out(reason, self.where, count)
 
 
 def storable(value: Any, depth: int = 1) -> Any:
     """A value of a file as the database and every encoder can hold it. Raises ValueError for deep nesting."""
     if isinstance(value, str):
         return without_halves(value).replace("\0", "\ufffd")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return str(value)
     if isinstance(value, dict | list) and depth > NESTING_MAX:
         raise ValueError(f"nested deeper than {NESTING_MAX} levels")
     if isinstance(value, dict):
         return {storable(name): storable(below, depth + 1) for name, below in value.items()}
     return [storable(below, depth + 1) for below in value] if isinstance(value, list) else value
+
+
+# ── archives: ours ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class StoredCall(Struct):
@@ -5048,28 +4841,81 @@ class StoredImage(Struct):
     data: Annotated[str, Meta(pattern="^[A-Za-z0-9+/]+={0,2}$")]
 
 
+class StoredParameters(Parameters, frozen=True):
+    """The params of a message."""
+
+    tool_call_id: str | None = None
+
+
 STORED_KINDS: dict[str, Any] = {"tool_call": StoredCall, "image": StoredImage, "signature": dict[str, str]}
+NOT_OURS = (msgspec.MsgspecError, ValueError)
+
+
+def our_conversation(head: dict[str, Any], messages: Iterator[Any], source: ArchiveFile) -> Iterator[Record]:
+    """A conversation of our own format; a message that makes no sense is left out, and so is all below a head."""
+    try:
+        conversation = msgspec.convert(storable({**head, "messages": []}), ArchivedConversation)
+    except NOT_OURS as exc:
+        source.leave_out(f"a conversation with its messages: {exc}", 1 + sum(1 for _ in messages))
+        return
+    source.where = conversation.title or source.where
+    yield conversation, None
+    for value in messages:
+        try:
+            message = our_message(value)
+        except NOT_OURS as exc:
+            source.leave_out(f"a message: {exc}")
+        else:
+            yield conversation, message
 
 
 def our_message(value: Any) -> ArchivedMessage:
     """A message of an archive. Raises ValueError and MsgspecError for what could not be one."""
-    content = value.get("content") if isinstance(value, dict) else None
-    texts = content if isinstance(content, list) else []
-    message = msgspec.convert(storable({**value, "content": []} if isinstance(value, dict) else value), ArchivedMessage)
-    for delta in msgspec.convert(texts, list[Delta]):
-        delta = Delta(delta.kind, without_halves(delta.text))
+    content = value.pop("content", []) if isinstance(value, dict) else []
+    message = msgspec.convert(storable(value), ArchivedMessage)
+    msgspec.convert(message.params, StoredParameters)
+    for delta in msgspec.convert(content, list[Delta]):
         if delta.kind in STORED_KINDS:
             msgspec.json.decode(delta.text, type=STORED_KINDS[delta.kind])
         elif delta.kind not in MERGED_KINDS:
             raise ValueError(f"content of kind {delta.kind!r}")
-        message.content += [delta] if delta.text else []
-    msgspec.convert(message.params, Parameters)
-    if not isinstance(message.params.get("tool_call_id", ""), str):
-        raise ValueError("a tool_call_id that is no text")
+        message.content += [Delta(delta.kind, without_halves(delta.text))] if delta.text else []
     return message
 
 
-# ── ChatGPT and Claude ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── archives: ChatGPT's and Claude's ────────────────────────────────────────────────────────────────────────────────
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def texts_in(document: Any, *names: str) -> list[str]:
+    """Those of these members that are texts with something in them."""
+    found = [document.get(name) for name in names] if isinstance(document, dict) else []
+    return [storable(one) for one in found if isinstance(one, str) and one.strip()]
+
+
+def text_in(document: Any, *names: str) -> str:
+    """The first of these members that is a text with something in it; empty: none is."""
+    return next(iter(texts_in(document, *names)), "")
+
+
+def deltas_of(kind: str, texts: Sequence[str], between: str = "\n\n") -> list[Delta]:
+    """Texts as one delta; no texts, no delta."""
+    return [Delta(kind, between.join(texts))] if texts else []
+
+
+def milliseconds_of(document: Mapping[str, Any], *names: str) -> int:
+    """The first time among these members, as seconds since 1970 or as ISO 8601, in milliseconds; 0: there is none."""
+    for value in map(document.get, names):
+        with contextlib.suppress(ValueError, OverflowError):
+            if isinstance(value, str):
+                at = datetime.fromisoformat(value)
+                value = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+            if isinstance(value, int | float) and 0 <= value < 2**43:
+                return round(value * 1000)
+    return 0
 
 
 def foreign_origin(service: str, *names: Any) -> str:
@@ -5079,420 +4925,325 @@ def foreign_origin(service: str, *names: Any) -> str:
     return f"{service}:{name if plain else hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def text_in(document: Any, *names: str) -> str:
-    """The first of these members that is a text with something in it; empty: none is."""
-    found = (document.get(name) for name in names) if isinstance(document, dict) else ()
-    return next((cast(str, storable(one)) for one in found if isinstance(one, str) and one.strip()), "")
-
-
-def milliseconds_of(value: Any) -> int | None:
-    """A time as seconds since 1970 or as ISO 8601, in milliseconds; None: it is none that is possible."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if isinstance(value, str):
-            at = datetime.fromisoformat(value)
-            value = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-        if isinstance(value, int | float) and 0 <= value < 2**43:
-            return round(value * 1000)
-    return None
-
-
-def in_tree_order(parents: Mapping[str, str | None], rank: Mapping[str, int]) -> list[str]:
-    """Every node after its parent, level by level, siblings by their rank. A circle is opened where it is met first."""
-    children: dict[str | None, list[str]] = {}
-    for node, parent in parents.items():
-        children.setdefault(parent if parent in parents else None, []).append(node)
-    order: list[str] = []
-    seen: set[str] = set()
-    for root in itertools.chain(children.get(None, ()), parents):
-        waiting = deque([root])
-        while waiting:
-            node = waiting.popleft()
-            if node not in seen:
-                seen.add(node)
-                order.append(node)
-                waiting.extend(sorted(children.get(node, ()), key=lambda child: rank.get(child, 0)))
-    return order
-
-
-def link_messages(
-    parents: Mapping[str, str | None], rank: Mapping[str, int], made: Mapping[str, list[ArchivedMessage]], newest: Any
-) -> list[ArchivedMessage]:
-    """The messages that nodes became, each linked to the next one above it; the newest leaf is the last of all."""
-    linked: list[ArchivedMessage] = []
-    above: dict[str | None, str | None] = {}
-    for node in in_tree_order(parents, rank):
-        parent = above.get(parents[node])
-        for message in made.get(node, ()):
-            message.parent = parent
-            parent = message.origin
-            linked.append(message)
-        above[node] = parent
-    leaf = above.get(newest) if isinstance(newest, str) else None
-    if leaf not in {message.parent for message in linked}:
-        linked.sort(key=lambda message: message.origin == leaf)
-    return linked
-
-
-def chatgpt_conversation(
-    document: Mapping[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut
-) -> ArchivedConversation:
-    """{title, create_time, update_time, mapping: {id: {parent, children, message}}, current_node, conversation_id}."""
-    nodes = {key: node for key, node in document["mapping"].items() if isinstance(node, dict)}
-    parents: dict[str, str | None] = {}
-    rank: dict[str, int] = {}
-    claimed: dict[str, str] = {}
-    for key, node in nodes.items():
-        for index, child in enumerate(listed(node.get("children"))):
-            if isinstance(child, str):
-                rank.setdefault(child, index)
-                claimed.setdefault(child, key)
-    for key, node in nodes.items():
-        given = node.get("parent")
-        parents[key] = given if isinstance(given, str) and given in nodes else claimed.get(key)
-    origin = foreign_origin("chatgpt", document.get("conversation_id"), document.get("id"), next(iter(nodes), None))
-    created_at_ms = milliseconds_of(document.get("create_time")) or now_ms()
-    messages = {key: chatgpt_message(key, node, created_at_ms, image, leave_out) for key, node in nodes.items()}
-    linked = link_messages(parents, rank, messages, document.get("current_node"))
-    return foreign_conversation(document, origin, created_at_ms, document.get("update_time"), linked)
+def parents_first(parents: Mapping[str, str | None]) -> Iterable[str]:
+    """Every node after its parent, else in the order given. A circle is cut above the node that is met first."""
+    placed: dict[str, None] = {}
+    for node in parents:
+        climbed: dict[str, None] = {}
+        above: str | None = node
+        while above is not None and above not in placed and above not in climbed:
+            climbed[above] = None
+            above = parents.get(above)
+        circle = [above] if above in climbed else []
+        placed.update(dict.fromkeys([*circle, *reversed(climbed)]))
+    return placed
 
 
 def foreign_conversation(
-    document: Mapping[str, Any], origin: str, created_at_ms: int, updated: Any, messages: list[ArchivedMessage]
-) -> ArchivedConversation:
-    """A conversation of another service; what its system said becomes the system prompt."""
-    said = [text_of(message.content) for message in messages if message.role == "system"]
+    service: str, document: Mapping[str, Any], parents: Mapping[str, str | None],
+    made: Mapping[str, Sequence[ArchivedMessage]],
+) -> ArchivedConversation:  # fmt: skip
+    """A conversation of another service from what its nodes became: each message is linked to the next one above it,
+    the newest leaf is the last of all, and what the system said becomes the system prompt."""
+    created_at_ms = milliseconds_of(document, "create_time", "created_at") or now_ms()
+    said: list[str] = []
+    kept: list[ArchivedMessage] = []
     above: dict[str | None, str | None] = {}
-    for message in messages:  # parents come first
-        message.parent = above.get(message.parent, message.parent)
-        if message.role == "system":
-            above[message.origin] = message.parent
-    kept = [message for message in messages if message.role != "system"]
+    for node in parents_first(parents):
+        above[node] = above.get(parents.get(node))
+        for message in made.get(node, ()):  # it may be a parent that is not there
+            if message.role == "system":
+                said.append(text_of(message.content))
+                continue
+            message.created_at_ms = message.created_at_ms or created_at_ms
+            message.parent, above[node] = above[node], message.origin
+            kept.append(message)
+    newest = above.get(text_in(document, "current_node", "current_leaf_message_uuid"))
+    if newest not in {message.parent for message in kept}:
+        kept.sort(key=lambda message: message.origin == newest)
     asked = next((text_of(message.content) for message in kept if message.role == "user"), "")
+    ids = [document.get(name) for name in ("conversation_id", "id", "uuid", "created_at")]
     return ArchivedConversation(
-        origin=origin,
+        origin=foreign_origin(service, *ids, next(iter(made), None)),
         title=text_in(document, "title", "name")[:200] or make_title(asked),
         system="\n\n".join(said)[:SYSTEM_CHARACTERS_MAX],
         created_at_ms=created_at_ms,
-        updated_at_ms=max(milliseconds_of(updated) or 0, created_at_ms),
+        updated_at_ms=max(milliseconds_of(document, "update_time", "updated_at"), created_at_ms),
         messages=kept,
     )
 
 
-def chatgpt_message(
-    key: str, node: Mapping[str, Any], created_at_ms: int, image: Callable[[str], Delta | None], leave_out: LeaveOut
+def foreign_message(
+    origin: str, role: str, content: list[Delta], message: Mapping[str, Any], source: ArchiveFile, **answer: Any
 ) -> list[ArchivedMessage]:
-    """What a node becomes: a message, or nothing. Nodes without a message only hold the tree together."""
-    message = node.get("message")
-    if not isinstance(message, dict) or (role := chatgpt_role(message, leave_out)) is None:
-        return []
-    deltas = chatgpt_deltas(key, role, message, image, leave_out)
-    if not deltas:
-        if role != "system":  # the first one of most conversations says nothing
-            leave_out("a message without content")
-        return []
-    made = ArchivedMessage(
-        origin=foreign_origin("chatgpt", key),
-        role=role,
-        content=deltas,
-        created_at_ms=milliseconds_of(message.get("create_time")) or created_at_ms,
-    )
-    if role == "assistant":
-        metadata = message.get("metadata")
-        finish = text_in(metadata.get("finish_details"), "type") if isinstance(metadata, dict) else ""
-        made.provider, made.model = "openai", text_in(metadata, "model_slug") or None
-        made.status = "stopped" if finish == "interrupted" else "completed"
-        made.finish_reason = cast(Any, FINISH_REASONS.get(finish))
-    return [made]
+    """The message, or nothing if it cannot come in. `answer`: what is known of one of an assistant."""
+    if role not in get_args(Role):
+        source.leave_out(f"a message of the role {role!r}")
+    elif content:
+        known = answer if role == "assistant" else {}
+        at = milliseconds_of(message, "create_time", "created_at")
+        return [ArchivedMessage(origin=origin, role=cast(Role, role), content=content, created_at_ms=at, **known)]
+    elif role != "system":  # the first one of most conversations says nothing
+        source.leave_out("a message without content")
+    return []
 
 
-def chatgpt_role(message: Mapping[str, Any], leave_out: LeaveOut) -> Role | None:
-    """Whose message it is; None: nobody's that is to be seen."""
-    role, metadata = text_in(message.get("author"), "role"), message.get("metadata")
-    kind = text_in(message.get("content"), "content_type")
-    hidden = isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation")
-    if kind == "user_editable_context":  # the user's own instructions, hidden as they are
-        return "system"
-    if hidden or kind == "model_editable_context":
-        leave_out("hidden by ChatGPT")
-        return None
-    if role not in ("user", "assistant", "system", "tool"):
-        leave_out(f"a message of the role {role!r}")
-        return None
-    return cast(Role, role)
-
-
-def chatgpt_deltas(
-    key: str, role: Role, message: Mapping[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut
-) -> list[Delta]:
-    """A message's content; what is addressed to a tool is a call of it."""
-    content, recipient = message.get("content"), text_in(message, "recipient")
-    deltas = chatgpt_content(content, image, leave_out) if isinstance(content, dict) else []
-    if role != "assistant":
-        return deltas
-    if recipient not in ("", "all"):
-        return [foreign_call(key, recipient, text_in(content, "text") or text_of(deltas))]
-    kept = [delta for delta in deltas if delta.kind != "image"]
-    if len(kept) < len(deltas):
-        leave_out("an image in an answer, which no provider takes back")
-    return kept
-
-
-def chatgpt_content(content: dict[str, Any], image: Callable[[str], Delta | None], leave_out: LeaveOut) -> list[Delta]:
-    """What a message's content says, whichever of its many shapes it has."""
-    kind = text_in(content, "content_type")
-    if kind == "thoughts":
-        thoughts = ((text_in(one, "summary"), text_in(one, "content")) for one in listed(content.get("thoughts")))
-        said = ["\n\n".join(filter(None, one)) for one in thoughts]
-        return [Delta("reasoning", "\n\n".join(filter(None, said)))] if any(said) else []
-    if kind == "reasoning_recap":
-        return [Delta("reasoning", text)] if (text := text_in(content, "content")) else []
-    if kind == "code":
-        return [Delta("text", fenced(text, text_in(content, "language")))] if (text := text_in(content, "text")) else []
-    if kind == "user_editable_context":
-        said = [text_in(content, name) for name in ("user_profile", "user_instructions")]
-        return [Delta("text", "\n\n".join(filter(None, said)))] if any(said) else []
-    deltas: list[Delta] = []
-    for part in listed(content.get("parts")) or [content]:
-        delta = chatgpt_part(part, image, leave_out)
-        if delta is not None and deltas and delta.kind == deltas[-1].kind == "text":
-            deltas[-1] = Delta("text", f"{deltas[-1].text}\n{delta.text}")
-        elif delta is not None:
-            deltas.append(delta)
-    return deltas
-
-
-def chatgpt_part(part: Any, image: Callable[[str], Delta | None], leave_out: LeaveOut) -> Delta | None:
-    """A part of a message: a text, an image, or one of the objects that tools leave."""
-    if isinstance(part, str):
-        return Delta("text", storable(part)) if part.strip() else None
-    kind = text_in(part, "content_type")
-    if kind == "image_asset_pointer":
-        found = image(text_in(part, "asset_pointer"))
-        if found is None:
-            leave_out("an image that is not in the file")
-        return found
-    body = text_in(part, "text", "result", "content", "name")
-    if kind.endswith(("asset_pointer", "video")) or (not body and kind not in ("text", "multimodal_text")):
-        leave_out(f"content of the type {kind or 'none'!r}")
-        return None
-    lines = [text_in(part, "title"), text_in(part, "url"), body]
-    return Delta("text", "\n\n".join(filter(None, lines))) if body else None
-
-
-def foreign_call(call_id: str, name: str, arguments: str) -> Delta:
+def foreign_call(call_id: str, name: str, arguments: str) -> list[Delta]:
     """A call of another service's tool; arguments that are no JSON become its only one."""
     try:
         json.loads(arguments)
     except (ValueError, RecursionError):
         arguments = json.dumps({"input": arguments}, ensure_ascii=False)
-    return Delta("tool_call", encode_json(storable({"id": call_id, "name": name, "arguments": arguments})).decode())
+    call = StoredCall(storable(call_id), name, storable(arguments))
+    return [Delta("tool_call", encode_json(call).decode())]
 
 
-def claude_conversation(document: Mapping[str, Any], leave_out: LeaveOut) -> ArchivedConversation:
+def chatgpt_conversation(document: Mapping[str, Any], source: ArchiveFile) -> ArchivedConversation:
+    """{title, create_time, update_time, mapping: {id: {parent, children, message}}, current_node, conversation_id}.
+
+    A node's own word for its parent counts more than another's for its children, whose order is the siblings'.
+    """
+    nodes = {key: node for key, node in document["mapping"].items() if isinstance(node, dict)}
+    claimed: dict[str, tuple[int, str | None]] = {}
+    for key, node in nodes.items():
+        for rank, child in enumerate(listed(node.get("children"))):
+            if isinstance(child, str):
+                claimed.setdefault(child, (rank, key))
+    parents: dict[str, str | None] = {}
+    for key in sorted(nodes, key=lambda key: claimed.get(key, (0,))[0]):
+        given = nodes[key].get("parent")
+        parents[key] = given if isinstance(given, str) and given in nodes else claimed.get(key, (0, None))[1]
+    made = {key: chatgpt_message(key, node.get("message"), source) for key, node in nodes.items()}
+    return foreign_conversation("chatgpt", document, parents, made)
+
+
+def chatgpt_message(key: str, message: Any, source: ArchiveFile) -> list[ArchivedMessage]:
+    """What a node becomes: a message, or nothing. Nodes without a message only hold the tree together."""
+    if not isinstance(message, dict):
+        return []
+    role, kind = text_in(message.get("author"), "role"), text_in(message.get("content"), "content_type")
+    if kind == "user_editable_context":  # the user's own instructions, hidden as they are
+        role = "system"
+    elif kind == "model_editable_context" or within(message, "metadata", "is_visually_hidden_from_conversation"):
+        source.leave_out("hidden by ChatGPT")
+        return []
+    finish = text_in(within(message, "metadata", "finish_details"), "type")
+    return foreign_message(
+        foreign_origin("chatgpt", key), role, chatgpt_deltas(key, role, message, source), message, source,
+        provider="openai", model=text_in(message.get("metadata"), "model_slug") or None,
+        status="stopped" if finish == "interrupted" else "completed", finish_reason=FINISH_REASONS.get(finish),
+    )  # fmt: skip
+
+
+def chatgpt_deltas(key: str, role: str, message: Mapping[str, Any], source: ArchiveFile) -> list[Delta]:
+    """A message's content; what is addressed to a tool is a call of it."""
+    content, recipient = message.get("content"), text_in(message, "recipient")
+    deltas = chatgpt_content(content, source) if isinstance(content, dict) else []
+    if role != "assistant":
+        return deltas
+    if recipient not in ("", "all"):
+        return foreign_call(key, recipient, text_in(content, "text") or text_of(deltas))
+    kept = [delta for delta in deltas if delta.kind != "image"]
+    if len(kept) < len(deltas):
+        source.leave_out("an image in an answer, which no provider takes back")
+    return kept
+
+
+def chatgpt_content(content: dict[str, Any], source: ArchiveFile) -> list[Delta]:
+    """What a message's content says, whichever of its many shapes it has."""
+    kind, text = text_in(content, "content_type"), text_in(content, "text")
+    if kind in ("thoughts", "reasoning_recap"):
+        thoughts = [texts_in(one, "summary", "content") for one in (content, *listed(content.get("thoughts")))]
+        return deltas_of("reasoning", [text for texts in thoughts for text in texts])
+    if kind == "code":
+        return deltas_of("text", [fenced(text, text_in(content, "language"))] if text else [])
+    if kind == "user_editable_context":
+        return deltas_of("text", texts_in(content, "user_profile", "user_instructions"))
+    parts = (chatgpt_part(part, source) for part in listed(content.get("parts")) or [content])
+    runs = itertools.groupby(filter(None, parts), key=lambda delta: delta.kind)
+    joined = (deltas_of(kind, [one.text for one in run], "\n") if kind == "text" else run for kind, run in runs)
+    return list(itertools.chain.from_iterable(joined))
+
+
+def chatgpt_part(part: Any, source: ArchiveFile) -> Delta | None:
+    """A part of a message: a text, an image, or one of the objects that tools leave."""
+    part = {"content_type": "text", "text": part} if isinstance(part, str) else part
+    kind, body = text_in(part, "content_type"), text_in(part, "text", "result", "content", "name")
+    if kind == "image_asset_pointer":
+        if image := source.image(text_in(part, "asset_pointer")):
+            return image
+        source.leave_out("an image that is not in the file")
+    elif kind.endswith(("asset_pointer", "video")) or (not body and kind not in ("text", "multimodal_text")):
+        source.leave_out(f"content of the type {kind or 'none'!r}")
+    elif body:
+        return Delta("text", "\n\n".join([*texts_in(part, "title", "url"), body]))
+    return None
+
+
+def claude_conversation(document: Mapping[str, Any], source: ArchiveFile) -> ArchivedConversation:
     """{uuid, name, created_at, updated_at, chat_messages: [{uuid, sender, text, content, created_at, attachments}]}.
 
     The messages are a list; where they say whom they follow, a tree.
     """
-    origin = foreign_origin("claude", document.get("uuid"), document.get("created_at"))
-    created_at_ms = milliseconds_of(document.get("created_at")) or now_ms()
     parents: dict[str, str | None] = {}
     made: dict[str, list[ArchivedMessage]] = {}
     before: str | None = None
     for index, message in enumerate(document["chat_messages"]):
         if not isinstance(message, dict):
-            leave_out("a message that is no object")
+            source.leave_out("a message that is no object")
             continue
         key = text_in(message, "uuid")
-        key = key if key and key not in made else f"{origin}/{index}"
+        key = key if key and key not in made else f"#{index}"
         parents[key] = text_in(message, "parent_message_uuid") if "parent_message_uuid" in message else before
-        made[key] = claude_messages(key, message, text_in(document, "model"), created_at_ms, leave_out)
+        made[key] = claude_messages(key, message, text_in(document, "model"), source)
         before = key
-    linked = link_messages(parents, {}, made, document.get("current_leaf_message_uuid"))
-    return foreign_conversation(document, origin, created_at_ms, document.get("updated_at"), linked)
+    return foreign_conversation("claude", document, parents, made)
 
 
-def claude_messages(
-    key: str, message: Mapping[str, Any], model: str, created_at_ms: int, leave_out: LeaveOut
-) -> list[ArchivedMessage]:
+def claude_messages(key: str, message: Mapping[str, Any], model: str, source: ArchiveFile) -> list[ArchivedMessage]:
     """What a message becomes: itself, and where tools gave results in it, one for each of those and one after it."""
-    role = {"human": "user", "assistant": "assistant"}.get(text_in(message, "sender"))
-    if role is None:
-        leave_out(f"a message of the sender {text_in(message, 'sender')!r}")
-        return []
-    made = [
-        ArchivedMessage(
-            origin=foreign_origin("claude", key if index == 0 else f"{key}/{index}"),
-            role=role_of_run,
-            content=content,
-            created_at_ms=milliseconds_of(message.get("created_at")) or created_at_ms,
-        )
-        for index, (role_of_run, content) in enumerate(claude_runs(key, cast(Role, role), message, leave_out))
-        if content
-    ]
-    for one in made:
-        if one.role == "assistant":
-            one.provider, one.model = "anthropic", model or None
-            one.finish_reason = cast(Any, FINISH_REASONS.get(text_in(message, "stop_reason")))
-    if not made:
-        leave_out("a message without content")
+    role = text_in(message, "sender").replace("human", "user")
+    runs = [(role, claude_attachments(message, source))]
+    for index, block in enumerate(listed(message.get("content")) or [{"type": "text", "text": message.get("text")}]):
+        if text_in(block, "type") == "tool_result":
+            runs += [("tool", claude_result(block.get("content"))), (role, [])]
+        else:
+            runs[-1][1].extend(claude_block(block, f"{key}-{index}", source))
+    finish_reason = FINISH_REASONS.get(text_in(message, "stop_reason"))
+    answer: dict[str, Any] = {"provider": "anthropic", "model": model or None, "finish_reason": finish_reason}
+    made: list[ArchivedMessage] = []
+    for index, run in [one for one in enumerate(runs) if one[1][1]] or [(0, runs[0])]:
+        origin = foreign_origin("claude", f"{key}/{index}" if index else key)
+        made += foreign_message(origin, *run, message, source, **answer)
     return made
 
 
-def claude_runs(
-    key: str, role: Role, message: Mapping[str, Any], leave_out: LeaveOut
-) -> list[tuple[Role, list[Delta]]]:
-    """A message's content, parted where a tool gave a result."""
-    runs: list[tuple[Role, list[Delta]]] = [(role, claude_attachments(message, leave_out))]
-    for index, block in enumerate(listed(message.get("content")) or [{"type": "text", "text": message.get("text")}]):
-        if text_in(block, "type") == "tool_result":
-            result = claude_result(block.get("content"))
-            runs += [("tool", [Delta("text", result)] if result else []), (role, [])]
-        else:
-            runs[-1][1].extend(claude_block(block, f"{key}-{index}", leave_out))
-    return runs
-
-
-def claude_attachments(message: Mapping[str, Any], leave_out: LeaveOut) -> list[Delta]:
+def claude_attachments(message: Mapping[str, Any], source: ArchiveFile) -> list[Delta]:
     """The texts of attached files; of other files an export has no more than the names."""
-    texts = []
-    for attached in listed(message.get("attachments")):
-        text = text_in(attached, "extracted_content")
-        texts += [f"{text_in(attached, 'file_name') or 'Attachment'}:\n\n{fenced(text, '')}"] if text else []
+    texts = [
+        f"{text_in(attached, 'file_name') or 'Attachment'}:\n\n{fenced(text, '')}\n\n"
+        for attached in listed(message.get("attachments"))
+        if (text := text_in(attached, "extracted_content"))
+    ]
     for _ in listed(message.get("files")):
-        leave_out("a file that is not in the export")
-    return [Delta("text", "\n\n".join(texts) + "\n\n")] if texts else []
+        source.leave_out("a file that is not in the export")
+    return deltas_of("text", texts, "")
 
 
-def claude_block(block: Any, call_id: str, leave_out: LeaveOut) -> list[Delta]:
+def claude_block(block: Any, call_id: str, source: ArchiveFile) -> list[Delta]:
     kind = text_in(block, "type")
     if kind in ("text", "voice_note"):
-        return [Delta("text", text)] if (text := text_in(block, "text")) else []
+        return deltas_of("text", texts_in(block, "text"))
     if kind == "thinking":
-        return [Delta("reasoning", text)] if (text := text_in(block, "thinking")) else []
+        return deltas_of("reasoning", texts_in(block, "thinking"))
     if kind == "tool_use":
         arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
-        return [foreign_call(text_in(block, "id") or call_id, text_in(block, "name"), arguments)]
+        return foreign_call(text_in(block, "id") or call_id, text_in(block, "name"), arguments)
     if kind != "token_budget":
-        leave_out(f"content of the type {kind or 'none'!r}")
+        source.leave_out(f"content of the type {kind or 'none'!r}")
     return []
 
 
-def claude_result(content: Any) -> str:
+def claude_result(content: Any) -> list[Delta]:
     """What a tool gave back, as text."""
-    if isinstance(content, str):
-        return cast(str, storable(content))
-    texts = [text_in(one, "text", "title", "url") for one in listed(content)]
-    return "\n\n".join(filter(None, texts)) or (shorten(json.dumps(content), None) if content else "")
-
-
-# ── archives: into the database ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def import_pieces(
-    connection: sqlite3.Connection, owner: str, pieces: Sequence[Piece]
-) -> tuple[ImportCount, ImportCount, int]:
-    """Stores what is not there yet. Returns the counts of conversations, of messages, and of those without a parent."""
-    conversations, messages, orphans = ImportCount(), ImportCount(), 0
-    for piece in pieces:
-        conversation_id = find_by_origin(connection, "conversation", "owner", owner, piece.conversation.origin)
-        conversations.present += piece.begins and conversation_id is not None
-        conversations.imported += piece.begins and conversation_id is None
-        if conversation_id is None:
-            conversation_id = import_conversation(connection, owner, piece.conversation)
-        imported = 0
-        for message in piece.messages:
-            find = partial(find_by_origin, connection, "message", "conversation_id", conversation_id)
-            if find(message.origin) is None:
-                parent_id = None if message.parent is None else find(message.parent)
-                orphans += message.parent is not None and parent_id is None
-                import_message(connection, owner, conversation_id, parent_id, message)
-                imported += 1
-        messages.imported += imported
-        messages.present += len(piece.messages) - imported
-        if imported:
-            changed = "UPDATE conversation SET updated_at_ms = max(updated_at_ms, ?) WHERE id = ?"
-            connection.execute(changed, (piece.conversation.updated_at_ms, conversation_id))
-    return conversations, messages, orphans
-
-
-def find_by_origin(
-    connection: sqlite3.Connection, table: str, scope: str, within: str | int, origin: str
-) -> int | None:
-    """The id of what has this origin, because it came in with it or because it was made here."""
-    row = connection.execute(f"SELECT id FROM {table} WHERE {scope} = ? AND origin = ?", (within, origin)).fetchone()
-    made_here = re.fullmatch("llmchat:([0-9]{1,15})-([0-9]{1,15})", origin)
-    if row is None and made_here:
-        row = connection.execute(
-            f"SELECT id FROM {table} WHERE id = ? AND created_at_ms = ? AND {scope} = ? AND origin IS NULL",
-            (int(made_here[1]), int(made_here[2]), within),
-        ).fetchone()
-    return None if row is None else cast(int, row[0])
-
-
-def import_conversation(connection: sqlite3.Connection, owner: str, conversation: ArchivedConversation) -> int:
-    params_json = encode_json(conversation.parameters).decode()
-    cursor = connection.execute(
-        "INSERT INTO conversation (owner, title, system, params_json, created_at_ms, updated_at_ms, origin)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (
-            owner, conversation.title, conversation.system, params_json, conversation.created_at_ms,
-            conversation.updated_at_ms, conversation.origin,
-        ),
-    )  # fmt: skip
-    index_title(connection, owner, cast(int, cursor.lastrowid), conversation.title)
-    return cast(int, cursor.lastrowid)
-
-
-def import_message(
-    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, message: ArchivedMessage
-) -> None:
-    """Stores a message that is not there yet. Nobody produces what was running: it is interrupted."""
-    error = message.error
-    if message.status == "failed" and error is None:
-        error = InternalError("the error was not kept").detail()
-    message_id = insert_message(
-        connection, conversation_id, parent_id, message.role,
-        "interrupted" if message.status == "running" else message.status, message.created_at_ms,
-        provider=message.provider, model=message.model, params_json=encode_json(message.params).decode(),
-        finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
-        usage_json=None if message.usage is None else encode_json(message.usage).decode(),
-        attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
-        ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
-        origin=message.origin, merged=1,
-    )  # fmt: skip
-    insert_content(connection, message_id, message.content)
-    index_message(connection, owner, message_id, text_of(message.content))
+    blocks = [{"text": content}] if isinstance(content, str) else listed(content)
+    texts = list(filter(None, (text_in(block, "text", "title", "url") for block in blocks)))
+    return deltas_of("text", texts or ([shorten(json.dumps(content), None)] if content else []))
 
 
 # ── archives: files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_archive(file: BinaryIO, answer: ImportAnswer) -> Iterator[Piece]:
-    """The pieces of a file, which is JSON, or a zip with JSON in it. Raises InvalidRequest, TooLarge."""
-    is_zip = file.read(4) == b"PK\x03\x04"
-    file.seek(0)
-    if is_zip:
-        yield from read_zip(file, answer)
+def read_document(source: ArchiveFile) -> Iterator[Record]:
+    """A list of conversations; or an archive of ours, which has one; or one conversation by itself."""
+    if source.window.peek() == "{":
+        yield from read_object(source)
     else:
-        yield from ArchiveReader(iter(partial(file.read, ARCHIVE_READ_BYTES), b""), answer, lambda name: None).pieces()
+        yield from read_list(source)
+    if source.window.peek():
+        source.window.refuse("something follows the end")
 
 
-def read_zip(file: BinaryIO, answer: ImportAnswer) -> Iterator[Piece]:
-    import zipfile
+def read_list(source: ArchiveFile) -> Iterator[Record]:
+    for _ in source.window.items():
+        yield from read_conversation(source)
 
-    check_zip_entries(file)
-    with zip_errors():
-        archive = zipfile.ZipFile(file)
-    unzipper = Unzipper(archive)
-    names = [name for name in archive.namelist() if re.search(r"(^|/)conversations(-\d+)?\.json$", name)]
-    if not names:
-        raise InvalidRequest("body: is a zip without a conversations.json in it")
-    for name in sorted(names):
-        yield from ArchiveReader(unzipper.read(name), answer, unzipper.image).pieces()
+
+def read_object(source: ArchiveFile) -> Iterator[Record]:
+    """An archive of ours, or a list under the same name, or one conversation of another service by itself."""
+    window, head, has_list = source.window, dict[str, Any](), False
+    for name in window.members():
+        if name != "conversations" or window.peek() != "[":
+            head[name] = window.value()
+            continue
+        if head.get("format") == "llmchat" and head.get("version") != 1:
+            version = shorten(str(head.get("version")), None)
+            raise InvalidRequest(f"version: {version} was made by a newer llmchat; this one knows 1")
+        has_list = True
+        yield from read_list(source)
+    if "mapping" in head or "chat_messages" in head:
+        yield from whole_conversation(head, source)
+    elif not has_list:
+        raise InvalidRequest("body: holds no conversations of a format that is known")
+
+
+def read_conversation(source: ArchiveFile) -> Iterator[Record]:
+    """The next conversation. Messages of ours are read one by one: they may hold many images."""
+    window, head, is_read = source.window, dict[str, Any](), False
+    source.where = f"character {window.position:,}"
+    if window.peek() != "{":
+        window.value()
+        source.leave_out("not a conversation")
+        return
+    for name in window.members():
+        if name == "messages" and "origin" in head and window.peek() == "[":
+            is_read = True
+            yield from our_conversation(head, (window.value() for _ in window.items()), source)
+        else:
+            head[name] = window.value()
+    if not is_read:
+        yield from whole_conversation(head, source)
+
+
+def whole_conversation(head: dict[str, Any], source: ArchiveFile) -> Iterator[Record]:
+    """A conversation that was read whole, of whatever service."""
+    source.where = text_in(head, "title", "name") or source.where
+    if "origin" in head and isinstance(head.get("messages"), list):
+        yield from our_conversation(head, iter(head.pop("messages")), source)
+        return
+    try:
+        if isinstance(head.get("mapping"), dict):
+            found = chatgpt_conversation(head, source)
+        elif isinstance(head.get("chat_messages"), list):
+            found = claude_conversation(head, source)
+        else:
+            source.leave_out("not a conversation of a format that is known")
+            return
+    except (ValueError, RecursionError) as exc:
+        source.leave_out(f"a conversation that makes no sense: {reason_of(exc)}")
+        return
+    if not found.messages:
+        source.leave_out("a conversation without a message")
+        return
+    yield found, None
+    for message in found.messages:
+        yield found, message
+
+
+IMAGE_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+
+def image_type(data: bytes) -> str | None:
+    """What the bytes of an image say that it is, whatever its label does; None: no image that providers take."""
+    return next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+
+
+IMAGE_NAME = re.compile(r"file[-_][A-Za-z0-9]+")
 
 
 @contextlib.contextmanager
@@ -5523,54 +5274,156 @@ def check_zip_entries(file: BinaryIO) -> None:
 class Unzipper:
     """Reads files of a zip, in all no more than ARCHIVE_BYTES_MAX: a small zip can hold a world of zeros."""
 
-    def __init__(self, archive: Any) -> None:
-        self._archive = archive
+    def __init__(self, file: BinaryIO) -> None:
+        import zipfile
+
+        check_zip_entries(file)
+        with zip_errors():
+            self._archive = zipfile.ZipFile(file)
         self._left = ARCHIVE_BYTES_MAX
-        self._images: dict[str, str] = {}
-        for name in archive.namelist():
-            if found := re.match(r"file[-_][A-Za-z0-9]+", name.rpartition("/")[2]):
-                self._images.setdefault(found[0], name)
+        named = ((IMAGE_NAME.match(name.rpartition("/")[2]), name) for name in self._archive.namelist())
+        self._images = {found[0]: name for found, name in named if found}
+
+    def documents(self) -> list[str]:
+        """The files that hold conversations, in order. Raises InvalidRequest: there is none."""
+        names = [name for name in self._archive.namelist() if re.search(r"(^|/)conversations(-\d+)?\.json$", name)]
+        if not names:
+            raise InvalidRequest("body: is a zip without a conversations.json in it")
+        return sorted(names)
 
     def read(self, name: str) -> Iterator[bytes]:
+        """A file in pieces; no more comes out than its entry says.
+
+        Only deflate's can be taken out in pieces: of bzip2's and LZMA's one may be gigabytes.
+        """
+        entry = self._archive.getinfo(name)
+        self._left -= entry.file_size
+        if self._left < 0:
+            raise TooLarge(f"body: what comes out of the zip has more than {ARCHIVE_BYTES_MAX:,} bytes, the limit")
         with zip_errors():
-            file = self._archive.open(name)
-        while True:
-            with zip_errors():
-                data = file.read(ARCHIVE_READ_BYTES)
-            if not data:
-                return
-            self._left -= len(data)
-            if self._left < 0:
-                raise TooLarge(f"body: what comes out of the zip has more than {ARCHIVE_BYTES_MAX:,} bytes, the limit")
-            yield data
+            if entry.compress_type not in (0, 8):
+                raise NotImplementedError("its files are neither stored nor deflated")
+            with self._archive.open(name) as file:
+                while data := file.read(ARCHIVE_READ_BYTES):
+                    yield data
 
     def image(self, pointer: str) -> Delta | None:
         """The image that `file-service://file-…` or `sediment://file_…` points to."""
-        found = re.match(r"file[-_][A-Za-z0-9]+", pointer.rpartition("/")[2])
+        found = IMAGE_NAME.match(pointer.rpartition("/")[2])
         name = self._images.get(found[0]) if found else None
         if name is None or self._archive.getinfo(name).file_size > IMAGE_BYTES_MAX:
             return None
-        return image_delta(b"".join(self.read(name)))
+        data = b"".join(self.read(name))
+        if (media_type := image_type(data)) is None:
+            return None
+        stored = {"media_type": media_type, "data": base64.b64encode(data).decode()}
+        return Delta("image", encode_json(stored).decode())
 
 
-IMAGE_SIGNATURES = {
-    b"\x89PNG\r\n\x1a\n": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF8": "image/gif",
-    b"RIFF": "image/webp",
-}
+def read_archive(file: BinaryIO, answer: ImportAnswer) -> Iterator[Record]:
+    """The records of a file, which is JSON, or a zip with JSON in it. Raises InvalidRequest, TooLarge."""
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if is_zip:
+        unzipper = Unzipper(file)
+        for name in unzipper.documents():
+            yield from read_document(ArchiveFile(JsonWindow(unzipper.read(name)), answer, unzipper.image))
+    else:
+        chunks = iter(partial(file.read, ARCHIVE_READ_BYTES), b"")
+        yield from read_document(ArchiveFile(JsonWindow(chunks), answer, lambda pointer: None))
 
 
-def image_type(data: bytes) -> str | None:
-    """What the bytes of an image say that it is, whatever its label does; None: no image that providers take."""
-    return next((kind for start, kind in IMAGE_SIGNATURES.items() if data.startswith(start)), None)
+# ── archives: into the database ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def image_delta(data: bytes) -> Delta | None:
-    kind = image_type(data)
-    if kind is None or len(data) > IMAGE_BYTES_MAX:
-        return None
-    return Delta("image", encode_json({"media_type": kind, "data": base64.b64encode(data).decode()}).decode())
+def grouped(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """The records in groups for one transaction each; those before a failure come before it."""
+    lightest = ARCHIVE_GROUP_CHARACTERS // ARCHIVE_GROUP_MESSAGES
+    group: list[Record] = []
+    weight = 0
+    try:
+        for conversation, message in records:
+            group.append((conversation, message))
+            weight += max(lightest, sum(len(delta.text) for delta in message.content) if message else 0)
+            if weight >= ARCHIVE_GROUP_CHARACTERS:
+                yield group
+                group, weight = [], 0
+    except LlmchatError:
+        yield group
+        raise
+    yield group
+
+
+def import_records(connection: sqlite3.Connection, owner: str, answer: ImportAnswer, records: Sequence[Record]) -> None:
+    """Stores what is not there yet, and counts it."""
+    for conversation, message in records:
+        conversation_id = find_by_origin(connection, "conversation", "owner", owner, conversation.origin)
+        if message is None:
+            answer.conversations.imported += conversation_id is None
+            answer.conversations.present += conversation_id is not None
+        if conversation_id is None:
+            conversation_id = import_conversation(connection, owner, conversation)
+        if message is None:
+            continue
+        find = partial(find_by_origin, connection, "message", "conversation_id", conversation_id)
+        if find(message.origin) is not None:
+            answer.messages.present += 1
+            continue
+        parent_id = None if message.parent is None else find(message.parent)
+        if message.parent is not None and parent_id is None:
+            reason = "a parent that is not in the file: its messages became first ones"
+            answer.leave_out(reason, conversation.title)
+        import_message(connection, owner, conversation_id, parent_id, message)
+        answer.messages.imported += 1
+        connection.execute(
+            "UPDATE conversation SET updated_at_ms = ? WHERE id = ? AND updated_at_ms < ?",
+            (conversation.updated_at_ms, conversation_id, conversation.updated_at_ms),
+        )
+
+
+def find_by_origin(
+    connection: sqlite3.Connection, table: str, scope: str, within: str | int, origin: str
+) -> int | None:
+    """The id of what has this origin, because it came in with it or because it was made here."""
+    made_here = re.fullmatch("llmchat:([0-9]{1,15})-([0-9]{1,15})", origin)
+    found = value_of(
+        connection,
+        f"SELECT id FROM {table} WHERE {scope} = ?1 AND origin = ?2 UNION ALL"
+        f" SELECT id FROM {table} WHERE {scope} = ?1 AND origin IS NULL AND id = ?3 AND created_at_ms = ?4",
+        *(within, origin, *(made_here.groups() if made_here else (None, None))),
+    )
+    return cast("int | None", found)
+
+
+def import_conversation(connection: sqlite3.Connection, owner: str, conversation: ArchivedConversation) -> int:
+    columns = {
+        name: getattr(conversation, name) for name in ("origin", "title", "system", "created_at_ms", "updated_at_ms")
+    }
+    params_json = encode_json(conversation.parameters).decode()
+    conversation_id = insert_row(connection, "conversation", owner=owner, params_json=params_json, **columns)
+    index_title(connection, owner, conversation_id, conversation.title)
+    return conversation_id
+
+
+def import_message(
+    connection: sqlite3.Connection, owner: str, conversation_id: int, parent_id: int | None, message: ArchivedMessage
+) -> None:
+    """Stores a message that is not there yet. Nobody produces what was running: it is interrupted."""
+    error = message.error
+    if message.status == "failed" and error is None:
+        error = InternalError("the error was not kept").detail()
+    message_id = insert_message(
+        connection, conversation_id, parent_id, message.role,
+        "interrupted" if message.status == "running" else message.status, message.created_at_ms,
+        provider=message.provider, model=message.model, params_json=encode_json(message.params).decode(),
+        finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
+        usage_json=None if message.usage is None else encode_json(message.usage).decode(),
+        attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
+        ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
+        origin=message.origin, merged=1,
+    )  # fmt: skip
+    insert_content(connection, message_id, message.content)
+    index_message(connection, owner, message_id, text_of(message.content))
 
 
 class UsageRow(Struct):
@@ -5588,7 +5441,8 @@ class UsageRow(Struct):
 def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[UsageRow]:
     rows = connection.execute(
         "SELECT date(message.created_at_ms / 1000, 'unixepoch') AS day, provider, model, count(*),"
-        " sum(json_extract(usage_json, '$.input_tokens')), sum(json_extract(usage_json, '$.output_tokens')),"
+        " CAST(total(json_extract(usage_json, '$.input_tokens')) AS INTEGER),"
+        " CAST(total(json_extract(usage_json, '$.output_tokens')) AS INTEGER),"
         " max(json_extract(usage_json, '$.estimated')) FROM message JOIN conversation ON conversation.id = conversation_id"
         " WHERE owner = ? AND usage_json IS NOT NULL AND message.created_at_ms >= ?"
         " GROUP BY day, provider, model ORDER BY day DESC, provider, model",
@@ -5704,15 +5558,11 @@ class Store:
 async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnswer:
     """Brings in a file, a few messages in a transaction. Raises InvalidRequest and TooLarge, which say what came in."""
     answer = ImportAnswer(ImportCount(), ImportCount(), [])
-    groups = grouped(read_archive(file, answer), characters_of_piece)
+    groups = grouped(read_archive(file, answer))
     failure: LlmchatError | None = None
     try:
         while (group := await asyncio.to_thread(next, groups, None)) is not None:
-            conversations, messages, orphans = await store.write(import_pieces, owner, group)
-            answer.conversations.add(conversations)
-            answer.messages.add(messages)
-            if orphans:
-                answer.leave_out("a parent that is not in the file: its messages became first ones", "", orphans)
+            await store.write(import_records, owner, answer, group)
     except (InvalidRequest, TooLarge) as exc:
         failure = exc
     await store.write(touch, durable=True)  # and with it everything before
@@ -8092,16 +7942,18 @@ async def export_conversation(request: Request) -> Response:
     form = request.query_params.get("format", "json")
     if form not in ("json", "markdown"):
         raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
-    outline = await service.store.read(load_outline, owner, conversation_id)
-    name = safe_file_name(outline.conversation.title, f"conversation {conversation_id}")
-    if form == "markdown":
-        return Download(markdown_frames(service.store, owner, outline), "text/markdown; charset=utf-8", f"{name}.md")
-    return Download(archive_frames(service.store, owner, conversation_id), "application/json", f"{name}.json")
+    conversation, path, others = await service.store.read(load_outline, owner, conversation_id)
+    name = safe_file_name(conversation.title, f"conversation {conversation_id}")
+    if form == "json":
+        return Download(archive_frames(service.store, owner, [conversation_id]), "application/json", f"{name}.json")
+    frames = markdown_frames(service.store, owner, path, markdown_head(conversation, len(path), others))
+    return Download(frames, "text/markdown; charset=utf-8", f"{name}.md")
 
 
 async def export_all(request: Request) -> Response:
+    store, owner = service_of(request).store, owner_of(request)
     name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.json", time.gmtime())
-    return Download(archive_frames(service_of(request).store, owner_of(request)), "application/json", name)
+    return Download(archive_frames(store, owner, await store.read(list_ids, owner)), "application/json", name)
 
 
 ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compressed")
@@ -8113,52 +7965,43 @@ async def import_conversations(request: Request) -> Response:
     if content_type.partition(";")[0].strip().lower() not in ARCHIVE_TYPES:
         shown = content_type or "none"
         raise InvalidRequest(f"content-type: {shown!r} is not accepted; send application/json or application/zip")
-    with alone(service, "import"), await spool(request, service.config.db) as file:
-        return json_response(await import_archive(service.store, owner_of(request), file))
+    with alone(service, "import"):
+        async with spool(request, service.config.db) as file:
+            return json_response(await import_archive(service.store, owner_of(request), file))
 
 
-async def spool(request: Request, database: str) -> BinaryIO:
+@asynccontextmanager
+async def spool(request: Request, database: str) -> AsyncIterator[BinaryIO]:
     """The request's body as a file without a name, beside the database: /tmp is often memory."""
-    import tempfile
-
-    file: BinaryIO | None = None
     try:
-        file = cast(BinaryIO, await asyncio.to_thread(partial(tempfile.TemporaryFile, dir=Path(database).parent)))
-        async for data in body_pieces(request, ARCHIVE_BYTES_MAX):
-            await asyncio.to_thread(file.write, data)
-        await asyncio.to_thread(file.seek, 0)
-    except BaseException as exc:
-        if file is not None:
-            file.close()
-        if isinstance(exc, OSError):
-            raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
-        raise
-    return file
+        opened = await asyncio.to_thread(partial(tempfile.TemporaryFile, dir=Path(database).parent))
+        with cast(BinaryIO, opened) as file:
+            async for data in body_pieces(request, ARCHIVE_BYTES_MAX):
+                await asyncio.to_thread(file.write, data)
+            await asyncio.to_thread(file.seek, 0)
+            yield file
+    except OSError as exc:
+        raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
 
 
-async def archive_frames(store: Store, owner: str, only: int | None = None) -> AsyncGenerator[bytes, None]:
-    """An archive of one conversation, or of all that the owner has; a page of messages at a time is in memory."""
-    between = ARCHIVE_START
-    conversation_id = only if only is not None else await store.read(next_conversation, owner, 0)
-    while conversation_id is not None:
+async def archive_frames(store: Store, owner: str, ids: Sequence[int]) -> AsyncGenerator[bytes, None]:
+    """An archive of these conversations; a page of messages at a time is in memory."""
+    yield ARCHIVE_START
+    comma = b""
+    for conversation_id in ids:
         with contextlib.suppress(NotFound):  # deleted meanwhile
-            yield between + await store.read(archive_head, owner, conversation_id)
-            between = b",\n"
-            after: int | None = 0
-            comma = b""
+            page, after = await store.read(archive_page, owner, conversation_id, 0)
+            yield comma + page
+            comma = b",\n"
             while after is not None:
                 page, after = await store.read(archive_page, owner, conversation_id, after)
-                if page:
-                    yield comma + page
-                comma = b","
-            yield b"]}"
-        conversation_id = await store.read(next_conversation, owner, conversation_id) if only is None else None
-    yield ARCHIVE_END if between != ARCHIVE_START else ARCHIVE_START + ARCHIVE_END
+                yield page
+    yield ARCHIVE_END
 
 
-async def markdown_frames(store: Store, owner: str, outline: Outline) -> AsyncGenerator[bytes, None]:
-    yield markdown_head(outline).encode()
-    for message_id in outline.path:
+async def markdown_frames(store: Store, owner: str, path: Sequence[int], head: str) -> AsyncGenerator[bytes, None]:
+    yield head.encode()
+    for message_id in path:
         yield markdown_message(await store.read(load_message, owner, message_id)).encode()
 
 

@@ -179,10 +179,11 @@ def test_a_long_export_comes_in_pages_and_an_id_between_them_is_not_lost(
         while after is not None:
             page, after = llmchat.archive_page(connection, "local", 1, after)
             pages.append(page)
-        found = json.loads(b"[" + b",".join(filter(None, pages)) + b"]")
+        found = json.loads(b"".join(pages))["messages"]
         assert len(pages) > 10 and max(map(len, pages)) < 2000
         assert [one["origin"] for one in found] == [f"llmchat:{one}-5" for one in ids]
-        assert llmchat.archive_page(connection, "somebody else", 1, 0) == (b"", None)
+        with pytest.raises(llmchat.NotFound):
+            llmchat.archive_page(connection, "somebody else", 1, 0)
 
 
 def test_conversations_that_are_deleted_during_an_export_are_simply_not_in_it(server: Server) -> None:
@@ -211,17 +212,14 @@ def test_a_conversation_that_is_gone_when_its_turn_comes_leaves_a_whole_document
     class Deleting:
         """A store in which the second of three conversations is deleted between two reads."""
 
-        async def read(self, operation: Any, owner: str, *arguments: Any) -> Any:
-            if operation is llmchat.next_conversation:
-                return arguments[0] + 1 if arguments[0] < 3 else None
-            if operation is llmchat.archive_page:
-                return b"", None
-            if arguments[0] == 2:
+        async def read(self, operation: Any, owner: str, conversation_id: int, after: int) -> Any:
+            assert operation is llmchat.archive_page
+            if conversation_id == 2:
                 raise llmchat.NotFound("gone")
-            return b'{"origin":"%d","messages":[' % arguments[0]
+            return b'{"origin":"%d","messages":[]}' % conversation_id, None
 
     async def whole() -> bytes:
-        return b"".join([data async for data in llmchat.archive_frames(Deleting(), "local")])  # type: ignore[arg-type]
+        return b"".join([data async for data in llmchat.archive_frames(Deleting(), "local", [1, 2, 3])])  # type: ignore[arg-type]
 
     assert [one["origin"] for one in json.loads(asyncio.run(whole()))["conversations"]] == ["1", "3"]
 
@@ -272,7 +270,7 @@ def test_markdown_reads_from_top_to_bottom_with_models_and_dates(rich: Server) -
     assert response.headers["content-type"] == "text/markdown; charset=utf-8"
     text = response.text
     assert text.startswith("# Ünïted: a/b? <c>\n\n*15 messages, 20")
-    assert "*There is 1 other branch: this is the newest one. The export as JSON has them all.*" in text
+    assert "*Not here: messages in other branches (1). The export as JSON has them all.*" in text
     assert "**System prompt**\n\n> Be brief.\n> Always.\n" in text
     when = r"20\d\d-\d\d-\d\d \d\d:\d\d UTC"
     headings = re.findall(rf"^## (.*), {when}$", text, re.MULTILINE)
