@@ -1025,22 +1025,70 @@ def says_something(turn: Turn) -> bool:
     )
 
 
+# What a turn of each role may hold upstream. An import can bring anything: an image in an answer, a call in a question.
+ROLE_KINDS = {
+    "user": frozenset({"text", "image"}),
+    "assistant": frozenset({"text", "reasoning", "signature", "tool_call"}),
+    "system": frozenset({"text"}),
+    "tool": frozenset({"text"}),
+}
+TOOL_NAME_CHARACTERS_MAX = 64
+TOOL_CALL_ID_CHARACTERS_MAX = 40  # OpenAI's limit; Anthropic has the pattern, and both want an id once in a request
+
+
 def answered(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns without tool calls that nobody answered and without results of no call: every provider refuses both."""
+    """The turns with what their roles may hold, without tool calls that nobody answered and without results of no call
+    or of one that has a result: every provider refuses them. Calls come after a question, and have ids that any
+    provider takes, whoever made them."""
     kept: list[Turn] = []
-    open_calls: set[str | None] = set()
+    names: dict[str | None, str] = {}  # of the open calls: their ids here, and upstream
+    taken: set[str] = set()
+    asked = False
     for position, turn in enumerate(turns):
+        turn = replace(turn, content=tuple(one for one in turn.content if one.kind in ROLE_KINDS[turn.role]))
         if turn.role == "tool":
-            kept += [turn] if turn.tool_call_id in open_calls else []
+            name = names.pop(turn.tool_call_id, None)
+            kept += [replace(turn, tool_call_id=name)] if name else []
             continue
+        asked = asked or (turn.role == "user" and says_something(turn))
         following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
-        results = {other.tool_call_id for other in following}
-        content = tuple(
-            delta for delta in turn.content if delta.kind != "tool_call" or json.loads(delta.text)["id"] in results
-        )
-        open_calls = {json.loads(delta.text)["id"] for delta in content if delta.kind == "tool_call"}
+        results = {other.tool_call_id for other in following} if asked else set()
+        content, names = name_calls(turn.content, results, taken)
         kept.append(replace(turn, content=content))
     return kept
+
+
+def name_calls(
+    content: Iterable[Delta], results: set[str | None], taken: set[str]
+) -> tuple[tuple[Delta, ...], dict[str | None, str]]:
+    """An answer's content with only the calls that have a result, and the ids that those have upstream, by their own;
+    what is `taken` already is given to no other."""
+    kept: list[Delta] = []
+    names: dict[str | None, str] = {}
+    for delta in content:
+        if delta.kind == "tool_call":
+            call = json.loads(delta.text)
+            if call["id"] not in results or call["id"] in names:
+                continue
+            names[call["id"]] = name = tool_call_id(call["id"], taken)
+            taken.add(name)
+            if name != call["id"]:
+                delta = Delta("tool_call", encode_json({**call, "id": name}).decode())
+        kept.append(delta)
+    return tuple(kept), names
+
+
+def tool_call_id(identity: str, taken: Iterable[str]) -> str:
+    """The id itself where every provider takes it, else one made of it, the same in each request."""
+    if re.fullmatch(rf"[a-zA-Z0-9_-]{{1,{TOOL_CALL_ID_CHARACTERS_MAX}}}", identity) and identity not in taken:
+        return identity
+    made = (hashlib.sha256(f"{number} {identity}".encode()).hexdigest()[:24] for number in itertools.count())
+    return next(name for one in made if (name := f"call_{one}") not in taken)
+
+
+def tool_name(name: str) -> str:
+    """A called tool's name; models and imports have names that no provider takes, such as `web.run`."""
+    return re.sub("[^a-zA-Z0-9_-]", "_", name)[:TOOL_NAME_CHARACTERS_MAX] or "_"
 
 
 def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -1504,8 +1552,9 @@ class OpenAIDialect:
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
         calls = [json.loads(delta.text) for delta in turn.content if delta.kind == "tool_call"]
-        if turn.role == "user" and any(delta.kind == "image" for delta in turn.content):
-            message["content"] = [openai_part(delta) for delta in turn.content if delta.kind in ("text", "image")]
+        if any(delta.kind == "image" for delta in turn.content):
+            said = (delta for delta in join_deltas(turn.content) if delta.kind == "image" or delta.text.strip())
+            message["content"] = [openai_part(delta) for delta in said]
         if calls:
             message["content"] = message["content"] or None
             message["tool_calls"] = [openai_tool_call(call) for call in calls]
@@ -1537,13 +1586,22 @@ def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "function", "function": {**named, **schema}}
 
 
+def parse_arguments(text: str) -> dict[str, Any]:
+    """A tool call's arguments as the object that they should be; what a model garbled goes in as it was."""
+    try:
+        value = decode_json(text or "{}")
+    except (msgspec.MsgspecError, RecursionError):  # msgspec refuses what no encoder could send: NaN, half a pair
+        return {"arguments": text}
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
 def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
-    """A stored tool call in OpenAI's shape."""
-    return {
-        "id": call["id"],
-        "type": "function",
-        "function": {"name": call["name"], "arguments": call["arguments"] or "{}"},
-    }
+    """A stored tool call in OpenAI's shape. Its arguments are a text, but one that servers with chat templates parse
+    (llama.cpp, vLLM, SGLang) and refuse for good, with all that follows, if it is no object."""
+    arguments = call["arguments"] or "{}"
+    value = parse_arguments(arguments)
+    text = arguments if value.keys() != {"arguments"} else encode_json(value).decode()
+    return {"id": call["id"], "type": "function", "function": {"name": tool_name(call["name"]), "arguments": text}}
 
 
 # ── Anthropic's Messages: anthropic-sdk-python, _streaming.py and types/ ─────────────────────────────────────────────
@@ -1782,7 +1840,7 @@ class AnthropicDialect:
                 blocks.append({"type": "image", "source": source})
             elif delta.kind == "tool_call":
                 call = json.loads(delta.text)
-                name, arguments = call["name"], parse_arguments(call["arguments"])
+                name, arguments = tool_name(call["name"]), parse_arguments(call["arguments"])
                 blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": arguments})
             elif delta.kind == "tool_result":
                 result = json.loads(delta.text)
@@ -1840,15 +1898,6 @@ def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
         return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
     name = within(choice, "function", "name") if isinstance(choice, dict) else None
     return {"tool_choice": {"type": "tool", "name": name} if name else choice}
-
-
-def parse_arguments(text: str) -> Any:
-    """A tool call's arguments as the object that the dialect wants; what a model garbled goes in as it was."""
-    try:
-        value = json.loads(text or "{}")
-    except ValueError:
-        return {"arguments": text}
-    return value if isinstance(value, dict) else {"arguments": value}
 
 
 DIALECTS: dict[str, Dialect] = {"openai": OpenAIDialect(), "anthropic": AnthropicDialect()}
