@@ -1802,8 +1802,8 @@ class AnthropicDialect:
             "messages": messages,
             "stream": True,
         }
-        if any(systems):
-            body["system"] = "\n\n".join(filter(None, systems))
+        if any(map(str.strip, systems)):
+            body["system"] = "\n\n".join(filter(str.strip, systems))
         if parameters.temperature is not None:
             body["temperature"] = min(parameters.temperature, 1.0)
         if parameters.top_p is not None:
@@ -1813,11 +1813,9 @@ class AnthropicDialect:
         if parameters.tools:
             body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
             body |= anthropic_tool_choice(parameters.tool_choice)
-        budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
-        if budget and not prefilled:  # a prefill and thinking exclude each other
-            body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-            body["max_tokens"] += budget  # the budget counts as output
-            body.pop("temperature", None)  # may not be set beside thinking
+        elif called := tools_in(messages):  # a request whose messages hold calls has to define tools
+            body |= {"tools": called, "tool_choice": {"type": "none"}}
+        set_thinking(body, 0 if prefilled else THINKING_TOKENS.get(parameters.reasoning_effort or "", 0))
         return body
 
     def prefills(self, quirks: frozenset[str]) -> bool:
@@ -1845,6 +1843,10 @@ class AnthropicDialect:
             elif delta.kind == "tool_result":
                 result = json.loads(delta.text)
                 blocks.append({"type": "tool_result", "tool_use_id": result["id"], "content": result["text"]})
+        if not is_thinking(blocks[0]):  # thinking stands first or not at all
+            blocks = [block for block in blocks if not is_thinking(block)]
+        while is_thinking(blocks[-1]):  # and never last, where an answer was stopped
+            blocks.pop()
         return {"role": turn.role, "content": blocks}
 
     def decoder(self, provider: Provider) -> AnswerDecoder:
@@ -1878,6 +1880,55 @@ def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, An
     if "redacted" in signature:
         return {"type": "redacted_thinking", "data": signature["redacted"]}
     return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+
+
+def is_thinking(block: Mapping[str, Any]) -> bool:
+    return block["type"] in ("thinking", "redacted_thinking")
+
+
+# To Anthropic, the answers since the last question are one turn, tool calls, their results and all; with thinking on, it
+# has to start with thinking, and off, it may hold none: docs.claude.com, extended thinking, "Toggling thinking modes".
+
+
+def newest_turn(messages: Sequence[dict[str, Any]]) -> int:
+    """Where the messages behind the last question begin. A message with a tool's result is no question."""
+    questions = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "user" and all(block["type"] != "tool_result" for block in message["content"])
+    ]
+    return questions[-1] + 1 if questions else 0
+
+
+def starts_with_thinking(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether thinking may be on: the newest turn starts with it, also where something was said beside a result."""
+    for index in range(newest_turn(messages), len(messages)):
+        before, message = messages[index - 1], messages[index]
+        is_start = any(block["type"] != "tool_result" for block in before["content"])
+        if message["role"] == "assistant" and is_start and not is_thinking(message["content"][0]):
+            return False
+    return True
+
+
+def set_thinking(body: dict[str, Any], budget: int) -> None:
+    """Turns thinking on where it is wanted and may be on; else takes that of the newest turn out, earlier does no harm."""
+    messages = body["messages"]
+    is_forced = within(body, "tool_choice", "type") in ("any", "tool")
+    if budget and not is_forced and starts_with_thinking(messages):
+        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+        body["max_tokens"] += budget  # the budget counts as output
+        for name in ("temperature", "top_p"):  # may not be set beside thinking
+            body.pop(name, None)
+    else:
+        for message in messages[newest_turn(messages) :]:
+            message["content"] = [block for block in message["content"] if not is_thinking(block)]
+
+
+def tools_in(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tools that earlier answers called, as definitions that say no more than their names."""
+    blocks = (block for message in messages for block in message["content"])
+    names = dict.fromkeys(block["name"] for block in blocks if block["type"] == "tool_use")
+    return [{"name": name, "input_schema": {"type": "object", "properties": {}}} for name in names]
 
 
 def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
