@@ -1105,10 +1105,9 @@ CONTINUE_PROMPT = (
 )
 
 
-def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> list[Turn]:
-    """The turns as they go out: a broken-off answer at their end is continued as a prefill where that works, else by
-    asking."""
-    if question.continues and turns and turns[-1].role == "assistant" and not prefills:
+def ask_to_continue(turns: list[Turn]) -> list[Turn]:
+    """The turns with a request behind an answer at their end, for who takes no prefill."""
+    if turns and turns[-1].role == "assistant":
         return [*turns, Turn("user", (Delta("text", CONTINUE_PROMPT),))]
     return turns
 
@@ -1539,9 +1538,11 @@ class OpenAIDialect:
         if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
             asked["tool_choice"] = "any"
         system = [{"role": "system", "content": question.system}] if question.system else []
-        outgoing = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
+        outgoing = alternate(answered(question.turns))
+        if question.continues and not self.prefills(quirks):  # else an answer at the end is the client's business
+            outgoing = ask_to_continue(outgoing)
         turns = [self._message(turn, quirks) for turn in outgoing]
-        if question.continues and turns and turns[-1]["role"] == "assistant":
+        if turns and turns[-1]["role"] == "assistant":
             turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
             turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
         return {"model": question.model, "messages": system + turns, "stream": True, **asked}
@@ -1790,7 +1791,7 @@ class AnthropicDialect:
             tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"
         ]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
-        outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
+        outgoing = alternate(turns) if self.prefills(quirks) else ask_to_continue(alternate(turns))
         messages = [self._message(turn) for turn in outgoing]
         prefilled = bool(messages) and messages[-1]["role"] == "assistant"
         if prefilled and messages[-1]["content"][-1]["type"] == "text":
