@@ -1006,7 +1006,9 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
     """
     kept: list[Turn] = []
     for turn in turns:
-        if not says_something(turn) or (not kept and turn.role == "assistant"):
+        if not says_something(turn):
+            continue
+        if turn.role == "assistant" and all(one.role == "system" for one in kept):
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
@@ -1537,7 +1539,7 @@ class OpenAIDialect:
             asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
         if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
             asked["tool_choice"] = "any"
-        system = [{"role": "system", "content": question.system}] if question.system else []
+        system = [{"role": "system", "content": question.system}] if question.system.strip() else []
         outgoing = alternate(answered(question.turns))
         if question.continues and not self.prefills(quirks):  # else an answer at the end is the client's business
             outgoing = ask_to_continue(outgoing)
@@ -1557,7 +1559,7 @@ class OpenAIDialect:
             said = (delta for delta in join_deltas(turn.content) if delta.kind == "image" or delta.text.strip())
             message["content"] = [openai_part(delta) for delta in said]
         if calls:
-            message["content"] = message["content"] or None
+            message["content"] = message["content"] if message["content"].strip() else None
             message["tool_calls"] = [openai_tool_call(call) for call in calls]
         if turn.role == "tool":
             message["tool_call_id"] = turn.tool_call_id
