@@ -3694,8 +3694,9 @@ UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
 INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
-SEARCH_WORDS_MAX = 16  # of one query
+SEARCH_WORDS_MAX = 16  # of one query; a character of a script without spaces counts as one
 SEARCH_PREFIX_CHARACTERS_MIN = 2  # of a word that matches as a prefix; a single letter begins half of all words
+SEARCH_PREFIX_WORDS_MAX = 4  # newest words of a query that match as prefixes: for each, FTS5 merges all that it begins
 SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
 SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
 WORD = re.compile(r"[^\W_]+")
@@ -3713,12 +3714,19 @@ def unsegment(text: str) -> str:
     return joined.replace(MARK_END + MARK_START, "")
 
 
+def fold_foreign(word: str) -> str:
+    parts = unicodedata.normalize("NFD", word.lower())
+    return unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
+
+
+fold_character = functools.lru_cache(4096)(fold_foreign)  # scripts without spaces are words of one character each
+
+
 def fold(word: str) -> str:
     """A word as the tokenizer compares it: without case, without marks on its letters."""
     if word.isascii():
         return word.lower()
-    parts = unicodedata.normalize("NFD", word.lower())
-    return unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
+    return fold_character(word) if len(word) == 1 else fold_foreign(word)
 
 
 def owner_token(owner: str) -> str:
@@ -3771,9 +3779,15 @@ class Phrase(NamedTuple):
 
 
 def parse_query(query: str) -> list[Phrase]:
-    """The words of a query; whatever is no letter or digit only parts them."""
-    found = [tuple(map(fold, WORD.findall(segment(word)))) for word in query.split()[:SEARCH_WORDS_MAX]]
-    return [Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN) for tokens in found if tokens]
+    """The words of a query; whatever is no letter or digit only parts them. What is too much for a search is left away."""
+    phrases: list[Phrase] = []
+    left = SEARCH_WORDS_MAX
+    for word in dict.fromkeys(query.split()):
+        if tokens := tuple(map(fold, WORD.findall(segment(word))))[:left]:
+            left -= len(tokens)
+            phrases.append(Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN))
+    whole = [one._replace(is_prefix=False) for one in phrases[:-SEARCH_PREFIX_WORDS_MAX]]
+    return whole + phrases[-SEARCH_PREFIX_WORDS_MAX:]
 
 
 def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
@@ -3808,25 +3822,27 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
 
 def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
     """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
-    spans = [match.span() for match in WORD.finditer(text)]
-    folded = (fold(text[start:end]) for start, end in spans)
+    spans: list[tuple[int, int]] = []
     words: list[str] = []
-    first = 0
-    for words_seen, word in enumerate(folded):
-        words.append(word)
-        if phrases[0].matches(words[-len(phrases[0].tokens) :]):
-            first = words_seen
+    first: int | None = None
+    wanted = phrases[0]
+    for found in WORD.finditer(text):
+        spans.append(found.span())
+        words.append(fold(found[0]))
+        if first is not None and len(words) > first + SNIPPET_WORDS:
             break
-    words += itertools.islice(folded, SNIPPET_WORDS)
+        if first is None and words[-1].startswith(wanted.tokens[-1]) and wanted.matches(words[-len(wanted.tokens) :]):
+            first = len(words) - 1
+    start = max((first or 0) - SNIPPET_WORDS_BEFORE, 0)
+    end = min(start + SNIPPET_WORDS, len(spans))
     marked = {
         index + more
-        for index in range(max(first - SNIPPET_WORDS_BEFORE, 0), len(words))
+        for index in range(start, end)
         for phrase in phrases
-        if phrase.matches(words[index:])
+        if words[index].startswith(phrase.tokens[0]) and phrase.matches(words[index : index + len(phrase.tokens)])
         for more in range(len(phrase.tokens))
     }
-    start = max(first - SNIPPET_WORDS_BEFORE, 0)
-    return snippet_parts(text, spans, start, min(start + SNIPPET_WORDS, len(spans)), marked)
+    return snippet_parts(text, spans, start, end, marked)
 
 
 def snippet_parts(
