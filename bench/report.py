@@ -53,7 +53,11 @@ GROWTH_COLUMNS = {
 DATABASE_COLUMNS = {
     "list p99 ms": "list_ms",
     "search p50 ms": "search_p50_ms",
-    "search p99 ms": "search_ms",
+    "p99 ms: rare": "search_rare_ms",
+    "frequent": "search_frequent_ms",
+    "Chinese": "search_chinese_ms",
+    "prefix": "search_prefix_ms",
+    "hostile": "search_hostile_ms",
     "open 500 messages p99 ms": "open_ms",
     "start ms": "start_ms",
 }
@@ -152,7 +156,7 @@ BARS = (
     Bar("start", "", "idle MB", "≤", 50, figure("start", "idle_mb")),
     Bar("c500", "memory", "KB per open stream, 500 open", "≤", 60, figure("c500", "stream_kb")),
     Bar("database", "100,000 messages", "list p99 ms", "≤", 20, figure("database", "list_ms")),
-    Bar("database", "", "search p99 ms", "≤", 20, figure("database", "search_ms")),
+    Bar("database", "", "search p99 ms, worst kind", "≤", 20, figure("database", "search_ms")),
     Bar("database", "", "open 500 messages p99 ms", "≤", 50, figure("database", "open_ms")),
     Bar("database", "", "start / start when empty", "≤", 1.2, filled_start),
     Bar("growth", "long answers", "CPU a delta, 100,000 / 1,000 characters", "≤", 1.2, growth_ratio),
