@@ -6602,12 +6602,12 @@ class Generations:
 
     # ── subscribers ──
 
-    async def subscribe(self, owner: str, message_id: int, cursor: int) -> Stream:
-        """A stream from a cursor on. Raises NotFound, InvalidRequest."""
+    async def subscribe(self, owner: str, message_id: int, cursor: int, name: str = "after") -> Stream:
+        """A stream from a cursor on; `name` is what the request calls it. Raises NotFound, InvalidRequest."""
         about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
         if cursor > length and not reset:
-            raise InvalidRequest(f"after: {cursor} is beyond the end of message {message_id}, which is at {length}")
+            raise InvalidRequest(f"{name}: {cursor} is beyond the end of message {message_id}, which is at {length}")
         cursor = 0 if reset else cursor
         first = encode_start(start_data(about, message_id, status, cursor))
         return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
@@ -7609,12 +7609,13 @@ def parse_integer(name: str, text: str | None, default: int, least: int, most: i
     return int(text)
 
 
-def cursor_of(request: Request) -> int:
-    """Where a stream begins: `after`, or what a browser sends when it comes back. Raises InvalidRequest."""
+def cursor_of(request: Request) -> tuple[int, str]:
+    """Where a stream begins, and the name under which the request says so: `after`, or what a browser sends when it
+    comes back. Raises InvalidRequest."""
     after, last = request.query_params.get("after"), request.headers.get("last-event-id")
     if after is not None and not last:  # an empty id is what a browser has before the first event
-        return parse_integer("after", after, 0, 0, 2**53)
-    return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53)
+        return parse_integer("after", after, 0, 0, 2**53), "after"
+    return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53), "Last-Event-ID"
 
 
 # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7938,7 +7939,7 @@ async def stream_message(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
     if wants_html(request):
         return EventStream(await service.generations.subscribe_to_html(owner, message_id))
-    return EventStream(await service.generations.subscribe(owner, message_id, cursor_of(request)))
+    return EventStream(await service.generations.subscribe(owner, message_id, *cursor_of(request)))
 
 
 async def stop_message(request: Request) -> Response:

@@ -422,8 +422,11 @@ def test_a_cursor_that_is_no_offset_is_refused(shared: Server, cursor: str) -> N
 
 def test_a_cursor_beyond_the_end_is_told_where_the_end_is(shared: Server) -> None:
     length = len(shared.message(2)["text"])
-    message = error_of(shared.get(f"/api/v1/messages/2/stream?after={length + 1}"), 400, "invalid_request")
-    assert message == f"after: {length + 1} is beyond the end of message 2, which is at {length}"
+    by_header = shared.get("/api/v1/messages/2/stream?after=1", headers={"Last-Event-ID": str(length + 1)})
+    by_query = shared.get(f"/api/v1/messages/2/stream?after={length + 1}")
+    words = f"{length + 1} is beyond the end of message 2, which is at {length}"
+    assert error_of(by_header, 400, "invalid_request") == f"Last-Event-ID: {words}"
+    assert error_of(by_query, 400, "invalid_request") == f"after: {words}"
 
 
 # ── headers ──
