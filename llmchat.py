@@ -4584,7 +4584,8 @@ def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
 # nowhere, and ids, which belong to one database. In their place stands an origin: what a conversation or a message is
 # called wherever it goes. What came in keeps the origin that it came with; what was made here is called
 # `llmchat:<id>-<created_at_ms>`, since an id is never used again. So what comes in a second time is known, also in the
-# database that it came from.
+# database that it came from. For the same reason what /v1/responses repeats of a request stays here: a response's name
+# is its message's id, and what it says of the one before it names another.
 
 Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
 Role = Literal["user", "assistant", "system", "tool"]
@@ -4600,6 +4601,7 @@ class ArchivedMessage(Struct, kw_only=True):
     status: Literal["running", "completed", "stopped", "failed", "interrupted"] = "completed"
     provider: str | None = None
     model: str | None = None
+    system: str | None = None  # of this answer alone; null: the conversation's
     params: dict[str, Any] = {}
     content: list[Delta] = []
     finish_reason: Literal["stop", "length", "tool_calls", "content_filter"] | None = None
@@ -4682,6 +4684,7 @@ def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Archiv
     return ArchivedMessage(
         origin=origin_of(row["id"], row["created_at_ms"], row["origin"]),
         parent=None if row["parent_id"] is None else origin_of(*parent),
+        system=row["system"],
         params=json.loads(row["params_json"]),
         first_delta_at_ms=row["first_delta_at_ms"],
         ended_at_ms=row["ended_at_ms"],
@@ -5535,7 +5538,7 @@ def import_message(
         connection, conversation_id, parent_id, message.role,
         "interrupted" if message.status == "running" else message.status, message.created_at_ms,
         provider=message.provider, model=message.model, params_json=encode_json(message.params).decode(),
-        finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
+        system=message.system, finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
         usage_json=None if message.usage is None else encode_json(message.usage).decode(),
         attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
         ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
@@ -8513,7 +8516,8 @@ ENDPOINTS = (
         DeletedAnswer, errors=(404,), curl="-X DELETE",
     ),
     Endpoint(
-        "GET", "/api/v1/conversations/{id}/export", export_conversation, "a conversation as a file",
+        "GET", "/api/v1/conversations/{id}/export", export_conversation,
+        "a conversation as a file, complete but for keys, ids and what /v1/responses repeats of its requests",
         Archive, query=(FORMAT,), errors=(400, 404), curl="-OJ", media=("text/markdown",),
     ),
     Endpoint(

@@ -131,6 +131,7 @@ def some_message(source: random.Random, number: int, parent: str | None) -> dict
         "origin": f"llmchat:{number}-{at}", "parent": parent,
         "role": source.choice(["user", "assistant", "tool", "system"]),
         "status": status, "provider": source.choice([None, "openai"]), "model": source.choice([None, "gpt"]),
+        "system": source.choice([None, None, "", "Of this answer alone."]),
         "params": source.choice([{}, {"temperature": 0.5, "tools": [{"name": "look"}]}, {"tool_call_id": "c1"}]),
         "content": some_content(source), "finish_reason": source.choice([None, "stop", "length", "tool_calls"]),
         "error": error if status == "failed" else None,
@@ -221,6 +222,30 @@ def test_a_conversation_travels_between_servers_with_everything_that_happened_in
         "imported": 0,
         "present": 5,
     }
+
+
+def test_the_instructions_of_a_response_travel_and_what_it_repeats_of_its_request_stays(
+    serve: Callable[..., Server], provider: Provider, tmp_path: Path
+) -> None:
+    (tmp_path / "second").mkdir()
+    first, second = serve(), serve(folder=tmp_path / "second")
+    asked = {"model": "openai/m", "input": "Hello", "instructions": "Only in Latin.", "metadata": {"ticket": "7"}}
+    made = first.post("/v1/responses", asked).json()
+    assert (made["instructions"], made["metadata"]) == ("Only in Latin.", {"ticket": "7"})
+    archive = first.get("/api/v1/export").content
+    assert (
+        json.loads(archive)["conversations"][0]["messages"][1]["system"] == "Only in Latin."
+        and b"ticket" not in archive
+    )
+    second.wait_ended(second.start_chat("Ids are different here"))
+    assert second.post("/api/v1/import", content=archive, headers=JSON).json()["messages"]["imported"] == 2
+    assert second.get("/api/v1/conversations/2/export").content == first.get("/api/v1/conversations/1/export").content
+    found = second.get("/v1/responses/resp_4").json()
+    assert (found["instructions"], found["metadata"], found["output"][0]["content"]) == (
+        "Only in Latin.", {}, made["output"][0]["content"]
+    )  # fmt: skip
+    second.post("/api/v1/messages/4/regenerate", {"stream": False})
+    assert provider.chats[-1].json["messages"][0] == {"role": "system", "content": "Only in Latin."}
 
 
 def test_a_newer_export_adds_what_is_new_and_a_deleted_conversation_comes_back(
