@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.client import EventStream, Reader
 from tests.conftest import Server
-from tests.provider import Cut, Hang, Provider, openai_error, openai_json, openai_text
+from tests.provider import Cut, Hang, Provider, openai_error, openai_text
 
 
 def whole(server: Server, message: Any = "Hello", **more: Any) -> dict[str, Any]:
@@ -50,10 +50,11 @@ def test_only_the_path_to_the_root_goes_upstream(server: Server, provider: Provi
 
 
 def test_a_failed_and_an_empty_answer_leave_no_hole_in_the_history(server: Server, provider: Provider) -> None:
-    provider.script(openai_error(400, "no"), openai_text("B"))
+    provider.script(openai_error(400, "no"), openai_text(), openai_text("B"))
     assert server.post("/api/v1/chat", {"message": "one", "stream": False}).status_code == 422
-    whole(server, "two", conversation_id=1)
-    assert asked(provider) == [("user", "one\n\ntwo")]
+    assert whole(server, "two", conversation_id=1)["text"] == ""
+    whole(server, "three", conversation_id=1)
+    assert asked(provider) == [("user", "one\n\ntwo\n\nthree")]
 
 
 def test_continue_goes_on_in_the_same_message_and_drops_what_is_said_again(server: Server, provider: Provider) -> None:
@@ -158,10 +159,19 @@ def test_a_model_names_a_conversation_unless_somebody_did(serve: Any, provider: 
 
     server = serve(LLMCHAT_TITLE_MODEL="openai/n")
     provider.script(openai_text("Greetings among friends"), model="n")
-    provider.script(openai_text("Hi!"), model="m")
+    provider.script(openai_text("Hi!"), openai_text("Hi!"), openai_text("Hi!"), model="m")
+    title_of = lambda number: server.get(f"/api/v1/conversations/{number}").json()["title"]  # noqa: E731
     whole(server, "Hello there")
-    wait_until(lambda: server.get("/api/v1/conversations/1").json()["title"] == "Greetings among friends", "the title")
-    provider.script(openai_json("ignored"), model="n")
+    wait_until(lambda: title_of(1) == "Greetings among friends", "the title")
+    provider.script([provider.gate("named"), *openai_text("Too late")], openai_text("In time"), model="n")
+    whole(server, "Hello again")
+    provider.wait_at_gate("named")
+    server.client.patch("/api/v1/conversations/2", json={"title": "By hand"})
+    provider.open_gate("named")
+    provider.chats[-1].wait_answered()
+    whole(server, "Hello at last")
+    wait_until(lambda: title_of(3) == "In time", "the title of the one after it")
+    assert title_of(2) == "By hand"
 
 
 def test_usage_is_summed_by_day_and_model(server: Server, provider: Provider) -> None:
@@ -196,6 +206,24 @@ def test_search_finds_titles_questions_and_answers_in_any_language(server: Serve
     match = server.get("/api/v1/conversations", params={"query": "天気"}).json()["conversations"][0]["match"]
     assert match["message_id"] == 4 and {"text": "天気", "mark": True} in match["snippet"]
     assert "".join(part["text"] for part in match["snippet"]) == "天気はとてもいいです"
+
+
+def test_only_the_newest_words_of_a_long_query_match_as_prefixes_and_those_beyond_the_limit_not_at_all(
+    server: Server, provider: Provider
+) -> None:
+    words = " ".join(f"word{number:02}x" for number in range(20))
+    provider.script(openai_text(words))
+    whole(server)
+    assert found(server, words) == [1] and found(server, "word05 word07 word09 word11") == [1]
+    assert found(server, "word05 word07 word09 word11 word13") == [], "the first of five is not complete"
+    assert found(server, "word05x word07 word09 word11 word13") == [1]
+    assert found(server, f"{words} beyond the limit") == [1], "16 words are looked for"
+    assert found(server, f"absent {words}") == []
+    match = server.get("/api/v1/conversations", params={"query": "word15"}).json()["conversations"][0]["match"]
+    shown = "".join(part["text"] for part in match["snippet"])
+    assert shown.startswith("…") and shown.endswith("word19x") and {"text": "word15x", "mark": True} in match["snippet"]
+    match = server.get("/api/v1/conversations", params={"query": "word00x"}).json()["conversations"][0]["match"]
+    assert match["snippet"][0] == {"text": "word00x", "mark": True}
 
 
 def test_a_query_is_text_whatever_it_holds(server: Server, provider: Provider) -> None:

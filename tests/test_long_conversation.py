@@ -255,7 +255,8 @@ def lead(talk: Talk) -> None:
         "the cut-off answer continued", f"/api/v1/messages/{answer['id']}/continue", text(home, " of Vesta"), home
     )
     assert answer["text"] == "A temple of Vesta"
-    assert talk.server.client.patch(f"/api/v1/conversations/{talk.conversation_id}", json={"system": "In Latin."})
+    path = f"/api/v1/conversations/{talk.conversation_id}"
+    assert talk.server.client.patch(path, json={"system": "In Latin."}).json()["system"] == "In Latin."
     strange = talk.ask(
         "another system prompt, and a strange call", "And now?", calls(home, "I look.", STRANGE_CALL), tools=TOOLS
     )
