@@ -167,16 +167,32 @@ CALLED = {"kind": "tool_call", "text": json.dumps({"id": "call_1", "name": "look
 def chain(*turns: tuple[str, list[dict[str, str]]]) -> list[dict[str, Any]]:
     return [
         {"origin": f"m{n}", "parent": f"m{n - 1}" if n else None, "role": role, "content": said, "created_at_ms": n,
-         **({"params": {"tool_call_id": "call_1"}} if role == "tool" else {})}
+         **({"params": {"tool_call_id": "call_1"}} if role == "tool" else {}),
+         **({"status": "stopped", "provider": "anthropic"} if role == "assistant" else {})}
         for n, (role, said) in enumerate(turns)
     ]  # fmt: skip
 
 
 ASKED = {"kind": "text", "text": "Hello"}
+HISTORIES = {
+    name: chain(("user", [ASKED]), *more)
+    for name, more in {
+        "thinking before the calls": [("assistant", [*SIGNED, CALLED]), ("tool", [ASKED]), ("assistant", [ASKED])],
+        "no thinking before the calls": [("assistant", [CALLED]), ("tool", [ASKED]), ("assistant", [ASKED])],
+        "the same id twice": [("assistant", [CALLED]), ("tool", [ASKED])] * 2 + [("assistant", [ASKED])],
+        "stopped in the second thought": [("assistant", [*SIGNED, ASKED, *SIGNED])],
+        "thought after words": [("assistant", [ASKED, *SIGNED, ASKED])],
+        "stopped behind a space": [("assistant", [{"kind": "text", "text": "Hello, "}])],
+    }.items()
+}
 
 
-@example(chain(("user", [ASKED]), ("assistant", [*SIGNED, CALLED]), ("tool", [ASKED])), "", Parameters(), [], ())
-@example(chain(("user", [ASKED]), ("assistant", [ASKED, *SIGNED])), "", Parameters(), [], (Delta("text", "Well?"),))
+@example(HISTORIES["thinking before the calls"], "", Parameters(), [], ())
+@example(HISTORIES["no thinking before the calls"], "", Parameters(reasoning_effort="low"), [], ())
+@example(HISTORIES["the same id twice"], "", Parameters(), [], ())
+@example(HISTORIES["stopped in the second thought"], "", Parameters(), [], (Delta("text", "Well?"),))
+@example(HISTORIES["thought after words"], "", Parameters(), [], (Delta("text", "Well?"),))
+@example(HISTORIES["stopped behind a space"], "", Parameters(), [], ())
 @given(messages(), some.sampled_from(["", " ", "Be brief."]), parameters, results, question)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_request_breaks_a_rule_whatever_the_conversation_holds(
