@@ -937,7 +937,8 @@ def test_a_functions_output_goes_back_to_its_call(server: Server, provider: Prov
         ],
     }[how]
     previous = first["id"] if how == "previous" else None
-    second = respond(server, [*history, *outputs], model=model, tools=tools, previous_response_id=previous)
+    options = {"model": model, "tools": tools, "previous_response_id": previous, "reasoning": {"effort": "low"}}
+    second = respond(server, [*history, *outputs], **options)
     assert second.status_code == 200 and second.json()["output"][0]["content"][0]["text"] == "Done"
     sent = json.dumps(asked(provider)["messages"])
     assert [sent.count(word) for word in ("result c1", "result c2", "Hello", "Look")] == [1, 1, 1, 1]
