@@ -137,9 +137,9 @@ def import_tree(connection: sqlite3.Connection, tree: list[dict[str, Any]], syst
     head = {"origin": "tree", "title": "t", "system": system, "created_at_ms": 0, "updated_at_ms": 0, "messages": tree}
     archive = {"format": "llmchat", "version": 1, "conversations": [head]}
     answer = llmchat.ImportAnswer(llmchat.ImportCount(), llmchat.ImportCount(), [])
-    pieces = list(llmchat.read_archive(io.BytesIO(json.dumps(archive).encode()), answer))
+    records = list(llmchat.read_archive(io.BytesIO(json.dumps(archive).encode()), answer))
     assert not answer.left_out
-    llmchat.import_pieces(connection, "local", pieces)
+    llmchat.import_records(connection, "local", answer, records)
     return {origin: number for number, origin in connection.execute("SELECT id, origin FROM message")}
 
 
