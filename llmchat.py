@@ -918,11 +918,10 @@ def only_sse_fields(block: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message as it goes upstream. `provider` made it; `tool_call_id` is set on role `tool`."""
+    """A message as it goes upstream; `tool_call_id` is set on role `tool`."""
 
     role: str
     content: tuple[Delta, ...]
-    provider: str | None = None
     tool_call_id: str | None = None
 
 
@@ -957,28 +956,6 @@ class Question:
     continues: bool = False  # the last turn is an answer that broke off; the new one goes on with it
 
 
-class AnswerDecoder(Protocol):
-    """The decoder of one answer; it is used once.
-
-    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
-    delta before they are complete; that they grow is a sign of life.
-    """
-
-    finish_reason: str | None
-    usage: Usage | None
-    done: bool
-    held_characters: int
-
-    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
-        """Appends what one SSE event brings. Raises ProviderError."""
-
-    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        """The same for an answer that came as one JSON document. Raises ProviderError."""
-
-    def end(self, deltas: list[Delta]) -> None:
-        """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
-
-
 class Dialect(Protocol):
     """One wire format. `body` returns what is sent as JSON; `path` is appended to the provider's base URL."""
 
@@ -988,7 +965,7 @@ class Dialect(Protocol):
     def headers(self, provider: Provider) -> dict[str, str]: ...
     def prefills(self, quirks: frozenset[str]) -> bool: ...
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]: ...
-    def decoder(self, provider: Provider) -> AnswerDecoder: ...
+    def decoder(self, provider: Provider) -> Decoder: ...
 
 
 def alternate(turns: Iterable[Turn]) -> list[Turn]:
@@ -1003,7 +980,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
-            kept[-1] = Turn(turn.role, kept[-1].content + parted + turn.content, turn.provider)
+            kept[-1] = Turn(turn.role, kept[-1].content + parted + turn.content)
         else:
             kept.append(turn)
     return kept
@@ -1036,12 +1013,15 @@ def answered(turns: Sequence[Turn]) -> list[Turn]:
     return kept
 
 
-def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The function in a tool of any shape: OpenAI's {"function": …}, the bare function, Anthropic's; None: something
-    of the provider's own, such as a web search, which goes out as it is."""
-    if isinstance(tool.get("function"), dict):
-        return cast("Mapping[str, Any]", tool["function"])
-    return tool if tool.get("type") in (None, "function", "custom") else None
+def function_of(tool: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The function in a tool of any shape (OpenAI's, the bare function, Anthropic's), its schema in `parameters`; None:
+    something of the provider's own, such as a web search, which goes out as it is."""
+    if tool.get("type") not in (None, "function", "custom"):
+        return None
+    function = dict(tool["function"]) if isinstance(tool.get("function"), dict) else dict(tool)
+    if "input_schema" in function:
+        function["parameters"] = function.pop("input_schema")
+    return {name: value for name, value in function.items() if name not in ("type", "cache_control")}
 
 
 CONTINUE_PROMPT = (
@@ -1058,17 +1038,17 @@ def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> li
     return turns
 
 
-# What providers call the end, and ours. The last row: their word for an answer that broke.
+# What providers call the end, by ours; then their words for an answer that broke.
 FINISH_REASONS = {
-    **dict.fromkeys(
-        ["stop", "end_turn", "stop_sequence", "eos", "eos_token", "pause_turn", "COMPLETE", "STOP"], "stop"
-    ),
-    **dict.fromkeys(["length", "max_tokens", "model_context_window_exceeded", "MAX_TOKENS"], "length"),
-    **dict.fromkeys(["tool_calls", "function_call", "tool_use"], "tool_calls"),
-    **dict.fromkeys(
-        ["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"
-    ),
-    **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
+    word: ours
+    for ours, words in {
+        "stop": "stop end_turn stop_sequence eos eos_token pause_turn COMPLETE STOP",
+        "length": "length max_tokens model_context_window_exceeded MAX_TOKENS",
+        "tool_calls": "tool_calls function_call tool_use",
+        "content_filter": "content_filter content_filtered sensitive refusal guardrail_intervened"
+        " SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII",
+    }.items()
+    for word in words.split()
 }
 BROKEN_REASONS = frozenset({"error", "network_error", "OTHER", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS"})
 
@@ -1129,62 +1109,45 @@ def is_spent(words: str, kinds: Sequence[str]) -> bool:
 
 def in_band_error(provider: Provider, data: bytes) -> ProviderError:
     """The error for an error object inside an answer, in whatever shape it comes."""
-    words, kinds = body_words("", data)
+    words, kinds = body_words(data)
     status = next((int(kind) for kind in kinds if re.fullmatch("[45][0-9][0-9]", kind)), None)
     status = status or next((ERROR_TYPE_STATUSES[kind] for kind in kinds if kind in ERROR_TYPE_STATUSES), 500)
     return provider_error(provider, status, words, kinds, "reported an error")
 
 
-def body_words(content_type: str, body: bytes) -> tuple[str, list[str]]:
+def no_answer(provider: Provider, data: bytes) -> ProviderProtocol:
+    """The error for what is no answer, nor an error of a known shape."""
+    words = shorten(body_words(data)[0], provider.key)
+    return ProviderProtocol(f"{provider.name} sent something that is no answer: {words}")
+
+
+def body_words(body: bytes) -> tuple[str, list[str]]:
     """The sentence in an error's body, and its code, type and status; a page is reduced to its text.
 
-    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them.
+    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them,
+    {"detail": [{"loc", "msg"}]} (FastAPI). What has no sentence is shown as it is.
     """
     text = body.decode("utf-8", "replace").strip("\ufeff \t\r\n")
     try:
-        document = json.loads(text)
-        while isinstance(document, list) and document:
-            document = document[0]
-        inner = document.get("error") if isinstance(document, dict) else None
-        inner = inner if isinstance(inner, dict) else document
-        kinds = (
-            [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
-        )
-        return error_words(document) or "(no words)", kinds
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        text = text_of_page(text) if "html" in content_type or text.startswith("<") else text
-        return text or "(an empty body)", []
-
-
-def error_words(document: Any) -> str:
-    """The sentence in an error's document; what has none is shown as it is."""
+        return (text_of_page(text) if text.startswith("<") else text) or "(an empty body)", []
+    kinds: list[str] = []
+    place = ""
     for _ in range(NESTED_WORDS_MAX):
-        if isinstance(document, list) and document:
-            document = document[0]
-        elif isinstance(document, dict) and document.get("msg") and isinstance(document.get("loc"), list):  # FastAPI
-            return f"{'.'.join(map(str, document['loc']))}: {document['msg']}"
-        elif isinstance(document, dict):
-            key = next((key for key in ("error", "message", "detail", "msg") if document.get(key)), None)
-            if key is None:
-                break
-            document = document[key]
-        else:
-            break
-    return document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
+        if isinstance(found, list) and found:
+            found = found[0]
+        elif isinstance(found, dict):
+            kinds = [str(found[key]) for key in ("code", "type", "status") if found.get(key)] or kinds
+            place = f"{'.'.join(map(str, found['loc']))}: " if isinstance(found.get("loc"), list) else place
+            found = next((found[key] for key in ("error", "message", "detail", "msg") if found.get(key)), None)
+    return (place + found if isinstance(found, str) and found else text), kinds
 
 
 def text_of_page(page: str) -> str:
     """The words of an HTML page, without scripts and styles; in linear time, whatever the page is."""
-    words, hidden = [], ""
-    for tag, text in re.findall(r"<(/?[a-zA-Z!][^<>]*)>|([^<]+|<)", page):
-        name = re.split(r"[\s/]", tag.lower().removeprefix("/"), maxsplit=1)[0]
-        if hidden:
-            hidden = "" if tag.startswith("/") and name == hidden else hidden
-        elif name in ("script", "style"):
-            hidden = name
-        else:
-            words.append(text or " ")
-    return html.unescape("".join(words)).strip()
+    hidden = r"<(script|style)\b.*?(?:</\1\s*>|\Z)|</?[a-z!][^<>]*>"
+    return html.unescape(re.sub(hidden, " ", page, flags=re.DOTALL | re.IGNORECASE)).strip()
 
 
 def shorten(words: str, key: str | None) -> str:
@@ -1211,29 +1174,31 @@ def within(document: Mapping[str, Any], outer: str, inner: str) -> Any:
     return found.get(inner) if isinstance(found, dict) else None
 
 
+@dataclass(slots=True)
 class ToolCall:
     """A tool call whose arguments are still coming. Their text is joined once, at the end."""
 
-    __slots__ = ("fragments", "identity", "name")
+    identity: str = ""
+    name: str = ""
+    fragments: list[str] = field(default_factory=list)
 
-    def __init__(self, identity: str = "", name: str = "") -> None:
-        self.identity = identity
-        self.name = name
-        self.fragments: list[str] = []
-
-
-def tool_call_delta(call: ToolCall) -> Delta:
-    """A complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
-    identity = call.identity or f"call_{random.getrandbits(64):016x}"
-    texts = {"id": identity, "name": call.name, "arguments": "".join(call.fragments)}
-    return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
+    def delta(self) -> Delta:
+        """The complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
+        identity = self.identity or f"call_{random.getrandbits(64):016x}"
+        texts = {"id": identity, "name": self.name, "arguments": "".join(self.fragments)}
+        return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
 
 
 Chunk = TypeVar("Chunk")
 
 
 class Decoder:
-    """What the decoders share: the end, and text whose surrogate pairs a provider has cut between two events."""
+    """Decodes one answer; it is used once. Here is what the dialects share: the end, and text whose surrogate pairs a
+    provider has cut between two events.
+
+    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
+    delta before they are complete; that they grow is a sign of life.
+    """
 
     __slots__ = ("_halves", "_mending", "_provider", "done", "finish_reason", "held_characters", "usage")
 
@@ -1246,7 +1211,16 @@ class Decoder:
         self._halves: dict[str, str] = {}  # by kind: the first half of a pair
         self._mending = False
 
+    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        """Appends what one SSE event brings. Raises ProviderError."""
+        raise NotImplementedError
+
+    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """The same for an answer that came as one JSON document. Raises ProviderError."""
+        raise NotImplementedError
+
     def end(self, deltas: list[Delta]) -> None:
+        """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
         if self.finish_reason is None:
             raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
         deltas.extend(Delta(kind, "\ufffd") for kind in self._halves)
@@ -1257,8 +1231,7 @@ class Decoder:
             document = json.loads(data.decode("utf-8", "replace"))
             chunk = msgspec.convert(document[0] if isinstance(document, list) and document else document, kind)
         except (ValueError, RecursionError, msgspec.ValidationError) as exc:
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent something that cannot be read: {words}") from exc
+            raise no_answer(self._provider, data) from exc
         self._mending = True
         return chunk
 
@@ -1312,12 +1285,12 @@ decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
 
 
 class OpenAIDecoder(Decoder):
-    __slots__ = ("_calls", "_last_reasoning", "_positions")
+    __slots__ = ("_calls", "_calls_by_index", "_last_reasoning")
 
     def __init__(self, provider: Provider) -> None:
         super().__init__(provider)
         self._calls: list[ToolCall] = []  # complete only at the end
-        self._positions: dict[int, int] = {}  # in that list, by the provider's index
+        self._calls_by_index: dict[int, ToolCall] = {}
         self._last_reasoning: str | None = None
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
@@ -1392,19 +1365,16 @@ class OpenAIDecoder(Decoder):
         Without an index (Gemini) a new id, or a name without an id, begins the next call. With one, so does another id
         together with a name: some gateways give every call the index 0.
         """
-        identity, name = str(identity), str(name)
-        indexed = isinstance(index, int)
-        position = self._positions.get(index, -1) if indexed else len(self._calls) - 1
-        call = self._calls[position] if position >= 0 else None
-        if call is not None and indexed:
-            begins = bool(identity and name and call.identity not in ("", identity))
-        else:
-            begins = call is None or (identity != call.identity if identity else bool(name))
+        identity, name, indexed = str(identity), str(name), isinstance(index, int)
+        call = self._calls_by_index.get(index) if indexed else next(reversed(self._calls), None)
+        if call is not None:
+            is_other = identity not in ("", call.identity)
+            begins = is_other and name and call.identity if indexed else is_other or (name and not identity)
         if call is None or begins:
             call = ToolCall()
             self._calls.append(call)
             if indexed:
-                self._positions[index] = len(self._calls) - 1
+                self._calls_by_index[index] = call
         call.identity, call.name = call.identity or identity, call.name or name
         return call
 
@@ -1430,14 +1400,11 @@ class OpenAIDecoder(Decoder):
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
         self.decode(b"", body, deltas)
         if self.finish_reason is None and not deltas:
-            words, _ = body_words("", body)
-            raise ProviderProtocol(
-                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
-            )
+            raise no_answer(self._provider, body)
 
     def end(self, deltas: list[Delta]) -> None:
         super().end(deltas)
-        deltas.extend(map(tool_call_delta, self._calls))
+        deltas.extend(call.delta() for call in self._calls)
         if self._calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
 
@@ -1458,8 +1425,17 @@ def parts_of(item: Any) -> Iterator[Delta]:
         yield Delta("text", item["text"])
 
 
+# The fields that make a provider take an answer at the end of the messages as the beginning of its own, by quirk.
+PREFILL_FIELDS: dict[str, dict[str, bool]] = {
+    "prefill": {},
+    "prefill_prefix": {"prefix": True},  # Mistral
+    "prefill_partial": {"partial": True},  # Moonshot
+}
+
+
 class OpenAIDialect:
     models_path = "/models"
+    decoder = OpenAIDecoder
 
     def path(self, provider: Provider) -> str:
         return "/chat/completions"
@@ -1471,28 +1447,32 @@ class OpenAIDialect:
             return {"api-key": provider.key}
         return {"authorization": f"Bearer {provider.key}"}
 
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return "no_prefill" not in quirks and not quirks.isdisjoint(PREFILL_FIELDS)
+
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
-        asked = {name: value for name, value in msgspec.to_builtins(question.parameters).items() if value is not None}
+        turns = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
+        messages = [self._message(turn, quirks) for turn in turns]
+        if question.continues and turns and turns[-1].role == "assistant":
+            for quirk in quirks & PREFILL_FIELDS.keys():
+                messages[-1] |= PREFILL_FIELDS[quirk]
+        system = [{"role": "system", "content": question.system}] if question.system else []
+        parameters = self._parameters(quirks, question.parameters)
+        return {"model": question.model, "messages": system + messages, "stream": True, **parameters}
+
+    def _parameters(self, quirks: frozenset[str], parameters: Parameters) -> dict[str, Any]:
+        asked: dict[str, Any] = msgspec.to_builtins(parameters)
         if "max_completion_tokens" in quirks and "max_tokens" in asked:
             asked["max_completion_tokens"] = asked.pop("max_tokens")
         if "no_stream_options" not in quirks:
             asked["stream_options"] = {"include_usage": True}
         if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
             asked["reasoning_split"] = True
-        if asked.get("tools"):
+        if "tools" in asked:
             asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
         if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
             asked["tool_choice"] = "any"
-        system = [{"role": "system", "content": question.system}] if question.system else []
-        outgoing = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
-        turns = [self._message(turn, quirks) for turn in outgoing]
-        if question.continues and turns and turns[-1]["role"] == "assistant":
-            turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
-            turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
-        return {"model": question.model, "messages": system + turns, "stream": True, **asked}
-
-    def prefills(self, quirks: frozenset[str]) -> bool:
-        return bool(quirks & {"prefill", "prefill_prefix", "prefill_partial"}) and "no_prefill" not in quirks
+        return asked
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
@@ -1508,9 +1488,6 @@ class OpenAIDialect:
             message["reasoning_content"] = "".join(one.text for one in turn.content if one.kind == "reasoning")
         return message
 
-    def decoder(self, provider: Provider) -> AnswerDecoder:
-        return OpenAIDecoder(provider)
-
 
 def openai_part(delta: Delta) -> dict[str, Any]:
     """A part of list content, which only a message with an image has: some servers take nothing but a string."""
@@ -1520,14 +1497,9 @@ def openai_part(delta: Delta) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:{image['media_type']};base64,{image['data']}"}}
 
 
-def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool of any shape in OpenAI's."""
+def openai_tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = function_of(tool)
-    if function is None or function is tool.get("function"):
-        return tool if function is None else {"type": "function", **tool}
-    named = {name: value for name, value in function.items() if name not in ("type", "input_schema", "cache_control")}
-    schema = {"parameters": function["input_schema"]} if "input_schema" in function else {}
-    return {"type": "function", "function": {**named, **schema}}
+    return tool if function is None else {"type": "function", "function": function}
 
 
 def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
@@ -1547,13 +1519,13 @@ THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}
 
 
 class BlockDelta(Struct, gc=False):
-    """Any delta of any block; types that are not known have fields of other types, so nothing is typed."""
+    """Any delta of any block, and of the message."""
 
-    text: Any = None
-    thinking: Any = None
-    partial_json: Any = None
-    signature: Any = None
-    stop_reason: Any = None
+    text: str | None = None
+    thinking: str | None = None
+    partial_json: str | None = None
+    signature: str | None = None
+    stop_reason: str | None = None
 
 
 class AnthropicEvent(Struct, gc=False):
@@ -1562,12 +1534,12 @@ class AnthropicEvent(Struct, gc=False):
     type: str = ""
     index: Any = 0
     delta: BlockDelta | None = None
-    content_block: Any = None
-    message: Any = None
-    usage: Any = None
+    content_block: dict[str, Any] | None = None
+    message: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
     error: Any = None
-    content: Any = None
-    stop_reason: Any = None
+    content: list[dict[str, Any]] | None = None
+    stop_reason: str | None = None
 
 
 decode_anthropic_event = msgspec.json.Decoder(AnthropicEvent).decode
@@ -1593,7 +1565,7 @@ class AnthropicDecoder(Decoder):
         try:
             event = decode_anthropic_event(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            if name and name not in ANTHROPIC_EVENTS:
+            if name and not name.startswith((b"message_", b"content_block_")):  # unknown events are to be ignored
                 return
             event = self._decode_leniently(data, AnthropicEvent)
         if event.error or event.type == "error":
@@ -1603,50 +1575,51 @@ class AnthropicDecoder(Decoder):
             self._mend(deltas, first)
 
     def _decode_event(self, event: AnthropicEvent, deltas: list[Delta]) -> None:
-        if event.type == "content_block_delta" and event.delta is not None:
+        if event.type == "content_block_delta" and event.delta:
             self._decode_delta(event.index, event.delta, deltas)
-        elif event.type == "content_block_start" and isinstance(event.content_block, dict):
+        elif event.type == "content_block_start" and event.content_block:
             self._start_block(event.index, event.content_block, deltas)
         elif event.type == "content_block_stop":
             self._stop_block(event.index, deltas)
-        elif event.type == "message_start" and isinstance(event.message, dict):
+        elif event.type == "message_start" and event.message:
             self._count(event.message.get("usage"))
         elif event.type == "message_delta":
             self._count(event.usage)
-            if event.delta is not None and isinstance(event.delta.stop_reason, str):
-                self.finish_reason = finish_reason_of(event.delta.stop_reason)
+            self._finish(event.delta.stop_reason if event.delta else None)
         elif event.type == "message_stop":
             self.done = True
 
     def _decode_delta(self, index: Any, delta: BlockDelta, deltas: list[Delta]) -> None:
-        if isinstance(delta.text, str) and delta.text:
+        if delta.text:
             deltas.append(Delta("text", delta.text))
-        elif isinstance(delta.thinking, str) and delta.thinking:
+        if delta.thinking:
             deltas.append(Delta("reasoning", delta.thinking))
-        elif isinstance(delta.signature, str) and delta.signature:
+        if delta.signature:
             deltas.append(self._signature({"signature": delta.signature}))
-        elif isinstance(delta.partial_json, str) and index in self._calls:
+        if delta.partial_json and index in self._calls:
             self._hold(self._calls[index], delta.partial_json)
 
     def _start_block(self, index: Any, block: dict[str, Any], deltas: list[Delta]) -> None:
-        """A text block may begin with text; a redacted one is whole already; a tool call is one when it stops."""
-        kind, text = block.get("type"), block.get("text")
+        """A block may begin with content, and in a document has all of it. A tool call is complete when it stops."""
+        kind = block.get("type")
         if kind == "tool_use":
             self._calls[index] = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""))
-            if block.get("input"):  # whole at once, as in a document
+            if block.get("input"):
                 self._hold(self._calls[index], json.dumps(block["input"], ensure_ascii=False))
         elif kind == "redacted_thinking":
             deltas.append(self._signature({"redacted": str(block.get("data") or "")}))
-        elif kind == "thinking" and isinstance(block.get("thinking"), str) and block["thinking"]:
-            deltas.append(Delta("reasoning", block["thinking"]))
-        elif kind == "text" and isinstance(text, str) and text:
-            deltas.append(Delta("text", text))
+        elif kind in ("text", "thinking"):
+            given = {name: value for name, value in block.items() if isinstance(value, str)}
+            self._decode_delta(index, msgspec.convert(given, BlockDelta), deltas)
 
     def _stop_block(self, index: Any, deltas: list[Delta]) -> None:
-        """A tool call is complete with its block."""
         if (call := self._calls.pop(index, None)) is not None:
             call.fragments = call.fragments if any(call.fragments) else ["{}"]
-            deltas.append(tool_call_delta(call))
+            deltas.append(call.delta())
+
+    def _finish(self, word: str | None) -> None:
+        if word:
+            self.finish_reason = finish_reason_of(word)
 
     def _signature(self, what: dict[str, str]) -> Delta:
         """What must go back with the reasoning before it, and only to the provider that signed it."""
@@ -1670,22 +1643,15 @@ class AnthropicDecoder(Decoder):
         event = self._decode_leniently(body, AnthropicEvent)
         if event.error or event.type == "error":
             raise in_band_error(self._provider, body)
-        if not isinstance(event.content, list):
-            words, _ = body_words("", body)
-            raise ProviderProtocol(
-                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
-            )
+        if event.content is None:
+            raise no_answer(self._provider, body)
         for index, block in enumerate(event.content):
-            if isinstance(block, dict):
-                self._start_block(index, block, deltas)
-                if block.get("type") == "thinking" and block.get("signature"):
-                    deltas.append(self._signature({"signature": str(block["signature"])}))
-                self._stop_block(index, deltas)
+            self._start_block(index, block, deltas)
+            self._stop_block(index, deltas)
         deltas[:] = [Delta(delta.kind, without_halves(delta.text)) for delta in deltas]
         self._mending = False
         self._count(event.usage)
-        if isinstance(event.stop_reason, str):
-            self.finish_reason = finish_reason_of(event.stop_reason)
+        self._finish(event.stop_reason)
 
     def end(self, deltas: list[Delta]) -> None:
         super().end(deltas)
@@ -1693,20 +1659,9 @@ class AnthropicDecoder(Decoder):
             self._stop_block(index, deltas)
 
 
-ANTHROPIC_EVENTS = frozenset(
-    {
-        b"message_start",
-        b"content_block_start",
-        b"content_block_delta",
-        b"content_block_stop",
-        b"message_delta",
-        b"message_stop",
-    }
-)
-
-
 class AnthropicDialect:
     models_path = "/v1/models?limit=1000"
+    decoder = AnthropicDecoder
 
     def path(self, provider: Provider) -> str:
         return "/messages" if provider.base_url.endswith("/v1") else "/v1/messages"
@@ -1721,15 +1676,12 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = [
-            tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"
-        ]
+        turns = [anthropic_turn(turn, provider) for turn in answered(question.turns) if turn.role != "system"]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
         outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
-        messages = [self._message(turn) for turn in outgoing]
-        prefilled = bool(messages) and messages[-1]["role"] == "assistant"
-        if prefilled and messages[-1]["content"][-1]["type"] == "text":
-            last = messages[-1]["content"][-1]
+        messages: list[dict[str, Any]] = [{"role": turn.role, "content": anthropic_blocks(turn)} for turn in outgoing]
+        prefilled = bool(outgoing) and outgoing[-1].role == "assistant"
+        if prefilled and (last := messages[-1]["content"][-1])["type"] == "text":
             last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
         body: dict[str, Any] = {
             "model": question.model,
@@ -1758,69 +1710,48 @@ class AnthropicDialect:
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        blocks: list[dict[str, Any]] = []
-        reasoning = ""
-        for delta in join_deltas(turn.content):
-            if delta.kind == "text" and delta.text.strip():  # a blank text block is refused
-                blocks.append({"type": "text", "text": delta.text})
-            elif delta.kind == "reasoning":
-                reasoning = delta.text
-            elif delta.kind == "signature":
-                blocks.append(thinking_block(json.loads(delta.text), reasoning))
-                reasoning = ""
-            elif delta.kind == "image":
-                image = json.loads(delta.text)
-                source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
-                blocks.append({"type": "image", "source": source})
-            elif delta.kind == "tool_call":
-                call = json.loads(delta.text)
-                name, arguments = call["name"], parse_arguments(call["arguments"])
-                blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": arguments})
-            elif delta.kind == "tool_result":
-                result = json.loads(delta.text)
-                blocks.append({"type": "tool_result", "tool_use_id": result["id"], "content": result["text"]})
-        return {"role": turn.role, "content": blocks}
 
-    def decoder(self, provider: Provider) -> AnswerDecoder:
-        return AnthropicDecoder(provider)
-
-
-def tool_result_turn(turn: Turn) -> Turn:
-    """Anthropic has no role `tool`: a result is a part of the user's turn. The kind is known in this dialect only."""
-    if turn.role != "tool":
-        return turn
-    result = encode_json({"id": turn.tool_call_id, "text": text_of(turn.content)}).decode()
-    return Turn("user", (Delta("tool_result", result),))
-
-
-def signed_turn(turn: Turn, provider: Provider) -> Turn:
-    """The turn with only the reasoning that this provider signed: it refuses any other, and whoever signed it, its own
-    without the signature or with reasoning that is not exactly the same."""
+def anthropic_turn(turn: Turn, provider: Provider) -> Turn:
+    """A turn with two kinds of this dialect's own, whose text is their block. `tool_result`: it is a part of the user's
+    turn. `thinking`: the reasoning that this provider signed, just as it was; it refuses any other."""
+    if turn.role == "tool":
+        result = {"type": "tool_result", "tool_use_id": turn.tool_call_id, "content": text_of(turn.content)}
+        return Turn("user", (Delta("tool_result", encode_json(result).decode()),))
     kept: list[Delta] = []
-    reasoning: list[Delta] = []
+    reasoning = ""
     for delta in join_deltas(turn.content):
         if delta.kind == "signature":
-            kept += [*reasoning, delta] if json.loads(delta.text).get("provider") == provider.name else []
+            signed = json.loads(delta.text)
+            block = {"type": "thinking", "thinking": reasoning, "signature": signed.get("signature")}
+            if "redacted" in signed:
+                block = {"type": "redacted_thinking", "data": signed["redacted"]}
+            if signed.get("provider") == provider.name:
+                kept.append(Delta("thinking", encode_json(block).decode()))
         elif delta.kind != "reasoning":
             kept.append(delta)
-        reasoning = [delta] if delta.kind == "reasoning" else []
+        reasoning = delta.text if delta.kind == "reasoning" else ""
     return replace(turn, content=tuple(kept))
 
 
-def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, Any]:
-    """Signed reasoning as a block."""
-    if "redacted" in signature:
-        return {"type": "redacted_thinking", "data": signature["redacted"]}
-    return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+def anthropic_blocks(turn: Turn) -> list[dict[str, Any]]:
+    blocks = []
+    for delta in join_deltas(turn.content):
+        block = {"type": "text", "text": delta.text} if delta.kind == "text" else json.loads(delta.text)
+        if delta.kind == "image":
+            block = {"type": "image", "source": {"type": "base64", **block}}
+        elif delta.kind == "tool_call":
+            arguments = parse_arguments(block["arguments"])
+            block = {"type": "tool_use", "id": block["id"], "name": block["name"], "input": arguments}
+        if delta.kind != "text" or delta.text.strip():  # a blank text is refused
+            blocks.append(block)
+    return blocks
 
 
-def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool of any shape in Anthropic's."""
+def anthropic_tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = function_of(tool)
     if function is None:
         return tool
-    schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
     described = {"description": function["description"]} if function.get("description") else {}
     return {"name": function.get("name", ""), **described, "input_schema": schema}
 
@@ -2724,7 +2655,7 @@ class Answer:
     def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
         try:
             if self._document is not None:
-                self._decode_document(bytes(self._document), deltas)
+                self.decoder.decode_document(bytes(self._document), deltas)
             with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
                 for name, payload in self._sse.end():
                     self.decoder.decode(name, payload, deltas)
@@ -2735,23 +2666,11 @@ class Answer:
             return exc
         return None
 
-    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
-        if body.startswith(b"<"):
-            words, _ = body_words("text/html", body)
-            raise ProviderProtocol(
-                f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}"
-            )
-        self.decoder.decode_document(body, deltas)
-
     def _strange_error(self, body: bytes) -> ProviderError:
         """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
         if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
             return in_band_error(self.provider, body)
-        words, _ = body_words(self._response.headers.get("content-type", ""), body)
-        return ProviderProtocol(
-            f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}"
-        )
+        return no_answer(self.provider, body)
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2931,7 +2850,7 @@ class Providers:
                     body += data
                     if len(body) > REQUEST_BYTES_MAX:
                         break
-        words, kinds = body_words(response.headers.get("content-type", ""), body)
+        words, kinds = body_words(body)
         if 300 <= response.status_code < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
         error = provider_error(provider, response.status_code, words, kinds)
@@ -4164,12 +4083,7 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
         content = found.setdefault(row["id"], (row, []))[1]
         content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
-        Turn(
-            row["role"],
-            tuple(join_deltas(content)),
-            row["provider"],
-            json.loads(row["params_json"]).get("tool_call_id"),
-        )
+        Turn(row["role"], tuple(join_deltas(content)), json.loads(row["params_json"]).get("tool_call_id"))
         for row, content in found.values()
     )
 
