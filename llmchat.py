@@ -1876,11 +1876,11 @@ class RepetitionGuard:
 # While an answer grows, a MarkdownStream parses only its tail. A block that begins after a blank line, and whose first
 # line is complete, neither continues what stands before it nor changes it. So everything before the last such block is
 # settled: sent once, then left alone (a reader may be selecting in it). Two things need care. A reference definition,
-# `[label]: url`, reaches back: each block remembers the labels it asked for and is rendered again when one of them
-# changes. And a code block is highlighted once, when it closes: on every frame would cost the square of its length.
+# `[label]: url`, reaches back: blocks with brackets are rendered again when there is a new one. And a code block is
+# highlighted once, when it closes: on every frame would cost the square of its length.
 #
 # Deliberately absent: raw HTML and footnotes, which reach across blank lines. A new rule must not do so either, nor put
-# content into HTML unescaped; the tests hold every prefix of every document against render_growing(). The libraries are
+# content into HTML unescaped; the tests hold every prefix of every document against a full render. The libraries are
 # imported at first use, so that a service that has nothing to render stays small.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -1938,17 +1938,6 @@ def _lexer(language: str) -> Any:
         return None
 
 
-class _TooSlow(Exception):
-    """Highlighting takes too long."""
-
-
-def _until(deadline: float, clock: Callable[[], float], tokens: Iterable[Any]) -> Iterator[Any]:
-    for token in tokens:
-        if clock() > deadline:
-            raise _TooSlow
-        yield token
-
-
 def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
     """Code as spans with Pygments' classes; as text if its language is unknown, or it is too long or too slow."""
     is_lit = language and len(code) <= HIGHLIGHT_CHARACTERS_MAX and not _SLOW_CODE.search(code)
@@ -1958,11 +1947,13 @@ def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
     from pygments import format as format_tokens  # type: ignore[import-untyped]
     from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 
-    tokens = _until(clock() + HIGHLIGHT_SECONDS_MAX, clock, lexer.get_tokens(code))
-    try:
-        return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
-    except _TooSlow:
-        return html.escape(code)
+    deadline = clock() + HIGHLIGHT_SECONDS_MAX
+    tokens = []
+    for token in lexer.get_tokens(code):
+        if clock() > deadline:
+            return html.escape(code)
+        tokens.append(token)
+    return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
 
 
 def _figure(code: str, language: str) -> str:
@@ -2113,16 +2104,6 @@ def _finish_tokens(state: StateCore) -> None:
 # The parser
 
 
-class _References(dict[str, Any]):
-    """Reference definitions by label, which remember the labels that were asked for."""
-
-    asked: set[str]
-
-    def get(self, label: Any, default: Any = None, /) -> Any:
-        self.asked.add(label)
-        return super().get(label, default)
-
-
 def _is_too_costly(text: str) -> bool:
     """Whether inline parsing could take the square of the length: what opens something is sought an end for."""
     depth = deepest = 0
@@ -2133,14 +2114,12 @@ def _is_too_costly(text: str) -> bool:
 
 
 def _parse_inlines(state: StateCore) -> None:
-    """Parse the text of each block, unless that is too costly, and note the labels that it asks for."""
+    """Parse the text of each block, unless that is too costly."""
     from markdown_it.token import Token
 
-    references: _References = state.env["references"]
     for token in state.tokens:
         if token.type != "inline":
             continue
-        references.asked = token.meta["labels"] = set()
         token.children = []
         if _is_too_costly(token.content):
             token.children.append(Token("text", "", 0, content=token.content))
@@ -2186,7 +2165,7 @@ def _parser() -> MarkdownIt:
 
 def _environment(definitions: dict[str, Any], clock: Callable[[], float]) -> dict[str, Any]:
     """What the rules above share during one parse."""
-    return {"references": _References(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
+    return {"references": dict(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
 
 
 def _html(tokens: Sequence[Token], environment: dict[str, Any]) -> str:
@@ -2198,17 +2177,6 @@ def render(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
     """The HTML of a finished answer. Every text has one; what is too costly to parse is shown as text."""
     environment = _environment({}, clock)
     return _html(_parser().parse(text, environment), environment)
-
-
-def render_growing(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
-    """The HTML of an answer that still grows: render(), but with a last fence that has no end yet not highlighted."""
-    text = _RETURN.sub("\n", text)
-    environment = _environment({}, clock) | {"growing_line": _line_count(text)}
-    return _html(_parser().parse(text, environment), environment)
-
-
-def _render_plain(text: str) -> str:
-    return f'<pre class="plain">{html.escape(text)}</pre>\n' if text else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -2224,18 +2192,12 @@ class Frame:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A settled block: its source, which can be parsed alone, and the reference labels that it asks for."""
+class _Block(NamedTuple):
+    """A settled block: its source, which can be parsed alone, and whether a reference definition may change it."""
 
     source: str
-    labels: frozenset[str]
     html: str
-
-
-def _block(source: str, tokens: Sequence[Token], environment: dict[str, Any]) -> _Block:
-    labels = frozenset[str]().union(*(token.meta["labels"] for token in tokens if token.type == "inline"))
-    return _Block(source, labels, _html(tokens, environment))
+    has_brackets: bool
 
 
 def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
@@ -2252,7 +2214,8 @@ def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
 
 
 class MarkdownStream:
-    """render_growing(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it.
+    """render(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it, but for a code
+    block at the end that has not closed yet: it is not highlighted.
 
     A frame costs what its open block costs. A caller that pauses for ten times `Frame.seconds` bounds the share of a
     core; an open block that is too slow all the same is plain text, tried again each time it has doubled. Blocks and
@@ -2291,7 +2254,7 @@ class MarkdownStream:
             is_slow = not settled and self._clock() - started > OPEN_BLOCK_SECONDS_MAX
             self._plain_below = 2 * len(self._tail) if is_slow else 0
         if is_slow:
-            self._open = _render_plain(self._tail)
+            self._open = f'<pre class="plain">{html.escape(self._tail)}</pre>\n' if self._tail else ""
         return Frame(tuple(settled), self._open, self._clock() - started)
 
     def finish(self) -> Frame:
@@ -2315,12 +2278,14 @@ class MarkdownStream:
         self, tokens: list[Token], cuts: list[tuple[int, int]], environment: dict[str, Any]
     ) -> list[tuple[int, str]]:
         """Settle what lies between the cuts and keep the rest as the tail; returns the new and the changed blocks."""
-        references: _References = environment["references"]
+        references: dict[str, Any] = environment["references"]
         changed = self._render_again(references)
         for (first, start), (last, end) in itertools.pairwise(cuts):
-            block = _block(self._tail[start:end], tokens[first:last], environment)
-            changed.append((len(self._blocks), block.html))
-            self._blocks.append(block)
+            block_tokens = tokens[first:last]
+            rendered = _html(block_tokens, environment)
+            has_brackets = any(token.type == "inline" and "[" in token.content for token in block_tokens)
+            changed.append((len(self._blocks), rendered))
+            self._blocks.append(_Block(self._tail[start:end], rendered, has_brackets))
         cut = cuts[-1][1]
         if cut:
             cut_line = self._tail.count("\n", 0, cut)
@@ -2329,19 +2294,19 @@ class MarkdownStream:
             self._highlighted.clear()
         return changed
 
-    def _render_again(self, references: _References) -> list[tuple[int, str]]:
-        """The settled blocks that look different because a label they ask for has a new meaning."""
+    def _render_again(self, references: dict[str, Any]) -> list[tuple[int, str]]:
+        """The settled blocks that look different because a reference definition is new or has changed."""
         targets = {label: (made["href"], made["title"]) for label, made in references.items()}
-        labels = {label for label, _ in targets.items() ^ self._targets.items()}
+        changed: list[tuple[int, str]] = []
+        if targets == self._targets:
+            return changed
         self._targets = targets
-        changed = []
-        for number, old in enumerate(self._blocks if labels else ()):
-            if not labels.isdisjoint(old.labels):
+        for number, old in enumerate(self._blocks):
+            if old.has_brackets:
                 environment = _environment(references, self._clock)
-                block = _block(old.source, _parser().parse(old.source, environment), environment)
-                self._blocks[number] = block
-                if block.html != old.html:
-                    changed.append((number, block.html))
+                rendered = _html(_parser().parse(old.source, environment), environment)
+                self._blocks[number] = old._replace(html=rendered)
+                changed += [(number, rendered)] if rendered != old.html else []
         return changed
 
 
