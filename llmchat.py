@@ -451,6 +451,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
 
 DIALECT_NAMES = ("openai", "anthropic")
 DEMO = "demo"
+DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
 DEMO_HOST = "demo.invalid"  # RFC 2606: no such host can exist; section 8 answers for it without a network
 
 
@@ -580,7 +581,7 @@ def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
     ]
     names = dict.fromkeys([*PROVIDER_FACTS, *addressed])
     found = [provider for name in names if (provider := find_provider(name, environment))]
-    return tuple(found) or (Provider(DEMO, "openai", f"http://{DEMO_HOST}/v1"),)
+    return tuple(found) or (Provider(DEMO, "openai", f"http://{DEMO_HOST}/v1", models=DEMO_MODELS),)
 
 
 def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provider]) -> tuple[str, ...]:
@@ -1519,13 +1520,13 @@ THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}
 
 
 class BlockDelta(Struct, gc=False):
-    """Any delta of any block, and of the message."""
+    """Any delta of any block, and of the message; types that are not known have fields of other types."""
 
-    text: str | None = None
-    thinking: str | None = None
-    partial_json: str | None = None
-    signature: str | None = None
-    stop_reason: str | None = None
+    text: Any = None
+    thinking: Any = None
+    partial_json: Any = None
+    signature: Any = None
+    stop_reason: Any = None
 
 
 class AnthropicEvent(Struct, gc=False):
@@ -1590,14 +1591,14 @@ class AnthropicDecoder(Decoder):
             self.done = True
 
     def _decode_delta(self, index: Any, delta: BlockDelta, deltas: list[Delta]) -> None:
-        if delta.text:
+        if isinstance(delta.text, str) and delta.text:
             deltas.append(Delta("text", delta.text))
-        if delta.thinking:
+        elif isinstance(delta.thinking, str) and delta.thinking:
             deltas.append(Delta("reasoning", delta.thinking))
-        if delta.signature:
-            deltas.append(self._signature({"signature": delta.signature}))
-        if delta.partial_json and index in self._calls:
+        elif isinstance(delta.partial_json, str) and index in self._calls:
             self._hold(self._calls[index], delta.partial_json)
+        if isinstance(delta.signature, str) and delta.signature:
+            deltas.append(self._signature({"signature": delta.signature}))
 
     def _start_block(self, index: Any, block: dict[str, Any], deltas: list[Delta]) -> None:
         """A block may begin with content, and in a document has all of it. A tool call is complete when it stops."""
@@ -1609,16 +1610,15 @@ class AnthropicDecoder(Decoder):
         elif kind == "redacted_thinking":
             deltas.append(self._signature({"redacted": str(block.get("data") or "")}))
         elif kind in ("text", "thinking"):
-            given = {name: value for name, value in block.items() if isinstance(value, str)}
-            self._decode_delta(index, msgspec.convert(given, BlockDelta), deltas)
+            self._decode_delta(index, msgspec.convert(block, BlockDelta), deltas)
 
     def _stop_block(self, index: Any, deltas: list[Delta]) -> None:
         if (call := self._calls.pop(index, None)) is not None:
             call.fragments = call.fragments if any(call.fragments) else ["{}"]
             deltas.append(call.delta())
 
-    def _finish(self, word: str | None) -> None:
-        if word:
+    def _finish(self, word: Any) -> None:
+        if isinstance(word, str):
             self.finish_reason = finish_reason_of(word)
 
     def _signature(self, what: dict[str, str]) -> Delta:
@@ -2322,8 +2322,6 @@ class MarkdownStream:
 # demo provider is a transport too, so that a first start without a key takes the very same way.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
-DEMO_PIECE_CHARACTERS = 4
 DEMO_TEXT = """\
 Hello! This answer comes from llmchat's built-in **demo** provider: no key, no network, the same text every time. \
 You wrote:
@@ -2381,42 +2379,51 @@ DEMO_REASONING = (
 )
 
 
-def demo_answer(model: str, question: str) -> list[dict[str, str]]:
-    """The pieces of a demo model's answer as chat deltas."""
-    texts = {
-        "tour": DEMO_TEXT.format(question=shorten(question, None)),
-        "long": "".join(
-            f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)
-        ),
-        "markdown": DEMO_MARKDOWN,
-        "reasoning": "That is how it looks: the reasoning first, then the answer.\n",
-        "loop": "This model goes round in circles. " * 2000,
-        "slow": "One word a second: this is what a large model on a small machine feels like.\n",
-        "fails": "This answer breaks off in the mid",
-    }
-    reasoning = (
-        [{"reasoning_content": word} for word in re.findall(r"\S+\s*", DEMO_REASONING)] if model == "reasoning" else []
-    )
-    pieces = (
-        re.findall(r"\S+\s*", texts[model])
-        if model == "slow"
-        else re.findall(f"(?s).{{1,{DEMO_PIECE_CHARACTERS}}}", texts[model])
-    )
-    return reasoning + [{"content": piece} for piece in pieces]
+class Demo(NamedTuple):
+    """A demo model: its answer, the pause after each piece of it, the pattern of a piece, and what it thinks first."""
+
+    text: str
+    pause_seconds: float = 0.015
+    piece: str = r"(?s).{1,4}"
+    reasoning: str = ""
+
+
+DEMOS = {
+    "tour": Demo(DEMO_TEXT),
+    "slow": Demo("One word a second: this is what a large model on a small machine feels like.\n", 1.0, r"\S+\s*"),
+    "long": Demo(
+        "".join(f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)), 0.005
+    ),
+    "markdown": Demo(DEMO_MARKDOWN),
+    "reasoning": Demo("That is how it looks: the reasoning first, then the answer.\n", reasoning=DEMO_REASONING),
+    "loop": Demo("This model goes round in circles. " * 2000, 0.001),
+    "fails": Demo("This answer breaks off in the mid"),
+}
+assert tuple(DEMOS) == DEMO_MODELS
 
 
 async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
-    """The demo answer as a provider would send it. `fails` breaks off without a finish_reason."""
-    pause = {"slow": 1.0, "long": 0.005, "loop": 0.001}.get(model, 0.015)
-    for delta in demo_answer(model, question):
+    """A demo model's answer as a provider would send it. `fails` breaks off without a finish_reason."""
+    demo = DEMOS[model]
+    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", demo.reasoning)]
+    text = demo.text.replace("{question}", shorten(question, None))
+    deltas += [{"content": piece} for piece in re.findall(demo.piece, text)]
+    for delta in deltas:
         yield b"data: %s\n\n" % encode_json({"choices": [{"index": 0, "delta": delta}]})
-        await asyncio.sleep(pause)
+        await asyncio.sleep(demo.pause_seconds)
     if model != "fails":
         yield b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
         yield b"data: [DONE]\n\n"
 
 
-Batch = tuple[list[Delta], GenerationError | None]  # of one read, and what went wrong in it
+def answer_demo(request: httpx.Request) -> httpx.Response:
+    """Answers a question to DEMO_HOST, without a network."""
+    import httpx
+
+    asked = decode_json(request.content)
+    content = asked["messages"][-1]["content"]
+    question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return httpx.Response(200, content=demo_stream(asked["model"], question))
 
 
 class Target(NamedTuple):
@@ -2643,15 +2650,8 @@ def connection_errors() -> tuple[type[Exception], ...]:
     import aiohttp
     import httpx
 
-    return (
-        httpx.HTTPError,
-        httpx.InvalidURL,
-        httpx.StreamError,
-        aiohttp.ClientError,
-        aiohttp.http.HttpProcessingError,
-        OSError,
-        ValueError,
-    )
+    of_httpx = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError)
+    return (*of_httpx, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
 
 
 def connection_error(provider: Provider, exc: Exception) -> ProviderError:
@@ -2659,19 +2659,15 @@ def connection_error(provider: Provider, exc: Exception) -> ProviderError:
     import aiohttp
 
     cause = exc.__cause__ or exc
+    reason = shorten(reason_of(cause), provider.key)
     if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
-        return ProviderProtocol(
-            f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}"
-        )
+        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {reason}")
+    what = "broke the connection before it answered"
     if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
-        inner = getattr(cause, "os_error", None)
-        reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
-        return ProviderUnavailable(
-            f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True
-        )
-    return ProviderUnavailable(
-        f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True
-    )
+        what = f"cannot be reached at {provider.base_url}"
+        system = getattr(cause, "os_error", None)
+        reason = os.strerror(system.errno) if isinstance(system, ConnectionError) and system.errno else reason
+    return ProviderUnavailable(f"{provider.name} {what}: {reason}", transient=True)
 
 
 def reason_of(exc: BaseException) -> str:
@@ -2681,21 +2677,16 @@ def reason_of(exc: BaseException) -> str:
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """How long a provider asks to wait, by `retry-after-ms`, or `retry-after` as seconds or an HTTP date."""
-    text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return check_seconds(float(headers.get("retry-after-ms", "")) / 1000)
-    with contextlib.suppress(ValueError):
-        return check_seconds(float(text))
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return check_seconds(email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    readings: tuple[Callable[[], float], ...] = (
+        lambda: float(headers["retry-after-ms"]) / 1000,
+        lambda: float(headers["retry-after"]),
+        lambda: email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(),
+    )
+    for read in readings:
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            if (seconds := read()) == seconds:  # `float` takes "nan"
+                return max(seconds, 0.0)
     return None
-
-
-def check_seconds(seconds: float) -> float:
-    """A wait that is not in the past. Raises ValueError for what is no number (`float` takes "nan")."""
-    if seconds != seconds:
-        raise ValueError("not a number")
-    return max(seconds, 0.0)
 
 
 def retry_delay(error: ProviderError, attempt: int) -> float | None:
@@ -2793,12 +2784,10 @@ class Providers:
 
     async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
         """One request; the response's body is still to be read. Raises ProviderError."""
-        if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
-            raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         import httpx
 
         await self.open()
-        transport = open_demo_transport() if provider.name == DEMO else self._transport
+        transport = httpx.MockTransport(answer_demo) if provider.name == DEMO else self._transport
         headers = {**PROVIDER_HEADERS, **DIALECTS[provider.dialect].headers(provider)}
         try:
             request = httpx.Request(method, url, content=body, headers=headers, extensions=PROVIDER_EXTENSIONS)
@@ -2832,8 +2821,8 @@ class Providers:
     async def list_models(self, provider: Provider, refresh: bool = False) -> ModelList:
         """A provider's models, asked live unless they are given or were asked lately; never raises."""
         known = self._models.get(provider.name)
-        if provider.name == DEMO or provider.models:
-            return ModelList(provider.models or DEMO_MODELS, None, 0.0)
+        if provider.models:
+            return ModelList(provider.models, None, 0.0)
         if known is None or refresh or time.monotonic() - known.asked_at > MODELS_CACHE_SECONDS:
             try:
                 async with asyncio.timeout(MODELS_SECONDS):
@@ -2846,26 +2835,13 @@ class Providers:
         return known
 
     async def _fetch_models(self, provider: Provider) -> tuple[str, ...]:
-        dialect = DIALECTS[provider.dialect]
-        base_url = provider.base_url.removesuffix("/v1") if dialect.models_path.startswith("/v1") else provider.base_url
-        url = provider.models_url or base_url + dialect.models_path
-        models: list[str] = []
-        page: Any = {"has_more": True, "last_id": None}
-        while isinstance(page, dict) and page.get("has_more"):  # only Anthropic's list has pages
-            after = f"&after_id={page['last_id']}" if page.get("last_id") else ""
-            page = await self._fetch_json(provider, url + after)
-            found = models_of(page)
-            models += found
-            if not found:
-                break
-        return tuple(dict.fromkeys(models))
-
-    async def _fetch_json(self, provider: Provider, url: str) -> Any:
-        response = await self._send(provider, "GET", url, None)
+        path = DIALECTS[provider.dialect].models_path
+        base_url = provider.base_url.removesuffix("/v1") if path.startswith("/v1") else provider.base_url
+        response = await self._send(provider, "GET", provider.models_url or base_url + path, None)
         try:
             if response.status_code != 200:
                 raise (await self._refusal(provider, response))[0]
-            return decode_json(await response.aread())
+            return tuple(dict.fromkeys(models_of(decode_json(await response.aread()))))
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
         except connection_errors() as exc:
@@ -2877,38 +2853,39 @@ class Providers:
 
     async def resolve(self, provider_name: str | None, model: str | None, name: str = "model") -> Target:
         """The target that a request means; `name` is the field to blame. Raises InvalidRequest."""
-        if provider_name is not None:
-            provider = self._find(provider_name, "provider")
-            return self._check(Target(provider, model or await self._first_model(provider)), name)
-        if model is None and not self._config.default_model:
-            provider = self._config.providers[0]
-            return Target(provider, await self._first_model(provider))
-        wanted = model if model is not None else self._config.default_model
-        prefix, slash, rest = wanted.partition("/")
-        if slash and rest and self._config.provider(prefix):
-            return self._check(Target(self._find(prefix, name), rest), name)
-        if found := await self._find_by_model(wanted, name):
-            return found
-        if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
-            return self._check(Target(self._config.providers[0], wanted), name)
-        self._find(prefix if slash else wanted, name)
-        raise ModelNotFound(
-            f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too"
-        )
+        wanted = model or ""
+        provider = self._find(provider_name, "provider") if provider_name is not None else None
+        if provider is None:
+            wanted = wanted or self._config.default_model
+            prefix, _, rest = wanted.partition("/")
+            if rest and (provider := self._config.provider(prefix)):
+                wanted = rest
+            elif wanted:
+                return await self._find_by_model(wanted, name)
+        provider = provider or self._config.providers[0]
+        return self._check(Target(provider, wanted or await self._first_model(provider)), name)
 
-    async def _find_by_model(self, wanted: str, name: str) -> Target | None:
-        """The target of a model without its provider, where only one has it. Raises ModelNotFound.
+    async def _find_by_model(self, wanted: str, name: str) -> Target:
+        """The target of a model without its provider: where only one has it, or there is only one. Raises ModelNotFound.
 
         The lists that the configuration gives come first; only then are the providers asked for theirs.
         """
-        found = [Target(one, wanted) for one in self._config.providers if wanted in one.models]
-        if not found and len(self._config.providers) > 1 and self._config.provider(wanted) is None:
-            listed = await asyncio.gather(*map(self.list_models, self._config.providers))
-            pairs = zip(self._config.providers, listed, strict=True)
-            found = [Target(one, wanted) for one, of_one in pairs if wanted in of_one.models]
-        if len(found) > 1:
+        providers = self._config.providers
+        found = [Target(one, wanted) for one in providers if wanted in one.models]
+        if not found and len(providers) > 1 and self._config.provider(wanted) is None:
+            listed = await asyncio.gather(*map(self.list_models, providers))
+            found = [Target(one, wanted) for one, its in zip(providers, listed, strict=True) if wanted in its.models]
+        prefix = wanted.partition("/")[0]
+        if len(providers) == 1 and prefix not in PROVIDER_FACTS:
+            found = [self._check(Target(providers[0], wanted), name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
             raise ModelNotFound(f"{name}: several providers have {wanted!r}; write one of {', '.join(map(str, found))}")
-        return found[0] if found else None
+        self._find(prefix, name)
+        raise ModelNotFound(
+            f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too"
+        )
 
     def _find(self, wanted: str, name: str) -> Provider:
         provider = self._config.provider(wanted)
@@ -2921,7 +2898,7 @@ class Providers:
 
     def _check(self, target: Target, name: str) -> Target:
         """Refuses a model that is known not to be there: where the list is given, not asked."""
-        models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
+        models = target.provider.models
         if models and target.model not in models:
             raise ModelNotFound(
                 f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}"
@@ -3025,28 +3002,6 @@ def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
         limit=limits.max_connections or 0, keepalive_timeout=limits.keepalive_expiry, ssl=ssl_context
     )
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=bool(getproxies()))
-
-
-def open_demo_transport() -> Any:
-    """Answers for DEMO_HOST as a provider would, without a network."""
-    import httpx
-
-    class DemoStream(httpx.AsyncByteStream):
-        def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-            self._chunks = chunks
-
-        def __aiter__(self) -> AsyncIterator[bytes]:
-            return self._chunks
-
-    class DemoTransport(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            body = decode_json(request.content)
-            content = body["messages"][-1]["content"]
-            question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-            stream = DemoStream(demo_stream(body["model"], question))
-            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=stream)
-
-    return DemoTransport()
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

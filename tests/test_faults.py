@@ -400,7 +400,7 @@ def _(dialect: str) -> Script:
     return json_answer({"error": {"message": "Slow down: insufficient_quota", "code": "429"}})
 
 
-@case("JSON that is no answer", "provider_protocol", 'something that is no answer: {"status": "ok"}')
+@case("JSON that is no answer", "provider_protocol", 'something that is no answer: {"status":"ok"}')
 def _(dialect: str) -> Script:
     return json_answer({"status": "ok"})
 
