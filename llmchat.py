@@ -1116,8 +1116,10 @@ def in_band_error(provider: Provider, data: bytes) -> ProviderError:
     return provider_error(provider, status, words, kinds, "reported an error")
 
 
-def no_answer(provider: Provider, data: bytes) -> ProviderProtocol:
-    """The error for what is no answer, nor an error of a known shape."""
+def no_answer(provider: Provider, data: bytes) -> ProviderError:
+    """The error for what came in place of an answer: a bare error (Gemini), a page, or something else altogether."""
+    if data.lstrip().startswith((b"{", b"[")) and b'"error"' in data:
+        return in_band_error(provider, data)
     words = shorten(body_words(data)[0], provider.key)
     return ProviderProtocol(f"{provider.name} sent something that is no answer: {words}")
 
@@ -1383,7 +1385,7 @@ class OpenAIDecoder(Decoder):
         """Usage, and what Groq puts beside it."""
         groq = chunk.x_groq if isinstance(chunk.x_groq, dict) else {}
         if groq.get("error"):
-            raise provider_error(self._provider, 500, str(groq["error"]), (), "reported an error")
+            raise in_band_error(self._provider, encode_json(groq))
         self._decode_usage(chunk.usage or groq.get("usage"))
 
     def _decode_usage(self, usage: Any) -> None:
@@ -1683,29 +1685,23 @@ class AnthropicDialect:
         prefilled = bool(outgoing) and outgoing[-1].role == "assistant"
         if prefilled and (last := messages[-1]["content"][-1])["type"] == "text":
             last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
-        body: dict[str, Any] = {
+        # Thinking excludes a prefill and a temperature, and counts as output.
+        budget = 0 if prefilled else THINKING_TOKENS.get(parameters.reasoning_effort or "", 0)
+        temperature = parameters.temperature if not budget else None
+        body = {
             "model": question.model,
-            "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
+            "max_tokens": (parameters.max_tokens or ANTHROPIC_MAX_TOKENS) + budget,
             "messages": messages,
             "stream": True,
+            "system": "\n\n".join(filter(None, systems)) or None,
+            "temperature": temperature and min(temperature, 1.0),
+            "top_p": parameters.top_p,
+            "stop_sequences": parameters.stop or None,
+            "tools": [anthropic_tool(tool) for tool in parameters.tools or ()] or None,
+            "tool_choice": anthropic_tool_choice(parameters.tool_choice) if parameters.tools else None,
+            "thinking": {"type": "enabled", "budget_tokens": budget} if budget else None,
         }
-        if any(systems):
-            body["system"] = "\n\n".join(filter(None, systems))
-        if parameters.temperature is not None:
-            body["temperature"] = min(parameters.temperature, 1.0)
-        if parameters.top_p is not None:
-            body["top_p"] = parameters.top_p
-        if parameters.stop:
-            body["stop_sequences"] = parameters.stop
-        if parameters.tools:
-            body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
-            body |= anthropic_tool_choice(parameters.tool_choice)
-        budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
-        if budget and not prefilled:  # a prefill and thinking exclude each other
-            body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-            body["max_tokens"] += budget  # the budget counts as output
-            body.pop("temperature", None)  # may not be set beside thinking
-        return body
+        return {name: value for name, value in body.items() if value is not None}
 
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
@@ -1756,14 +1752,12 @@ def anthropic_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"name": function.get("name", ""), **described, "input_schema": schema}
 
 
-def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
+def anthropic_tool_choice(choice: Any) -> Any:
     """OpenAI's tool_choice, a word or a function's name, as Anthropic's; what has another shape goes out as it is."""
-    if choice is None:
-        return {}
     if isinstance(choice, str):
-        return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
+        return {"type": {"required": "any"}.get(choice, choice)}
     name = within(choice, "function", "name") if isinstance(choice, dict) else None
-    return {"tool_choice": {"type": "tool", "name": name} if name else choice}
+    return {"type": "tool", "name": name} if name else choice
 
 
 def parse_arguments(text: str) -> Any:
@@ -2633,16 +2627,10 @@ class Answer:
                     self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
         except ProviderTruncated as exc:
-            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
+            return no_answer(self.provider, bytes(self._sse.strange)) if self._sse.strange else exc
         except GenerationError as exc:
             return exc
         return None
-
-    def _strange_error(self, body: bytes) -> ProviderError:
-        """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
-        if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
-            return in_band_error(self.provider, body)
-        return no_answer(self.provider, body)
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
