@@ -597,35 +597,27 @@ def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provi
             address = f"{name.upper().replace('-', '_')}_BASE_URL"
             sentences.append(f"{variable} alone switches nothing on: set {address} to the address of {name}'s API")
     known = {f"LLMCHAT_{one.name.upper()}" for one in SETTINGS}
-    sentences += [
-        f"{name} is no setting; --help lists them" for name in sorted(environment) if is_mistaken(name, known)
-    ]
-    return tuple(sentences)
-
-
-def is_mistaken(name: str, known: Iterable[str]) -> bool:
-    """Whether a variable looks like a setting and is none; LLMCHAT_SERVICE_… and the like come from Kubernetes."""
-    return name.startswith("LLMCHAT_") and name not in known and not re.match(r"LLMCHAT_(SERVICE|PORT|TEST)_", name)
+    others = r"(?!LLMCHAT_)|LLMCHAT_(SERVICE|PORT|TEST)_"  # LLMCHAT_SERVICE_HOST and the like come from Kubernetes
+    mistaken = [name for name in sorted(environment) if name not in known and not re.match(others, name)]
+    return (*sentences, *(f"{name} is no setting; --help lists them" for name in mistaken))
 
 
 def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
     """The provider that <NAME>_API_KEY or <NAME>_BASE_URL switches on, or None. Raises StartError."""
     prefix = name.upper().replace("-", "_")
-    known = PROVIDER_FACTS.get(name)
-    variables = (*(known.variables if known else ()), f"{prefix}_API_KEY")
+    known = PROVIDER_FACTS.get(name) or ProviderFacts(None, ())
+    variables = (*known.variables, f"{prefix}_API_KEY")
     variable = next((one for one in variables if environment.get(one)), None)
-    base_url = environment.get(f"{prefix}_BASE_URL") or None
-    dialect = environment.get(f"{prefix}_DIALECT") or (known.dialect if known else "openai")
-    if base_url is None and (known is None or variable is None or known.local):
+    given = environment.get(f"{prefix}_BASE_URL")
+    address = given or (known.base_url if variable and not known.local else None)
+    if not address:
         return None
-    told = known or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
-    if not told and not is_base_url(cast(str, base_url)):
+    told = known.variables or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
+    if not told and not address.startswith(("http://", "https://")):
         return None  # some other program's APP_BASE_URL=/app
+    dialect = environment.get(f"{prefix}_DIALECT") or known.dialect
     if dialect not in DIALECT_NAMES:
         raise StartError(f"{prefix}_DIALECT: {dialect!r} is not accepted; it is one of {', '.join(DIALECT_NAMES)}")
-    address = base_url or (known.base_url if known else None)
-    if address is None:
-        return None
     return Provider(
         name=name,
         dialect=dialect,
@@ -633,8 +625,8 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
-        models_url=known.models_url if known and base_url is None else None,
-        quirks=known.quirks if known else frozenset(),
+        models_url=known.models_url if not given else None,
+        quirks=known.quirks,
     )
 
 
@@ -643,10 +635,6 @@ def check_key(variable: str, text: str) -> str:
     if found := re.search(r"[^!-~]", text.strip()):
         raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
     return text.strip()
-
-
-def is_base_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 def check_base_url(variable: str, text: str) -> str:
