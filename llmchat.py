@@ -900,7 +900,7 @@ def only_sse_fields(block: bytes) -> bool:
 # where they are acted on. A stream that ends without a finish_reason was cut, whatever else it said: `end` raises
 # ProviderTruncated then, and `[DONE]` is neither necessary nor sufficient.
 #
-# A new dialect needs: `path`, `headers`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
+# A new dialect needs: `path`, `headers`, `prefills`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
 # a line in DIALECTS and DIALECT_NAMES, and a recording of every one of its ends.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -2045,27 +2045,23 @@ def _render_table_edge(renderer: Any, tokens: Sequence[Token], index: int, optio
     return f'<div class="table">{tag}' if tokens[index].nesting == 1 else f"{tag}</div>\n"
 
 
-def _alternative(image: Token) -> Iterator[Token]:
-    """The content of an image's alternative text, without the links and images in it."""
-    for token in image.children or ():
-        if token.type == "image":
-            yield from _alternative(token)
-        elif token.type not in ("link_open", "link_close"):
-            yield token
-
-
-def _image_as_link(image: Token) -> list[Token]:
+def _images_as_links(tokens: Iterable[Token]) -> Iterator[Token]:
     from markdown_it.token import Token
 
-    url = str(image.attrs["src"])
-    content = list(_alternative(image)) or [Token("text", "", 0, content=url)]
-    return [Token("link_open", "a", 1, attrs={"class": "image", "href": url}), *content, Token("link_close", "a", -1)]
+    for token in tokens:
+        if token.type != "image":
+            yield token
+            continue
+        url = str(token.attrs["src"])
+        yield Token("link_open", "a", 1, attrs={"class": "image", "href": url})
+        yield from _images_as_links(token.children or [Token("text", "", 0, content=url)])
+        yield Token("link_close", "a", -1)
 
 
 def _finish_inline(tokens: list[Token]) -> Iterator[Token]:
     """Inline tokens whose links open elsewhere, none inside another, and no images: to load one tells who reads."""
     is_shown: list[bool] = []  # of each link that is open
-    for token in itertools.chain.from_iterable(_image_as_link(t) if t.type == "image" else [t] for t in tokens):
+    for token in _images_as_links(tokens):
         if token.type == "link_open":
             is_shown.append(bool(token.attrs["href"]) and not any(is_shown))
             token.attrs |= {"rel": "noopener noreferrer nofollow", "target": "_blank"}
