@@ -734,6 +734,11 @@ def test_every_type_of_error_in_a_stream_has_its_code(kind: str, code: str) -> N
     assert decoded.error is not None and decoded.error.code == code
 
 
+def test_a_code_beside_an_error_counts_where_there_is_none_in_it() -> None:
+    decoded = Decoded(ANTHROPIC, {"type": "error", "code": 429, "error": {"message": "no"}})
+    assert decoded.error is not None and decoded.error.code == "provider_rate_limited"
+
+
 def test_an_event_of_an_unknown_name_is_read_over_and_one_of_a_known_name_is_not() -> None:
     decoder = DIALECTS["anthropic"].decoder(ANTHROPIC)
     decoder.decode(b"future_event", b"not json", [])
