@@ -453,6 +453,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
 
 DIALECT_NAMES = ("openai", "anthropic")
 DEMO = "demo"
+DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
 DEMO_HOST = "demo.invalid"  # RFC 2606: no such host can exist; section 8 answers for it without a network
 
 
@@ -582,7 +583,7 @@ def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
     ]
     names = dict.fromkeys([*PROVIDER_FACTS, *addressed])
     found = [provider for name in names if (provider := find_provider(name, environment))]
-    return tuple(found) or (Provider(DEMO, "openai", f"http://{DEMO_HOST}/v1"),)
+    return tuple(found) or (Provider(DEMO, "openai", f"http://{DEMO_HOST}/v1", models=DEMO_MODELS),)
 
 
 def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provider]) -> tuple[str, ...]:
@@ -598,35 +599,27 @@ def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provi
             address = f"{name.upper().replace('-', '_')}_BASE_URL"
             sentences.append(f"{variable} alone switches nothing on: set {address} to the address of {name}'s API")
     known = {f"LLMCHAT_{one.name.upper()}" for one in SETTINGS}
-    sentences += [
-        f"{name} is no setting; --help lists them" for name in sorted(environment) if is_mistaken(name, known)
-    ]
-    return tuple(sentences)
-
-
-def is_mistaken(name: str, known: Iterable[str]) -> bool:
-    """Whether a variable looks like a setting and is none; LLMCHAT_SERVICE_… and the like come from Kubernetes."""
-    return name.startswith("LLMCHAT_") and name not in known and not re.match(r"LLMCHAT_(SERVICE|PORT|TEST)_", name)
+    others = r"(?!LLMCHAT_)|LLMCHAT_(SERVICE|PORT|TEST)_"  # LLMCHAT_SERVICE_HOST and the like come from Kubernetes
+    mistaken = [name for name in sorted(environment) if name not in known and not re.match(others, name)]
+    return (*sentences, *(f"{name} is no setting; --help lists them" for name in mistaken))
 
 
 def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
     """The provider that <NAME>_API_KEY or <NAME>_BASE_URL switches on, or None. Raises StartError."""
     prefix = name.upper().replace("-", "_")
-    known = PROVIDER_FACTS.get(name)
-    variables = (*(known.variables if known else ()), f"{prefix}_API_KEY")
+    known = PROVIDER_FACTS.get(name) or ProviderFacts(None, ())
+    variables = (*known.variables, f"{prefix}_API_KEY")
     variable = next((one for one in variables if environment.get(one)), None)
-    base_url = environment.get(f"{prefix}_BASE_URL") or None
-    dialect = environment.get(f"{prefix}_DIALECT") or (known.dialect if known else "openai")
-    if base_url is None and (known is None or variable is None or known.local):
+    given = environment.get(f"{prefix}_BASE_URL")
+    address = given or (known.base_url if variable and not known.local else None)
+    if not address:
         return None
-    told = known or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
-    if not told and not is_base_url(cast(str, base_url)):
+    told = known.variables or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
+    if not told and not address.startswith(("http://", "https://")):
         return None  # some other program's APP_BASE_URL=/app
+    dialect = environment.get(f"{prefix}_DIALECT") or known.dialect
     if dialect not in DIALECT_NAMES:
         raise StartError(f"{prefix}_DIALECT: {dialect!r} is not accepted; it is one of {', '.join(DIALECT_NAMES)}")
-    address = base_url or (known.base_url if known else None)
-    if address is None:
-        return None
     return Provider(
         name=name,
         dialect=dialect,
@@ -634,8 +627,8 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
-        models_url=known.models_url if known and base_url is None else None,
-        quirks=known.quirks if known else frozenset(),
+        models_url=known.models_url if not given else None,
+        quirks=known.quirks,
     )
 
 
@@ -644,10 +637,6 @@ def check_key(variable: str, text: str) -> str:
     if found := re.search(r"[^!-~]", text.strip()):
         raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
     return text.strip()
-
-
-def is_base_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 def check_base_url(variable: str, text: str) -> str:
@@ -918,18 +907,17 @@ def only_sse_fields(block: bytes) -> bool:
 # where they are acted on. A stream that ends without a finish_reason was cut, whatever else it said: `end` raises
 # ProviderTruncated then, and `[DONE]` is neither necessary nor sufficient.
 #
-# A new dialect needs: `path`, `headers`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
+# A new dialect needs: `path`, `headers`, `prefills`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
 # a line in DIALECTS and DIALECT_NAMES, and a recording of every one of its ends.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A message as it goes upstream. `provider` made it; `tool_call_id` is set on role `tool`."""
+    """A message as it goes upstream; `tool_call_id` is set on role `tool`."""
 
     role: str
     content: tuple[Delta, ...]
-    provider: str | None = None
     tool_call_id: str | None = None
 
 
@@ -964,28 +952,6 @@ class Question:
     continues: bool = False  # the last turn is an answer that broke off; the new one goes on with it
 
 
-class AnswerDecoder(Protocol):
-    """The decoder of one answer; it is used once.
-
-    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
-    delta before they are complete; that they grow is a sign of life.
-    """
-
-    finish_reason: str | None
-    usage: Usage | None
-    done: bool
-    held_characters: int
-
-    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
-        """Appends what one SSE event brings. Raises ProviderError."""
-
-    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        """The same for an answer that came as one JSON document. Raises ProviderError."""
-
-    def end(self, deltas: list[Delta]) -> None:
-        """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
-
-
 class Dialect(Protocol):
     """One wire format. `body` returns what is sent as JSON; `path` is appended to the provider's base URL."""
 
@@ -995,7 +961,7 @@ class Dialect(Protocol):
     def headers(self, provider: Provider) -> dict[str, str]: ...
     def prefills(self, quirks: frozenset[str]) -> bool: ...
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]: ...
-    def decoder(self, provider: Provider) -> AnswerDecoder: ...
+    def decoder(self, provider: Provider) -> Decoder: ...
 
 
 def alternate(turns: Iterable[Turn]) -> list[Turn]:
@@ -1010,7 +976,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
-            kept[-1] = Turn(turn.role, kept[-1].content + parted + turn.content, turn.provider)
+            kept[-1] = Turn(turn.role, kept[-1].content + parted + turn.content)
         else:
             kept.append(turn)
     return kept
@@ -1043,12 +1009,15 @@ def answered(turns: Sequence[Turn]) -> list[Turn]:
     return kept
 
 
-def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The function in a tool of any shape: OpenAI's {"function": …}, the bare function, Anthropic's; None: something
-    of the provider's own, such as a web search, which goes out as it is."""
-    if isinstance(tool.get("function"), dict):
-        return cast("Mapping[str, Any]", tool["function"])
-    return tool if tool.get("type") in (None, "function", "custom") else None
+def function_of(tool: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The function in a tool of any shape (OpenAI's, the bare function, Anthropic's), its schema in `parameters`; None:
+    something of the provider's own, such as a web search, which goes out as it is."""
+    if tool.get("type") not in (None, "function", "custom"):
+        return None
+    function = dict(tool["function"]) if isinstance(tool.get("function"), dict) else dict(tool)
+    if "input_schema" in function:
+        function["parameters"] = function.pop("input_schema")
+    return {name: value for name, value in function.items() if name not in ("type", "cache_control")}
 
 
 CONTINUE_PROMPT = (
@@ -1065,17 +1034,17 @@ def ask_to_continue(turns: list[Turn], question: Question, prefills: bool) -> li
     return turns
 
 
-# What providers call the end, and ours. The last row: their word for an answer that broke.
+# What providers call the end, by ours; then their words for an answer that broke.
 FINISH_REASONS = {
-    **dict.fromkeys(
-        ["stop", "end_turn", "stop_sequence", "eos", "eos_token", "pause_turn", "COMPLETE", "STOP"], "stop"
-    ),
-    **dict.fromkeys(["length", "max_tokens", "model_context_window_exceeded", "MAX_TOKENS"], "length"),
-    **dict.fromkeys(["tool_calls", "function_call", "tool_use"], "tool_calls"),
-    **dict.fromkeys(
-        ["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"
-    ),
-    **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
+    word: ours
+    for ours, words in {
+        "stop": "stop end_turn stop_sequence eos eos_token pause_turn COMPLETE STOP",
+        "length": "length max_tokens model_context_window_exceeded MAX_TOKENS",
+        "tool_calls": "tool_calls function_call tool_use",
+        "content_filter": "content_filter content_filtered sensitive refusal guardrail_intervened"
+        " SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII",
+    }.items()
+    for word in words.split()
 }
 BROKEN_REASONS = frozenset({"error", "network_error", "OTHER", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS"})
 
@@ -1136,62 +1105,47 @@ def is_spent(words: str, kinds: Sequence[str]) -> bool:
 
 def in_band_error(provider: Provider, data: bytes) -> ProviderError:
     """The error for an error object inside an answer, in whatever shape it comes."""
-    words, kinds = body_words("", data)
+    words, kinds = body_words(data)
     status = next((int(kind) for kind in kinds if re.fullmatch("[45][0-9][0-9]", kind)), None)
     status = status or next((ERROR_TYPE_STATUSES[kind] for kind in kinds if kind in ERROR_TYPE_STATUSES), 500)
     return provider_error(provider, status, words, kinds, "reported an error")
 
 
-def body_words(content_type: str, body: bytes) -> tuple[str, list[str]]:
+def no_answer(provider: Provider, data: bytes) -> ProviderError:
+    """The error for what came in place of an answer: a bare error (Gemini), a page, or something else altogether."""
+    if data.lstrip().startswith((b"{", b"[")) and b'"error"' in data:
+        return in_band_error(provider, data)
+    words = shorten(body_words(data)[0], provider.key)
+    return ProviderProtocol(f"{provider.name} sent something that is no answer: {words}")
+
+
+def body_words(body: bytes) -> tuple[str, list[str]]:
     """The sentence in an error's body, and its code, type and status; a page is reduced to its text.
 
-    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them.
+    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them,
+    {"detail": [{"loc", "msg"}]} (FastAPI). What has no sentence is shown as it is.
     """
     text = body.decode("utf-8", "replace").strip("\ufeff \t\r\n")
     try:
-        document = json.loads(text)
-        while isinstance(document, list) and document:
-            document = document[0]
-        inner = document.get("error") if isinstance(document, dict) else None
-        inner = inner if isinstance(inner, dict) else document
-        kinds = (
-            [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
-        )
-        return error_words(document) or "(no words)", kinds
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        text = text_of_page(text) if "html" in content_type or text.startswith("<") else text
-        return text or "(an empty body)", []
-
-
-def error_words(document: Any) -> str:
-    """The sentence in an error's document; what has none is shown as it is."""
+        return (text_of_page(text) if text.startswith("<") else text) or "(an empty body)", []
+    kinds: list[str] = []
+    place = ""
     for _ in range(NESTED_WORDS_MAX):
-        if isinstance(document, list) and document:
-            document = document[0]
-        elif isinstance(document, dict) and document.get("msg") and isinstance(document.get("loc"), list):  # FastAPI
-            return f"{'.'.join(map(str, document['loc']))}: {document['msg']}"
-        elif isinstance(document, dict):
-            key = next((key for key in ("error", "message", "detail", "msg") if document.get(key)), None)
-            if key is None:
-                break
-            document = document[key]
-        else:
-            break
-    return document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
+        if isinstance(found, list) and found:
+            found = found[0]
+        elif isinstance(found, dict):
+            kinds = [str(found[key]) for key in ("code", "type", "status") if found.get(key)] or kinds
+            place = f"{'.'.join(map(str, found['loc']))}: " if isinstance(found.get("loc"), list) else place
+            found = next((found[key] for key in ("error", "message", "detail", "msg") if found.get(key)), None)
+    return (place + found if isinstance(found, str) and found else text), kinds
 
 
 def text_of_page(page: str) -> str:
     """The words of an HTML page, without scripts and styles; in linear time, whatever the page is."""
-    words, hidden = [], ""
-    for tag, text in re.findall(r"<(/?[a-zA-Z!][^<>]*)>|([^<]+|<)", page):
-        name = re.split(r"[\s/]", tag.lower().removeprefix("/"), maxsplit=1)[0]
-        if hidden:
-            hidden = "" if tag.startswith("/") and name == hidden else hidden
-        elif name in ("script", "style"):
-            hidden = name
-        else:
-            words.append(text or " ")
-    return html.unescape("".join(words)).strip()
+    hidden = r"<(script|style)\b.*?(?:</\1\s*>|\Z)|</?[a-z!][^<>]*>"
+    return html.unescape(re.sub(hidden, " ", page, flags=re.DOTALL | re.IGNORECASE)).strip()
 
 
 def shorten(words: str, key: str | None) -> str:
@@ -1218,29 +1172,31 @@ def within(document: Mapping[str, Any], outer: str, inner: str) -> Any:
     return found.get(inner) if isinstance(found, dict) else None
 
 
+@dataclass(slots=True)
 class ToolCall:
     """A tool call whose arguments are still coming. Their text is joined once, at the end."""
 
-    __slots__ = ("fragments", "identity", "name")
+    identity: str = ""
+    name: str = ""
+    fragments: list[str] = field(default_factory=list)
 
-    def __init__(self, identity: str = "", name: str = "") -> None:
-        self.identity = identity
-        self.name = name
-        self.fragments: list[str] = []
-
-
-def tool_call_delta(call: ToolCall) -> Delta:
-    """A complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
-    identity = call.identity or f"call_{random.getrandbits(64):016x}"
-    texts = {"id": identity, "name": call.name, "arguments": "".join(call.fragments)}
-    return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
+    def delta(self) -> Delta:
+        """The complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
+        identity = self.identity or f"call_{random.getrandbits(64):016x}"
+        texts = {"id": identity, "name": self.name, "arguments": "".join(self.fragments)}
+        return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
 
 
 Chunk = TypeVar("Chunk")
 
 
 class Decoder:
-    """What the decoders share: the end, and text whose surrogate pairs a provider has cut between two events."""
+    """Decodes one answer; it is used once. Here is what the dialects share: the end, and text whose surrogate pairs a
+    provider has cut between two events.
+
+    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
+    delta before they are complete; that they grow is a sign of life.
+    """
 
     __slots__ = ("_halves", "_mending", "_provider", "done", "finish_reason", "held_characters", "usage")
 
@@ -1253,7 +1209,16 @@ class Decoder:
         self._halves: dict[str, str] = {}  # by kind: the first half of a pair
         self._mending = False
 
+    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        """Appends what one SSE event brings. Raises ProviderError."""
+        raise NotImplementedError
+
+    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """The same for an answer that came as one JSON document. Raises ProviderError."""
+        raise NotImplementedError
+
     def end(self, deltas: list[Delta]) -> None:
+        """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
         if self.finish_reason is None:
             raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
         deltas.extend(Delta(kind, "\ufffd") for kind in self._halves)
@@ -1264,8 +1229,7 @@ class Decoder:
             document = json.loads(data.decode("utf-8", "replace"))
             chunk = msgspec.convert(document[0] if isinstance(document, list) and document else document, kind)
         except (ValueError, RecursionError, msgspec.ValidationError) as exc:
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent something that cannot be read: {words}") from exc
+            raise no_answer(self._provider, data) from exc
         self._mending = True
         return chunk
 
@@ -1319,12 +1283,12 @@ decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
 
 
 class OpenAIDecoder(Decoder):
-    __slots__ = ("_calls", "_last_reasoning", "_positions")
+    __slots__ = ("_calls", "_calls_by_index", "_last_reasoning")
 
     def __init__(self, provider: Provider) -> None:
         super().__init__(provider)
         self._calls: list[ToolCall] = []  # complete only at the end
-        self._positions: dict[int, int] = {}  # in that list, by the provider's index
+        self._calls_by_index: dict[int, ToolCall] = {}
         self._last_reasoning: str | None = None
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
@@ -1399,19 +1363,16 @@ class OpenAIDecoder(Decoder):
         Without an index (Gemini) a new id, or a name without an id, begins the next call. With one, so does another id
         together with a name: some gateways give every call the index 0.
         """
-        identity, name = str(identity), str(name)
-        indexed = isinstance(index, int)
-        position = self._positions.get(index, -1) if indexed else len(self._calls) - 1
-        call = self._calls[position] if position >= 0 else None
-        if call is not None and indexed:
-            begins = bool(identity and name and call.identity not in ("", identity))
-        else:
-            begins = call is None or (identity != call.identity if identity else bool(name))
+        identity, name, indexed = str(identity), str(name), isinstance(index, int)
+        call = self._calls_by_index.get(index) if indexed else next(reversed(self._calls), None)
+        if call is not None:
+            is_other = identity not in ("", call.identity)
+            begins = is_other and name and call.identity if indexed else is_other or (name and not identity)
         if call is None or begins:
             call = ToolCall()
             self._calls.append(call)
             if indexed:
-                self._positions[index] = len(self._calls) - 1
+                self._calls_by_index[index] = call
         call.identity, call.name = call.identity or identity, call.name or name
         return call
 
@@ -1419,7 +1380,7 @@ class OpenAIDecoder(Decoder):
         """Usage, and what Groq puts beside it."""
         groq = chunk.x_groq if isinstance(chunk.x_groq, dict) else {}
         if groq.get("error"):
-            raise provider_error(self._provider, 500, str(groq["error"]), (), "reported an error")
+            raise in_band_error(self._provider, encode_json(groq))
         self._decode_usage(chunk.usage or groq.get("usage"))
 
     def _decode_usage(self, usage: Any) -> None:
@@ -1437,14 +1398,11 @@ class OpenAIDecoder(Decoder):
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
         self.decode(b"", body, deltas)
         if self.finish_reason is None and not deltas:
-            words, _ = body_words("", body)
-            raise ProviderProtocol(
-                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
-            )
+            raise no_answer(self._provider, body)
 
     def end(self, deltas: list[Delta]) -> None:
         super().end(deltas)
-        deltas.extend(map(tool_call_delta, self._calls))
+        deltas.extend(call.delta() for call in self._calls)
         if self._calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
 
@@ -1465,8 +1423,17 @@ def parts_of(item: Any) -> Iterator[Delta]:
         yield Delta("text", item["text"])
 
 
+# The fields that make a provider take an answer at the end of the messages as the beginning of its own, by quirk.
+PREFILL_FIELDS: dict[str, dict[str, bool]] = {
+    "prefill": {},
+    "prefill_prefix": {"prefix": True},  # Mistral
+    "prefill_partial": {"partial": True},  # Moonshot
+}
+
+
 class OpenAIDialect:
     models_path = "/models"
+    decoder = OpenAIDecoder
 
     def path(self, provider: Provider) -> str:
         return "/chat/completions"
@@ -1478,28 +1445,32 @@ class OpenAIDialect:
             return {"api-key": provider.key}
         return {"authorization": f"Bearer {provider.key}"}
 
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return "no_prefill" not in quirks and not quirks.isdisjoint(PREFILL_FIELDS)
+
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
-        asked = {name: value for name, value in msgspec.to_builtins(question.parameters).items() if value is not None}
+        turns = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
+        messages = [self._message(turn, quirks) for turn in turns]
+        if question.continues and turns and turns[-1].role == "assistant":
+            for quirk in quirks & PREFILL_FIELDS.keys():
+                messages[-1] |= PREFILL_FIELDS[quirk]
+        system = [{"role": "system", "content": question.system}] if question.system else []
+        parameters = self._parameters(quirks, question.parameters)
+        return {"model": question.model, "messages": system + messages, "stream": True, **parameters}
+
+    def _parameters(self, quirks: frozenset[str], parameters: Parameters) -> dict[str, Any]:
+        asked: dict[str, Any] = msgspec.to_builtins(parameters)
         if "max_completion_tokens" in quirks and "max_tokens" in asked:
             asked["max_completion_tokens"] = asked.pop("max_tokens")
         if "no_stream_options" not in quirks:
             asked["stream_options"] = {"include_usage": True}
         if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
             asked["reasoning_split"] = True
-        if asked.get("tools"):
+        if "tools" in asked:
             asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
         if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
             asked["tool_choice"] = "any"
-        system = [{"role": "system", "content": question.system}] if question.system else []
-        outgoing = ask_to_continue(alternate(answered(question.turns)), question, self.prefills(quirks))
-        turns = [self._message(turn, quirks) for turn in outgoing]
-        if question.continues and turns and turns[-1]["role"] == "assistant":
-            turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
-            turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
-        return {"model": question.model, "messages": system + turns, "stream": True, **asked}
-
-    def prefills(self, quirks: frozenset[str]) -> bool:
-        return bool(quirks & {"prefill", "prefill_prefix", "prefill_partial"}) and "no_prefill" not in quirks
+        return asked
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
@@ -1515,9 +1486,6 @@ class OpenAIDialect:
             message["reasoning_content"] = "".join(one.text for one in turn.content if one.kind == "reasoning")
         return message
 
-    def decoder(self, provider: Provider) -> AnswerDecoder:
-        return OpenAIDecoder(provider)
-
 
 def openai_part(delta: Delta) -> dict[str, Any]:
     """A part of list content, which only a message with an image has: some servers take nothing but a string."""
@@ -1527,14 +1495,9 @@ def openai_part(delta: Delta) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:{image['media_type']};base64,{image['data']}"}}
 
 
-def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool of any shape in OpenAI's."""
+def openai_tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = function_of(tool)
-    if function is None or function is tool.get("function"):
-        return tool if function is None else {"type": "function", **tool}
-    named = {name: value for name, value in function.items() if name not in ("type", "input_schema", "cache_control")}
-    schema = {"parameters": function["input_schema"]} if "input_schema" in function else {}
-    return {"type": "function", "function": {**named, **schema}}
+    return tool if function is None else {"type": "function", "function": function}
 
 
 def openai_tool_call(call: Mapping[str, str]) -> dict[str, Any]:
@@ -1554,7 +1517,7 @@ THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}
 
 
 class BlockDelta(Struct, gc=False):
-    """Any delta of any block; types that are not known have fields of other types, so nothing is typed."""
+    """Any delta of any block, and of the message; types that are not known have fields of other types."""
 
     text: Any = None
     thinking: Any = None
@@ -1569,12 +1532,12 @@ class AnthropicEvent(Struct, gc=False):
     type: str = ""
     index: Any = 0
     delta: BlockDelta | None = None
-    content_block: Any = None
-    message: Any = None
-    usage: Any = None
+    content_block: dict[str, Any] | None = None
+    message: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
     error: Any = None
-    content: Any = None
-    stop_reason: Any = None
+    content: list[dict[str, Any]] | None = None
+    stop_reason: str | None = None
 
 
 decode_anthropic_event = msgspec.json.Decoder(AnthropicEvent).decode
@@ -1600,7 +1563,7 @@ class AnthropicDecoder(Decoder):
         try:
             event = decode_anthropic_event(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            if name and name not in ANTHROPIC_EVENTS:
+            if name and not name.startswith((b"message_", b"content_block_")):  # unknown events are to be ignored
                 return
             event = self._decode_leniently(data, AnthropicEvent)
         if event.error or event.type == "error":
@@ -1610,18 +1573,17 @@ class AnthropicDecoder(Decoder):
             self._mend(deltas, first)
 
     def _decode_event(self, event: AnthropicEvent, deltas: list[Delta]) -> None:
-        if event.type == "content_block_delta" and event.delta is not None:
+        if event.type == "content_block_delta" and event.delta:
             self._decode_delta(event.index, event.delta, deltas)
-        elif event.type == "content_block_start" and isinstance(event.content_block, dict):
+        elif event.type == "content_block_start" and event.content_block:
             self._start_block(event.index, event.content_block, deltas)
         elif event.type == "content_block_stop":
             self._stop_block(event.index, deltas)
-        elif event.type == "message_start" and isinstance(event.message, dict):
+        elif event.type == "message_start" and event.message:
             self._count(event.message.get("usage"))
         elif event.type == "message_delta":
             self._count(event.usage)
-            if event.delta is not None and isinstance(event.delta.stop_reason, str):
-                self.finish_reason = finish_reason_of(event.delta.stop_reason)
+            self._finish(event.delta.stop_reason if event.delta else None)
         elif event.type == "message_stop":
             self.done = True
 
@@ -1630,30 +1592,31 @@ class AnthropicDecoder(Decoder):
             deltas.append(Delta("text", delta.text))
         elif isinstance(delta.thinking, str) and delta.thinking:
             deltas.append(Delta("reasoning", delta.thinking))
-        elif isinstance(delta.signature, str) and delta.signature:
-            deltas.append(self._signature({"signature": delta.signature}))
         elif isinstance(delta.partial_json, str) and index in self._calls:
             self._hold(self._calls[index], delta.partial_json)
+        if isinstance(delta.signature, str) and delta.signature:
+            deltas.append(self._signature({"signature": delta.signature}))
 
     def _start_block(self, index: Any, block: dict[str, Any], deltas: list[Delta]) -> None:
-        """A text block may begin with text; a redacted one is whole already; a tool call is one when it stops."""
-        kind, text = block.get("type"), block.get("text")
+        """A block may begin with content, and in a document has all of it. A tool call is complete when it stops."""
+        kind = block.get("type")
         if kind == "tool_use":
             self._calls[index] = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""))
-            if block.get("input"):  # whole at once, as in a document
+            if block.get("input"):
                 self._hold(self._calls[index], json.dumps(block["input"], ensure_ascii=False))
         elif kind == "redacted_thinking":
             deltas.append(self._signature({"redacted": str(block.get("data") or "")}))
-        elif kind == "thinking" and isinstance(block.get("thinking"), str) and block["thinking"]:
-            deltas.append(Delta("reasoning", block["thinking"]))
-        elif kind == "text" and isinstance(text, str) and text:
-            deltas.append(Delta("text", text))
+        elif kind in ("text", "thinking"):
+            self._decode_delta(index, msgspec.convert(block, BlockDelta), deltas)
 
     def _stop_block(self, index: Any, deltas: list[Delta]) -> None:
-        """A tool call is complete with its block."""
         if (call := self._calls.pop(index, None)) is not None:
             call.fragments = call.fragments if any(call.fragments) else ["{}"]
-            deltas.append(tool_call_delta(call))
+            deltas.append(call.delta())
+
+    def _finish(self, word: Any) -> None:
+        if isinstance(word, str):
+            self.finish_reason = finish_reason_of(word)
 
     def _signature(self, what: dict[str, str]) -> Delta:
         """What must go back with the reasoning before it, and only to the provider that signed it."""
@@ -1677,22 +1640,15 @@ class AnthropicDecoder(Decoder):
         event = self._decode_leniently(body, AnthropicEvent)
         if event.error or event.type == "error":
             raise in_band_error(self._provider, body)
-        if not isinstance(event.content, list):
-            words, _ = body_words("", body)
-            raise ProviderProtocol(
-                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
-            )
+        if event.content is None:
+            raise no_answer(self._provider, body)
         for index, block in enumerate(event.content):
-            if isinstance(block, dict):
-                self._start_block(index, block, deltas)
-                if block.get("type") == "thinking" and block.get("signature"):
-                    deltas.append(self._signature({"signature": str(block["signature"])}))
-                self._stop_block(index, deltas)
+            self._start_block(index, block, deltas)
+            self._stop_block(index, deltas)
         deltas[:] = [Delta(delta.kind, without_halves(delta.text)) for delta in deltas]
         self._mending = False
         self._count(event.usage)
-        if isinstance(event.stop_reason, str):
-            self.finish_reason = finish_reason_of(event.stop_reason)
+        self._finish(event.stop_reason)
 
     def end(self, deltas: list[Delta]) -> None:
         super().end(deltas)
@@ -1700,20 +1656,9 @@ class AnthropicDecoder(Decoder):
             self._stop_block(index, deltas)
 
 
-ANTHROPIC_EVENTS = frozenset(
-    {
-        b"message_start",
-        b"content_block_start",
-        b"content_block_delta",
-        b"content_block_stop",
-        b"message_delta",
-        b"message_stop",
-    }
-)
-
-
 class AnthropicDialect:
     models_path = "/v1/models?limit=1000"
+    decoder = AnthropicDecoder
 
     def path(self, provider: Provider) -> str:
         return "/messages" if provider.base_url.endswith("/v1") else "/v1/messages"
@@ -1728,118 +1673,86 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = [
-            tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"
-        ]
+        turns = [anthropic_turn(turn, provider) for turn in answered(question.turns) if turn.role != "system"]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
         outgoing = ask_to_continue(alternate(turns), question, self.prefills(quirks))
-        messages = [self._message(turn) for turn in outgoing]
-        prefilled = bool(messages) and messages[-1]["role"] == "assistant"
-        if prefilled and messages[-1]["content"][-1]["type"] == "text":
-            last = messages[-1]["content"][-1]
+        messages: list[dict[str, Any]] = [{"role": turn.role, "content": anthropic_blocks(turn)} for turn in outgoing]
+        prefilled = bool(outgoing) and outgoing[-1].role == "assistant"
+        if prefilled and (last := messages[-1]["content"][-1])["type"] == "text":
             last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
-        body: dict[str, Any] = {
+        # Thinking excludes a prefill and a temperature, and counts as output.
+        budget = 0 if prefilled else THINKING_TOKENS.get(parameters.reasoning_effort or "", 0)
+        temperature = parameters.temperature if not budget else None
+        body = {
             "model": question.model,
-            "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
+            "max_tokens": (parameters.max_tokens or ANTHROPIC_MAX_TOKENS) + budget,
             "messages": messages,
             "stream": True,
+            "system": "\n\n".join(filter(None, systems)) or None,
+            "temperature": temperature and min(temperature, 1.0),
+            "top_p": parameters.top_p,
+            "stop_sequences": parameters.stop or None,
+            "tools": [anthropic_tool(tool) for tool in parameters.tools or ()] or None,
+            "tool_choice": anthropic_tool_choice(parameters.tool_choice) if parameters.tools else None,
+            "thinking": {"type": "enabled", "budget_tokens": budget} if budget else None,
         }
-        if any(systems):
-            body["system"] = "\n\n".join(filter(None, systems))
-        if parameters.temperature is not None:
-            body["temperature"] = min(parameters.temperature, 1.0)
-        if parameters.top_p is not None:
-            body["top_p"] = parameters.top_p
-        if parameters.stop:
-            body["stop_sequences"] = parameters.stop
-        if parameters.tools:
-            body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
-            body |= anthropic_tool_choice(parameters.tool_choice)
-        budget = THINKING_TOKENS.get(parameters.reasoning_effort or "")
-        if budget and not prefilled:  # a prefill and thinking exclude each other
-            body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-            body["max_tokens"] += budget  # the budget counts as output
-            body.pop("temperature", None)  # may not be set beside thinking
-        return body
+        return {name: value for name, value in body.items() if value is not None}
 
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        blocks: list[dict[str, Any]] = []
-        reasoning = ""
-        for delta in join_deltas(turn.content):
-            if delta.kind == "text" and delta.text.strip():  # a blank text block is refused
-                blocks.append({"type": "text", "text": delta.text})
-            elif delta.kind == "reasoning":
-                reasoning = delta.text
-            elif delta.kind == "signature":
-                blocks.append(thinking_block(json.loads(delta.text), reasoning))
-                reasoning = ""
-            elif delta.kind == "image":
-                image = json.loads(delta.text)
-                source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
-                blocks.append({"type": "image", "source": source})
-            elif delta.kind == "tool_call":
-                call = json.loads(delta.text)
-                name, arguments = call["name"], parse_arguments(call["arguments"])
-                blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": arguments})
-            elif delta.kind == "tool_result":
-                result = json.loads(delta.text)
-                blocks.append({"type": "tool_result", "tool_use_id": result["id"], "content": result["text"]})
-        return {"role": turn.role, "content": blocks}
 
-    def decoder(self, provider: Provider) -> AnswerDecoder:
-        return AnthropicDecoder(provider)
-
-
-def tool_result_turn(turn: Turn) -> Turn:
-    """Anthropic has no role `tool`: a result is a part of the user's turn. The kind is known in this dialect only."""
-    if turn.role != "tool":
-        return turn
-    result = encode_json({"id": turn.tool_call_id, "text": text_of(turn.content)}).decode()
-    return Turn("user", (Delta("tool_result", result),))
-
-
-def signed_turn(turn: Turn, provider: Provider) -> Turn:
-    """The turn with only the reasoning that this provider signed: it refuses any other, and whoever signed it, its own
-    without the signature or with reasoning that is not exactly the same."""
+def anthropic_turn(turn: Turn, provider: Provider) -> Turn:
+    """A turn with two kinds of this dialect's own, whose text is their block. `tool_result`: it is a part of the user's
+    turn. `thinking`: the reasoning that this provider signed, just as it was; it refuses any other."""
+    if turn.role == "tool":
+        result = {"type": "tool_result", "tool_use_id": turn.tool_call_id, "content": text_of(turn.content)}
+        return Turn("user", (Delta("tool_result", encode_json(result).decode()),))
     kept: list[Delta] = []
-    reasoning: list[Delta] = []
+    reasoning = ""
     for delta in join_deltas(turn.content):
         if delta.kind == "signature":
-            kept += [*reasoning, delta] if json.loads(delta.text).get("provider") == provider.name else []
+            signed = json.loads(delta.text)
+            block = {"type": "thinking", "thinking": reasoning, "signature": signed.get("signature")}
+            if "redacted" in signed:
+                block = {"type": "redacted_thinking", "data": signed["redacted"]}
+            if signed.get("provider") == provider.name:
+                kept.append(Delta("thinking", encode_json(block).decode()))
         elif delta.kind != "reasoning":
             kept.append(delta)
-        reasoning = [delta] if delta.kind == "reasoning" else []
+        reasoning = delta.text if delta.kind == "reasoning" else ""
     return replace(turn, content=tuple(kept))
 
 
-def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, Any]:
-    """Signed reasoning as a block."""
-    if "redacted" in signature:
-        return {"type": "redacted_thinking", "data": signature["redacted"]}
-    return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
+def anthropic_blocks(turn: Turn) -> list[dict[str, Any]]:
+    blocks = []
+    for delta in join_deltas(turn.content):
+        block = {"type": "text", "text": delta.text} if delta.kind == "text" else json.loads(delta.text)
+        if delta.kind == "image":
+            block = {"type": "image", "source": {"type": "base64", **block}}
+        elif delta.kind == "tool_call":
+            arguments = parse_arguments(block["arguments"])
+            block = {"type": "tool_use", "id": block["id"], "name": block["name"], "input": arguments}
+        if delta.kind != "text" or delta.text.strip():  # a blank text is refused
+            blocks.append(block)
+    return blocks
 
 
-def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool of any shape in Anthropic's."""
+def anthropic_tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = function_of(tool)
     if function is None:
         return tool
-    schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
     described = {"description": function["description"]} if function.get("description") else {}
     return {"name": function.get("name", ""), **described, "input_schema": schema}
 
 
-def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
+def anthropic_tool_choice(choice: Any) -> Any:
     """OpenAI's tool_choice, a word or a function's name, as Anthropic's; what has another shape goes out as it is."""
-    if choice is None:
-        return {}
     if isinstance(choice, str):
-        return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
+        return {"type": {"required": "any"}.get(choice, choice)}
     name = within(choice, "function", "name") if isinstance(choice, dict) else None
-    return {"tool_choice": {"type": "tool", "name": name} if name else choice}
+    return {"type": "tool", "name": name} if name else choice
 
 
 def parse_arguments(text: str) -> Any:
@@ -1952,11 +1865,11 @@ class RepetitionGuard:
 # While an answer grows, a MarkdownStream parses only its tail. A block that begins after a blank line, and whose first
 # line is complete, neither continues what stands before it nor changes it. So everything before the last such block is
 # settled: sent once, then left alone (a reader may be selecting in it). Two things need care. A reference definition,
-# `[label]: url`, reaches back: each block remembers the labels it asked for and is rendered again when one of them
-# changes. And a code block is highlighted once, when it closes: on every frame would cost the square of its length.
+# `[label]: url`, reaches back: blocks with brackets are rendered again when there is a new one. And a code block is
+# highlighted once, when it closes: on every frame would cost the square of its length.
 #
 # Deliberately absent: raw HTML and footnotes, which reach across blank lines. A new rule must not do so either, nor put
-# content into HTML unescaped; the tests hold every prefix of every document against render_growing(). The libraries are
+# content into HTML unescaped; the tests hold every prefix of every document against a full render. The libraries are
 # imported at first use, so that a service that has nothing to render stays small.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -2014,17 +1927,6 @@ def _lexer(language: str) -> Any:
         return None
 
 
-class _TooSlow(Exception):
-    """Highlighting takes too long."""
-
-
-def _until(deadline: float, clock: Callable[[], float], tokens: Iterable[Any]) -> Iterator[Any]:
-    for token in tokens:
-        if clock() > deadline:
-            raise _TooSlow
-        yield token
-
-
 def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
     """Code as spans with Pygments' classes; as text if its language is unknown, or it is too long or too slow."""
     is_lit = language and len(code) <= HIGHLIGHT_CHARACTERS_MAX and not _SLOW_CODE.search(code)
@@ -2034,11 +1936,13 @@ def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
     from pygments import format as format_tokens  # type: ignore[import-untyped]
     from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 
-    tokens = _until(clock() + HIGHLIGHT_SECONDS_MAX, clock, lexer.get_tokens(code))
-    try:
-        return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
-    except _TooSlow:
-        return html.escape(code)
+    deadline = clock() + HIGHLIGHT_SECONDS_MAX
+    tokens = []
+    for token in lexer.get_tokens(code):
+        if clock() > deadline:
+            return html.escape(code)
+        tokens.append(token)
+    return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
 
 
 def _figure(code: str, language: str) -> str:
@@ -2148,27 +2052,23 @@ def _render_table_edge(renderer: Any, tokens: Sequence[Token], index: int, optio
     return f'<div class="table">{tag}' if tokens[index].nesting == 1 else f"{tag}</div>\n"
 
 
-def _alternative(image: Token) -> Iterator[Token]:
-    """The content of an image's alternative text, without the links and images in it."""
-    for token in image.children or ():
-        if token.type == "image":
-            yield from _alternative(token)
-        elif token.type not in ("link_open", "link_close"):
-            yield token
-
-
-def _image_as_link(image: Token) -> list[Token]:
+def _images_as_links(tokens: Iterable[Token]) -> Iterator[Token]:
     from markdown_it.token import Token
 
-    url = str(image.attrs["src"])
-    content = list(_alternative(image)) or [Token("text", "", 0, content=url)]
-    return [Token("link_open", "a", 1, attrs={"class": "image", "href": url}), *content, Token("link_close", "a", -1)]
+    for token in tokens:
+        if token.type != "image":
+            yield token
+            continue
+        url = str(token.attrs["src"])
+        yield Token("link_open", "a", 1, attrs={"class": "image", "href": url})
+        yield from _images_as_links(token.children or [Token("text", "", 0, content=url)])
+        yield Token("link_close", "a", -1)
 
 
 def _finish_inline(tokens: list[Token]) -> Iterator[Token]:
     """Inline tokens whose links open elsewhere, none inside another, and no images: to load one tells who reads."""
     is_shown: list[bool] = []  # of each link that is open
-    for token in itertools.chain.from_iterable(_image_as_link(t) if t.type == "image" else [t] for t in tokens):
+    for token in _images_as_links(tokens):
         if token.type == "link_open":
             is_shown.append(bool(token.attrs["href"]) and not any(is_shown))
             token.attrs |= {"rel": "noopener noreferrer nofollow", "target": "_blank"}
@@ -2189,16 +2089,6 @@ def _finish_tokens(state: StateCore) -> None:
 # The parser
 
 
-class _References(dict[str, Any]):
-    """Reference definitions by label, which remember the labels that were asked for."""
-
-    asked: set[str]
-
-    def get(self, label: Any, default: Any = None, /) -> Any:
-        self.asked.add(label)
-        return super().get(label, default)
-
-
 def _is_too_costly(text: str) -> bool:
     """Whether inline parsing could take the square of the length: what opens something is sought an end for."""
     depth = deepest = 0
@@ -2209,14 +2099,12 @@ def _is_too_costly(text: str) -> bool:
 
 
 def _parse_inlines(state: StateCore) -> None:
-    """Parse the text of each block, unless that is too costly, and note the labels that it asks for."""
+    """Parse the text of each block, unless that is too costly."""
     from markdown_it.token import Token
 
-    references: _References = state.env["references"]
     for token in state.tokens:
         if token.type != "inline":
             continue
-        references.asked = token.meta["labels"] = set()
         token.children = []
         if _is_too_costly(token.content):
             token.children.append(Token("text", "", 0, content=token.content))
@@ -2262,7 +2150,7 @@ def _parser() -> MarkdownIt:
 
 def _environment(definitions: dict[str, Any], clock: Callable[[], float]) -> dict[str, Any]:
     """What the rules above share during one parse."""
-    return {"references": _References(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
+    return {"references": dict(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
 
 
 def _html(tokens: Sequence[Token], environment: dict[str, Any]) -> str:
@@ -2274,17 +2162,6 @@ def render(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
     """The HTML of a finished answer. Every text has one; what is too costly to parse is shown as text."""
     environment = _environment({}, clock)
     return _html(_parser().parse(text, environment), environment)
-
-
-def render_growing(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
-    """The HTML of an answer that still grows: render(), but with a last fence that has no end yet not highlighted."""
-    text = _RETURN.sub("\n", text)
-    environment = _environment({}, clock) | {"growing_line": _line_count(text)}
-    return _html(_parser().parse(text, environment), environment)
-
-
-def _render_plain(text: str) -> str:
-    return f'<pre class="plain">{html.escape(text)}</pre>\n' if text else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -2300,18 +2177,12 @@ class Frame:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A settled block: its source, which can be parsed alone, and the reference labels that it asks for."""
+class _Block(NamedTuple):
+    """A settled block: its source, which can be parsed alone, and whether a reference definition may change it."""
 
     source: str
-    labels: frozenset[str]
     html: str
-
-
-def _block(source: str, tokens: Sequence[Token], environment: dict[str, Any]) -> _Block:
-    labels = frozenset[str]().union(*(token.meta["labels"] for token in tokens if token.type == "inline"))
-    return _Block(source, labels, _html(tokens, environment))
+    has_brackets: bool
 
 
 def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
@@ -2328,7 +2199,8 @@ def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
 
 
 class MarkdownStream:
-    """render_growing(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it.
+    """render(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it, but for a code
+    block at the end that has not closed yet: it is not highlighted.
 
     A frame costs what its open block costs. A caller that pauses for ten times `Frame.seconds` bounds the share of a
     core; an open block that is too slow all the same is plain text, tried again each time it has doubled. Blocks and
@@ -2367,7 +2239,7 @@ class MarkdownStream:
             is_slow = not settled and self._clock() - started > OPEN_BLOCK_SECONDS_MAX
             self._plain_below = 2 * len(self._tail) if is_slow else 0
         if is_slow:
-            self._open = _render_plain(self._tail)
+            self._open = f'<pre class="plain">{html.escape(self._tail)}</pre>\n' if self._tail else ""
         return Frame(tuple(settled), self._open, self._clock() - started)
 
     def finish(self) -> Frame:
@@ -2391,12 +2263,14 @@ class MarkdownStream:
         self, tokens: list[Token], cuts: list[tuple[int, int]], environment: dict[str, Any]
     ) -> list[tuple[int, str]]:
         """Settle what lies between the cuts and keep the rest as the tail; returns the new and the changed blocks."""
-        references: _References = environment["references"]
+        references: dict[str, Any] = environment["references"]
         changed = self._render_again(references)
         for (first, start), (last, end) in itertools.pairwise(cuts):
-            block = _block(self._tail[start:end], tokens[first:last], environment)
-            changed.append((len(self._blocks), block.html))
-            self._blocks.append(block)
+            block_tokens = tokens[first:last]
+            rendered = _html(block_tokens, environment)
+            has_brackets = any(token.type == "inline" and "[" in token.content for token in block_tokens)
+            changed.append((len(self._blocks), rendered))
+            self._blocks.append(_Block(self._tail[start:end], rendered, has_brackets))
         cut = cuts[-1][1]
         if cut:
             cut_line = self._tail.count("\n", 0, cut)
@@ -2405,19 +2279,19 @@ class MarkdownStream:
             self._highlighted.clear()
         return changed
 
-    def _render_again(self, references: _References) -> list[tuple[int, str]]:
-        """The settled blocks that look different because a label they ask for has a new meaning."""
+    def _render_again(self, references: dict[str, Any]) -> list[tuple[int, str]]:
+        """The settled blocks that look different because a reference definition is new or has changed."""
         targets = {label: (made["href"], made["title"]) for label, made in references.items()}
-        labels = {label for label, _ in targets.items() ^ self._targets.items()}
+        changed: list[tuple[int, str]] = []
+        if targets == self._targets:
+            return changed
         self._targets = targets
-        changed = []
-        for number, old in enumerate(self._blocks if labels else ()):
-            if not labels.isdisjoint(old.labels):
+        for number, old in enumerate(self._blocks):
+            if old.has_brackets:
                 environment = _environment(references, self._clock)
-                block = _block(old.source, _parser().parse(old.source, environment), environment)
-                self._blocks[number] = block
-                if block.html != old.html:
-                    changed.append((number, block.html))
+                rendered = _html(_parser().parse(old.source, environment), environment)
+                self._blocks[number] = old._replace(html=rendered)
+                changed += [(number, rendered)] if rendered != old.html else []
         return changed
 
 
@@ -2433,8 +2307,6 @@ class MarkdownStream:
 # demo provider is a transport too, so that a first start without a key takes the very same way.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
-DEMO_PIECE_CHARACTERS = 4
 DEMO_TEXT = """\
 Hello! This answer comes from llmchat's built-in **demo** provider: no key, no network, the same text every time. \
 You wrote:
@@ -2492,42 +2364,51 @@ DEMO_REASONING = (
 )
 
 
-def demo_answer(model: str, question: str) -> list[dict[str, str]]:
-    """The pieces of a demo model's answer as chat deltas."""
-    texts = {
-        "tour": DEMO_TEXT.format(question=shorten(question, None)),
-        "long": "".join(
-            f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)
-        ),
-        "markdown": DEMO_MARKDOWN,
-        "reasoning": "That is how it looks: the reasoning first, then the answer.\n",
-        "loop": "This model goes round in circles. " * 2000,
-        "slow": "One word a second: this is what a large model on a small machine feels like.\n",
-        "fails": "This answer breaks off in the mid",
-    }
-    reasoning = (
-        [{"reasoning_content": word} for word in re.findall(r"\S+\s*", DEMO_REASONING)] if model == "reasoning" else []
-    )
-    pieces = (
-        re.findall(r"\S+\s*", texts[model])
-        if model == "slow"
-        else re.findall(f"(?s).{{1,{DEMO_PIECE_CHARACTERS}}}", texts[model])
-    )
-    return reasoning + [{"content": piece} for piece in pieces]
+class Demo(NamedTuple):
+    """A demo model: its answer, the pause after each piece of it, the pattern of a piece, and what it thinks first."""
+
+    text: str
+    pause_seconds: float = 0.015
+    piece: str = r"(?s).{1,4}"
+    reasoning: str = ""
+
+
+DEMOS = {
+    "tour": Demo(DEMO_TEXT),
+    "slow": Demo("One word a second: this is what a large model on a small machine feels like.\n", 1.0, r"\S+\s*"),
+    "long": Demo(
+        "".join(f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)), 0.005
+    ),
+    "markdown": Demo(DEMO_MARKDOWN),
+    "reasoning": Demo("That is how it looks: the reasoning first, then the answer.\n", reasoning=DEMO_REASONING),
+    "loop": Demo("This model goes round in circles. " * 2000, 0.001),
+    "fails": Demo("This answer breaks off in the mid"),
+}
+assert tuple(DEMOS) == DEMO_MODELS
 
 
 async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
-    """The demo answer as a provider would send it. `fails` breaks off without a finish_reason."""
-    pause = {"slow": 1.0, "long": 0.005, "loop": 0.001}.get(model, 0.015)
-    for delta in demo_answer(model, question):
+    """A demo model's answer as a provider would send it. `fails` breaks off without a finish_reason."""
+    demo = DEMOS[model]
+    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", demo.reasoning)]
+    text = demo.text.replace("{question}", shorten(question, None))
+    deltas += [{"content": piece} for piece in re.findall(demo.piece, text)]
+    for delta in deltas:
         yield b"data: %s\n\n" % encode_json({"choices": [{"index": 0, "delta": delta}]})
-        await asyncio.sleep(pause)
+        await asyncio.sleep(demo.pause_seconds)
     if model != "fails":
         yield b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
         yield b"data: [DONE]\n\n"
 
 
-Batch = tuple[list[Delta], GenerationError | None]  # of one read, and what went wrong in it
+def answer_demo(request: httpx.Request) -> httpx.Response:
+    """Answers a question to DEMO_HOST, without a network."""
+    import httpx
+
+    asked = decode_json(request.content)
+    content = asked["messages"][-1]["content"]
+    question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return httpx.Response(200, content=demo_stream(asked["model"], question))
 
 
 class Target(NamedTuple):
@@ -2731,34 +2612,16 @@ class Answer:
     def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
         try:
             if self._document is not None:
-                self._decode_document(bytes(self._document), deltas)
+                self.decoder.decode_document(bytes(self._document), deltas)
             with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
                 for name, payload in self._sse.end():
                     self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
         except ProviderTruncated as exc:
-            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
+            return no_answer(self.provider, bytes(self._sse.strange)) if self._sse.strange else exc
         except GenerationError as exc:
             return exc
         return None
-
-    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
-        if body.startswith(b"<"):
-            words, _ = body_words("text/html", body)
-            raise ProviderProtocol(
-                f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}"
-            )
-        self.decoder.decode_document(body, deltas)
-
-    def _strange_error(self, body: bytes) -> ProviderError:
-        """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
-        if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
-            return in_band_error(self.provider, body)
-        words, _ = body_words(self._response.headers.get("content-type", ""), body)
-        return ProviderProtocol(
-            f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}"
-        )
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2766,15 +2629,8 @@ def connection_errors() -> tuple[type[Exception], ...]:
     import aiohttp
     import httpx
 
-    return (
-        httpx.HTTPError,
-        httpx.InvalidURL,
-        httpx.StreamError,
-        aiohttp.ClientError,
-        aiohttp.http.HttpProcessingError,
-        OSError,
-        ValueError,
-    )
+    of_httpx = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError)
+    return (*of_httpx, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
 
 
 def connection_error(provider: Provider, exc: Exception) -> ProviderError:
@@ -2782,19 +2638,15 @@ def connection_error(provider: Provider, exc: Exception) -> ProviderError:
     import aiohttp
 
     cause = exc.__cause__ or exc
+    reason = shorten(reason_of(cause), provider.key)
     if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
-        return ProviderProtocol(
-            f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}"
-        )
+        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {reason}")
+    what = "broke the connection before it answered"
     if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
-        inner = getattr(cause, "os_error", None)
-        reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
-        return ProviderUnavailable(
-            f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True
-        )
-    return ProviderUnavailable(
-        f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True
-    )
+        what = f"cannot be reached at {provider.base_url}"
+        system = getattr(cause, "os_error", None)
+        reason = os.strerror(system.errno) if isinstance(system, ConnectionError) and system.errno else reason
+    return ProviderUnavailable(f"{provider.name} {what}: {reason}", transient=True)
 
 
 def reason_of(exc: BaseException) -> str:
@@ -2804,21 +2656,16 @@ def reason_of(exc: BaseException) -> str:
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """How long a provider asks to wait, by `retry-after-ms`, or `retry-after` as seconds or an HTTP date."""
-    text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return check_seconds(float(headers.get("retry-after-ms", "")) / 1000)
-    with contextlib.suppress(ValueError):
-        return check_seconds(float(text))
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return check_seconds(email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    readings: tuple[Callable[[], float], ...] = (
+        lambda: float(headers["retry-after-ms"]) / 1000,
+        lambda: float(headers["retry-after"]),
+        lambda: email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(),
+    )
+    for read in readings:
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            if (seconds := read()) == seconds:  # `float` takes "nan"
+                return max(seconds, 0.0)
     return None
-
-
-def check_seconds(seconds: float) -> float:
-    """A wait that is not in the past. Raises ValueError for what is no number (`float` takes "nan")."""
-    if seconds != seconds:
-        raise ValueError("not a number")
-    return max(seconds, 0.0)
 
 
 def retry_delay(error: ProviderError, attempt: int) -> float | None:
@@ -2916,12 +2763,10 @@ class Providers:
 
     async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
         """One request; the response's body is still to be read. Raises ProviderError."""
-        if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
-            raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         import httpx
 
         await self.open()
-        transport = open_demo_transport() if provider.name == DEMO else self._transport
+        transport = httpx.MockTransport(answer_demo) if provider.name == DEMO else self._transport
         headers = {**PROVIDER_HEADERS, **DIALECTS[provider.dialect].headers(provider)}
         try:
             request = httpx.Request(method, url, content=body, headers=headers, extensions=PROVIDER_EXTENSIONS)
@@ -2938,7 +2783,7 @@ class Providers:
                     body += data
                     if len(body) > REQUEST_BYTES_MAX:
                         break
-        words, kinds = body_words(response.headers.get("content-type", ""), body)
+        words, kinds = body_words(body)
         if 300 <= response.status_code < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
         error = provider_error(provider, response.status_code, words, kinds)
@@ -2955,8 +2800,8 @@ class Providers:
     async def list_models(self, provider: Provider, refresh: bool = False) -> ModelList:
         """A provider's models, asked live unless they are given or were asked lately; never raises."""
         known = self._models.get(provider.name)
-        if provider.name == DEMO or provider.models:
-            return ModelList(provider.models or DEMO_MODELS, None, 0.0)
+        if provider.models:
+            return ModelList(provider.models, None, 0.0)
         if known is None or refresh or time.monotonic() - known.asked_at > MODELS_CACHE_SECONDS:
             try:
                 async with asyncio.timeout(MODELS_SECONDS):
@@ -2969,26 +2814,13 @@ class Providers:
         return known
 
     async def _fetch_models(self, provider: Provider) -> tuple[str, ...]:
-        dialect = DIALECTS[provider.dialect]
-        base_url = provider.base_url.removesuffix("/v1") if dialect.models_path.startswith("/v1") else provider.base_url
-        url = provider.models_url or base_url + dialect.models_path
-        models: list[str] = []
-        page: Any = {"has_more": True, "last_id": None}
-        while isinstance(page, dict) and page.get("has_more"):  # only Anthropic's list has pages
-            after = f"&after_id={page['last_id']}" if page.get("last_id") else ""
-            page = await self._fetch_json(provider, url + after)
-            found = models_of(page)
-            models += found
-            if not found:
-                break
-        return tuple(dict.fromkeys(models))
-
-    async def _fetch_json(self, provider: Provider, url: str) -> Any:
-        response = await self._send(provider, "GET", url, None)
+        path = DIALECTS[provider.dialect].models_path
+        base_url = provider.base_url.removesuffix("/v1") if path.startswith("/v1") else provider.base_url
+        response = await self._send(provider, "GET", provider.models_url or base_url + path, None)
         try:
             if response.status_code != 200:
                 raise (await self._refusal(provider, response))[0]
-            return decode_json(await response.aread())
+            return tuple(dict.fromkeys(models_of(decode_json(await response.aread()))))
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
         except connection_errors() as exc:
@@ -3000,38 +2832,39 @@ class Providers:
 
     async def resolve(self, provider_name: str | None, model: str | None, name: str = "model") -> Target:
         """The target that a request means; `name` is the field to blame. Raises InvalidRequest."""
-        if provider_name is not None:
-            provider = self._find(provider_name, "provider")
-            return self._check(Target(provider, model or await self._first_model(provider)), name)
-        if model is None and not self._config.default_model:
-            provider = self._config.providers[0]
-            return Target(provider, await self._first_model(provider))
-        wanted = model if model is not None else self._config.default_model
-        prefix, slash, rest = wanted.partition("/")
-        if slash and rest and self._config.provider(prefix):
-            return self._check(Target(self._find(prefix, name), rest), name)
-        if found := await self._find_by_model(wanted, name):
-            return found
-        if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
-            return self._check(Target(self._config.providers[0], wanted), name)
-        self._find(prefix if slash else wanted, name)
-        raise ModelNotFound(
-            f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too"
-        )
+        wanted = model or ""
+        provider = self._find(provider_name, "provider") if provider_name is not None else None
+        if provider is None:
+            wanted = wanted or self._config.default_model
+            prefix, _, rest = wanted.partition("/")
+            if rest and (provider := self._config.provider(prefix)):
+                wanted = rest
+            elif wanted:
+                return await self._find_by_model(wanted, name)
+        provider = provider or self._config.providers[0]
+        return self._check(Target(provider, wanted or await self._first_model(provider)), name)
 
-    async def _find_by_model(self, wanted: str, name: str) -> Target | None:
-        """The target of a model without its provider, where only one has it. Raises ModelNotFound.
+    async def _find_by_model(self, wanted: str, name: str) -> Target:
+        """The target of a model without its provider: where only one has it, or there is only one. Raises ModelNotFound.
 
         The lists that the configuration gives come first; only then are the providers asked for theirs.
         """
-        found = [Target(one, wanted) for one in self._config.providers if wanted in one.models]
-        if not found and len(self._config.providers) > 1 and self._config.provider(wanted) is None:
-            listed = await asyncio.gather(*map(self.list_models, self._config.providers))
-            pairs = zip(self._config.providers, listed, strict=True)
-            found = [Target(one, wanted) for one, of_one in pairs if wanted in of_one.models]
-        if len(found) > 1:
+        providers = self._config.providers
+        found = [Target(one, wanted) for one in providers if wanted in one.models]
+        if not found and len(providers) > 1 and self._config.provider(wanted) is None:
+            listed = await asyncio.gather(*map(self.list_models, providers))
+            found = [Target(one, wanted) for one, its in zip(providers, listed, strict=True) if wanted in its.models]
+        prefix = wanted.partition("/")[0]
+        if len(providers) == 1 and prefix not in PROVIDER_FACTS:
+            found = [self._check(Target(providers[0], wanted), name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
             raise ModelNotFound(f"{name}: several providers have {wanted!r}; write one of {', '.join(map(str, found))}")
-        return found[0] if found else None
+        self._find(prefix, name)
+        raise ModelNotFound(
+            f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too"
+        )
 
     def _find(self, wanted: str, name: str) -> Provider:
         provider = self._config.provider(wanted)
@@ -3044,7 +2877,7 @@ class Providers:
 
     def _check(self, target: Target, name: str) -> Target:
         """Refuses a model that is known not to be there: where the list is given, not asked."""
-        models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
+        models = target.provider.models
         if models and target.model not in models:
             raise ModelNotFound(
                 f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}"
@@ -3148,28 +2981,6 @@ def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
         limit=limits.max_connections or 0, keepalive_timeout=limits.keepalive_expiry, ssl=ssl_context
     )
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=bool(getproxies()))
-
-
-def open_demo_transport() -> Any:
-    """Answers for DEMO_HOST as a provider would, without a network."""
-    import httpx
-
-    class DemoStream(httpx.AsyncByteStream):
-        def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-            self._chunks = chunks
-
-        def __aiter__(self) -> AsyncIterator[bytes]:
-            return self._chunks
-
-    class DemoTransport(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            body = decode_json(request.content)
-            content = body["messages"][-1]["content"]
-            question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-            stream = DemoStream(demo_stream(body["model"], question))
-            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=stream)
-
-    return DemoTransport()
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4180,12 +3991,7 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
         content = found.setdefault(row["id"], (row, []))[1]
         content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
-        Turn(
-            row["role"],
-            tuple(join_deltas(content)),
-            row["provider"],
-            json.loads(row["params_json"]).get("tool_call_id"),
-        )
+        Turn(row["role"], tuple(join_deltas(content)), json.loads(row["params_json"]).get("tool_call_id"))
         for row, content in found.values()
     )
 

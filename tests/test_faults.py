@@ -385,12 +385,12 @@ for word in ("error", "network_error"):
     )
 
 
-@case("HTTP 200 with a page", "provider_protocol", "answered with a web page: Oh no Bad Gateway")
+@case("HTTP 200 with a page", "provider_protocol", "something that is no answer: Oh no Bad Gateway")
 def _(dialect: str) -> Script:
     return page(200, PAGE)
 
 
-@case("a page that says it is a stream", "provider_protocol", "answered with a web page: Oh no Bad Gateway")
+@case("a page that says it is a stream", "provider_protocol", "something that is no answer: Oh no Bad Gateway")
 def _(dialect: str) -> Script:
     return page(200, PAGE, "text/event-stream")
 
@@ -400,12 +400,12 @@ def _(dialect: str) -> Script:
     return json_answer({"error": {"message": "Slow down: insufficient_quota", "code": "429"}})
 
 
-@case("JSON that is no answer", "provider_protocol", 'sent JSON that is no answer: {"status": "ok"}')
+@case("JSON that is no answer", "provider_protocol", 'something that is no answer: {"status":"ok"}')
 def _(dialect: str) -> Script:
     return json_answer({"status": "ok"})
 
 
-@case("JSON cut in the middle", "provider_protocol", 'cannot be read: {"choi')
+@case("JSON cut in the middle", "provider_protocol", 'something that is no answer: {"choi')
 def _(dialect: str) -> Script:
     return page(200, '{"choices": [{"mess', "application/json")
 
@@ -420,12 +420,12 @@ def _(dialect: str) -> Script:
     return page(200, bytes(range(128, 256)) * 20 + b"\n\n", "text/event-stream")
 
 
-@case("an event that is no JSON", "provider_protocol", "cannot be read: not json", content=WHOLE)
+@case("an event that is no JSON", "provider_protocol", "something that is no answer: not json", content=WHOLE)
 def _(dialect: str) -> Script:
     return [*text(dialect, end=False), sse("not json")]
 
 
-@case("an event nested 100,000 deep", "provider_protocol", "cannot be read: {", content=WHOLE)
+@case("an event nested 100,000 deep", "provider_protocol", "something that is no answer: {", content=WHOLE)
 def _(dialect: str) -> Script:
     return [*text(dialect, end=False), sse('{"usage":' + "[" * 100_000)]
 
