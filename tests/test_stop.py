@@ -21,22 +21,9 @@ PART = ["The first ", "half 日本 😀"]
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
+def server(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_server(tmp_path_factory.mktemp("stop"), shared_provider) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def server(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_server(tmp_path_factory.mktemp("stop"), provider) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_script_is_left(provider: Provider) -> Iterator[None]:
-    """A generation that was stopped before it asked leaves its script behind."""
-    yield
-    provider._queues[None].clear()
 
 
 @dataclass
