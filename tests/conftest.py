@@ -147,7 +147,7 @@ def open_client(url: str, **headers: str) -> httpx.Client:
     return httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False, verify=False)
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20) -> None:
     """Looks again and again until the condition holds. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
