@@ -13,7 +13,7 @@ from tests.conftest import Server
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("demo")) as server:
+    with Server(tmp_path_factory.mktemp("demo"), LLMCHAT_DRAIN_SECONDS="0") as server:
         yield server
 
 

@@ -176,16 +176,22 @@ def test_one_subscriber_too_many_is_refused_until_another_leaves(small: Server, 
     assert read_all(others[0]).content == read_all(stream, reader).content == "first last"
 
 
-@pytest.mark.usefixtures("stop_all")
-def test_the_limit_of_subscribers_holds_for_finished_messages_too(small: Server, provider: Provider) -> None:
+def long_answer(server: Server, provider: Provider) -> tuple[int, str]:
+    """A finished message that no kernel takes whole for a client that does not read: its id and its content."""
     content = varied_text(900_000)
     provider.script([*texts([content[start : start + 9000] for start in range(0, len(content), 9000)]), *openai_end()])
-    message_id = small.start_chat("Hello")
-    small.wait_ended(message_id)
+    message_id = server.start_chat("Hello")
+    assert server.wait_ended(message_id)["text"] == content
+    return message_id, content
+
+
+@pytest.mark.usefixtures("stop_all")
+def test_the_limit_of_subscribers_holds_for_finished_messages_too(small: Server, provider: Provider) -> None:
+    message_id, content = long_answer(small, provider)
     path = f"/api/v1/messages/{message_id}/stream"
     with contextlib.ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(EventStream(small.url, "GET", path, receive_bytes=4096))
+            stack.enter_context(stalled_stream(small, path))
         with small.resume(message_id) as refused:
             assert_overloaded(refused.status, refused.headers, refused.error, "3 streams")
     wait_until(lambda: small.get("/api/v1/health").json()["subscribers"] == 0, "the end of the streams")
@@ -197,10 +203,7 @@ def count_rows(server: Server) -> list[int]:
 
 
 def test_the_limit_of_subscribers_holds_for_requests_at_the_same_time(small: Server, provider: Provider) -> None:
-    content = varied_text(900_000)
-    provider.script([*texts([content[start : start + 9000] for start in range(0, len(content), 9000)]), *openai_end()])
-    message_id = small.start_chat("Hello")
-    small.wait_ended(message_id)
+    message_id, _ = long_answer(small, provider)
     path = f"/api/v1/messages/{message_id}/stream"
     together = threading.Barrier(24)
 

@@ -52,7 +52,7 @@ WHOLE = "".join(TEXT)
 SOON = {"retry_after_ms": "5"}
 DIALECTS = ("openai", "anthropic")
 WAIT_SECONDS = 60
-WORKERS = 24
+WORKERS = 64
 PAGE = (
     "<!doctype html><html><head><title>Oh no</title><style>b{}</style><script>if (a<b) {}</script></head>"
     "<body><h1>Bad&nbsp;Gateway</h1></body></html>"

@@ -46,7 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Alice's server, whose provider answers in three words, so that nothing waits."""
     with Provider(words=3) as provider:
         folder = tmp_path_factory.mktemp("openapi")
-        with walk.start_server(folder, provider, LLMCHAT_HEARTBEAT_SECONDS="0.05") as running:
+        settings = {"LLMCHAT_HEARTBEAT_SECONDS": "0.05", "LLMCHAT_DRAIN_SECONDS": "0"}
+        with walk.start_server(folder, provider, **settings) as running:
             running.post(f"/api/v1/messages/{walk.RUNNING}/stop")
             yield running
         assert "Traceback" not in "".join(running.log)
