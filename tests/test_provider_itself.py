@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests import provider as scripted
+from tests.conftest import wait_until
 from tests.provider import Answer, Cut, Drip, Hang, Pause, Provider, Raw, Reset, Send, SendForever, ShortBody
 from tests.tcp_proxy import TcpProxy
 
@@ -93,7 +94,7 @@ def test_an_unscripted_request_gets_the_default_answer_in_its_dialect(provider: 
     anthropic = anthropic_deltas(post(provider, MESSAGES).content.decode())
     assert [delta["content"] for delta in openai if delta.get("content")] == expected
     assert [delta["text"] for delta in anthropic] == expected
-    assert post(provider, stream=False).json()["choices"][0]["message"]["content"] == "".join(expected)
+    assert post(provider, stream=False, model="other").json()["choices"][0]["message"]["content"] == "".join(expected)
     assert post(provider, MESSAGES, stream=False).json()["content"][0]["text"] == "".join(expected)
 
 
@@ -287,6 +288,7 @@ def test_a_close_of_the_client_is_noticed_at_once(provider: Provider, step: scri
     request = provider.chats[0]
     assert before <= request.wait_closed()
     assert request.connection.closed_by == "client" and not request.answered_whole
+    wait_until(lambda: not provider._tasks, "the end of the answer, which nobody takes")
 
 
 def test_a_client_that_does_not_read_stops_the_sender_and_is_seen_closing(provider: Provider) -> None:
@@ -313,6 +315,23 @@ def test_waits_are_bounded_and_say_what_did_not_happen(provider: Provider) -> No
         provider.wait_at_gate("never", timeout=0.01)
     with open_stream(provider), pytest.raises(TimeoutError, match="completions is closed"):
         provider.wait_chats()[0].wait_closed(0.01)
+
+
+def test_a_provider_that_forgets_is_as_new_at_the_same_address() -> None:
+    with Provider(words=3) as provider:
+        provider.script([Send(b"x"), provider.gate("g")], [Hang()])
+        provider.script([Hang()], model="other")
+        provider.delay, provider.words, provider.models = 1.0, 500, [Hang()]
+        provider.open_gate("g")
+        post(provider)
+        address = provider.base_url
+        provider.forget()
+        assert provider.requests == provider.connections == [] and provider.base_url == address
+        expected = "".join(scripted.default_answer("hi", 3))
+        assert post(provider, stream=False, model="other").json()["choices"][0]["message"]["content"] == expected
+        models = httpx.get(provider.base_url + "/models").json()["data"]
+        assert [model["id"] for model in models] == [scripted.MODEL]
+        assert provider.call(lambda: not provider._gate("g").is_set())
 
 
 def test_hundreds_of_streams_run_at_once(provider: Provider) -> None:
