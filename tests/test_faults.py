@@ -52,7 +52,7 @@ WHOLE = "".join(TEXT)
 SOON = {"retry_after_ms": "5"}
 DIALECTS = ("openai", "anthropic")
 WAIT_SECONDS = 60
-WORKERS = 64
+WORKERS = 24
 PAGE = (
     "<!doctype html><html><head><title>Oh no</title><style>b{}</style><script>if (a<b) {}</script></head>"
     "<body><h1>Bad&nbsp;Gateway</h1></body></html>"
@@ -590,7 +590,7 @@ def _(dialect: str) -> Script:
     return [*steps[:2], *pauses, *steps[2:]]
 
 
-@case("past the deadline", "deadline_exceeded", "ran for 2 s, the limit", content=None, server="hurried")
+@case("past the deadline", "deadline_exceeded", "ran for 4 s, the limit", content=None, server="hurried")
 def _(dialect: str) -> Script:
     return [*opening(dialect), SendForever(lambda number: _delta(dialect, f"{number} "), 0.05)]
 
@@ -598,7 +598,7 @@ def _(dialect: str) -> Script:
 @case(
     "past the deadline while waiting for a retry",
     "deadline_exceeded",
-    "ran for 2 s, the limit",
+    "ran for 4 s, the limit",
     server="hurried",
     attempt_code="provider_unavailable",
     notices=1,
@@ -655,7 +655,7 @@ SERVERS: dict[str, dict[str, str]] = {
         "LLMCHAT_KEEPALIVE_SECONDS": "4",
         "LLMCHAT_ANSWER_CHARACTERS_MAX": "2000",
     },
-    "hurried": {"LLMCHAT_GENERATION_TIMEOUT_SECONDS": "2"},
+    "hurried": {"LLMCHAT_GENERATION_TIMEOUT_SECONDS": "4"},
     "closed": {},
 }
 

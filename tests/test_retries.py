@@ -90,7 +90,7 @@ def service(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def impatient(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With fallbacks of its own, and little patience for a first delta."""
-    more = {"LLMCHAT_FALLBACKS": "spare/env, anthropic/env-2", "LLMCHAT_FIRST_DELTA_TIMEOUT_SECONDS": "0.5"}
+    more = {"LLMCHAT_FALLBACKS": "spare/env, anthropic/env-2", "LLMCHAT_FIRST_DELTA_TIMEOUT_SECONDS": "2"}
     with Server(tmp_path_factory.mktemp("impatient"), **settings(shared_provider, **more)) as server:
         yield server
 
