@@ -590,7 +590,7 @@ def _(dialect: str) -> Script:
     return [*steps[:2], *pauses, *steps[2:]]
 
 
-@case("past the deadline", "deadline_exceeded", "ran for 2 s, the limit", content=None, server="hurried")
+@case("past the deadline", "deadline_exceeded", "ran for 4 s, the limit", content=None, server="hurried")
 def _(dialect: str) -> Script:
     return [*opening(dialect), SendForever(lambda number: _delta(dialect, f"{number} "), 0.05)]
 
@@ -598,7 +598,7 @@ def _(dialect: str) -> Script:
 @case(
     "past the deadline while waiting for a retry",
     "deadline_exceeded",
-    "ran for 2 s, the limit",
+    "ran for 4 s, the limit",
     server="hurried",
     attempt_code="provider_unavailable",
     notices=1,
@@ -655,7 +655,7 @@ SERVERS: dict[str, dict[str, str]] = {
         "LLMCHAT_KEEPALIVE_SECONDS": "4",
         "LLMCHAT_ANSWER_CHARACTERS_MAX": "2000",
     },
-    "hurried": {"LLMCHAT_GENERATION_TIMEOUT_SECONDS": "2"},
+    "hurried": {"LLMCHAT_GENERATION_TIMEOUT_SECONDS": "4"},
     "closed": {},
 }
 
@@ -704,8 +704,9 @@ class Table:
                 "ANTHROPIC_API_KEY": KEY,
             }
             self.servers[name] = Server(self._folder / name, **settings, **SERVERS[name])
+            # The first one loads the HTTP client.
             warm_up = {"message": "Hello", "model": "openai/warm-up", "stream": False}
-            self.servers[name].post("/api/v1/chat", warm_up, timeout=WAIT_SECONDS)  # the first one loads the HTTP client
+            self.servers[name].post("/api/v1/chat", warm_up, timeout=WAIT_SECONDS)
         for run in self.runs.values():
             self.provider.script(*run.case.script(run.dialect), model=run.model)
             self.provider.script(*run.case.script(run.dialect), model=run.model + " (document)")

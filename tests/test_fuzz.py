@@ -665,9 +665,8 @@ def test_whatever_the_environment_says_is_taken_or_refused_in_a_line(environment
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("fuzz"))
-    yield running
-    running.close()
+    with Server(tmp_path_factory.mktemp("fuzz")) as running:
+        yield running
     assert "Traceback" not in "".join(running.log), running.log
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.client import EventStream, Reader
 from tests.conftest import Server
+from tests.guarantees import running_server
 from tests.provider import Provider, default_answer, openai_text
 
 JSON = {"content-type": "application/json"}
@@ -29,14 +30,11 @@ def shared_provider() -> Iterator[Provider]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, shared_provider: Provider) -> Iterator[Server]:
     """One server for the module: what it refuses leaves nothing behind. Conversation 1 has messages 1 and 2."""
-    settings = {"OPENAI_BASE_URL": shared_provider.base_url, "OPENAI_API_KEY": "sk-test", "OPENAI_MODELS": "m,n"}
-    server = Server(
-        tmp_path_factory.mktemp("requests"), **settings, OLLAMA_BASE_URL=shared_provider.base_url, OLLAMA_MODELS="x"
-    )
-    assert server.post("/api/v1/chat", {"message": "first", "stream": False}).json()["id"] == 2
-    assert server.post("/api/v1/chat", {"message": "second", "stream": False}).json()["id"] == 4
-    yield server
-    server.close()
+    folder, more = tmp_path_factory.mktemp("requests"), {"OLLAMA_BASE_URL": shared_provider.base_url}
+    with running_server(folder, shared_provider, **more, OLLAMA_MODELS="x") as server:
+        assert server.post("/api/v1/chat", {"message": "first", "stream": False}).json()["id"] == 2
+        assert server.post("/api/v1/chat", {"message": "second", "stream": False}).json()["id"] == 4
+        yield server
     assert "Traceback" not in "".join(server.log)
 
 
@@ -288,10 +286,10 @@ def test_deep_nesting_is_refused(shared: Server, body: bytes) -> None:
     assert message.endswith((surrogate, depth))
 
 
-def test_nesting_within_the_limit_goes_upstream_as_it_came(shared: Server, shared_provider: Provider) -> None:
+def test_nesting_within_the_limit_goes_upstream_as_it_came(shared: Server, provider: Provider) -> None:
     response = shared.post("/api/v1/chat", content=nested(60)[:-1] + b',"stream":false}', headers=JSON)
     assert response.status_code == 200
-    assert json.dumps(shared_provider.chats[-1].field("tools")[0]["function"]["a"]) == "[" * 60 + "]" * 60
+    assert json.dumps(provider.chats[-1].field("tools")[0]["function"]["a"]) == "[" * 60 + "]" * 60
 
 
 # ── what does not exist ──
@@ -451,30 +449,30 @@ def test_an_idempotency_key_that_cannot_be_kept_is_refused(shared: Server, key: 
     assert shared.rows(COUNTS) == before
 
 
-def test_a_repeat_with_the_same_key_attaches_to_the_first_run(shared: Server, shared_provider: Provider) -> None:
-    calls = len(shared_provider.chats)
+def test_a_repeat_with_the_same_key_attaches_to_the_first_run(shared: Server, provider: Provider) -> None:
+    calls = len(provider.chats)
     body, headers = {"message": "pay once", "stream": False}, {"Idempotency-Key": "key-1"}
     answers = [shared.post("/api/v1/chat", body, headers=headers).json() for _ in range(3)]
     assert answers[0] == answers[1] == answers[2] and answers[0]["status"] == "completed"
-    assert len(shared_provider.chats) == calls + 1
+    assert len(provider.chats) == calls + 1
 
 
-def test_repeats_at_the_same_moment_make_one_provider_call(shared: Server, shared_provider: Provider) -> None:
-    calls = len(shared_provider.chats)
+def test_repeats_at_the_same_moment_make_one_provider_call(shared: Server, provider: Provider) -> None:
+    calls = len(provider.chats)
     body, headers = {"message": "all at once", "stream": False}, {"Idempotency-Key": "key-2"}
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: shared.post("/api/v1/chat", body, headers=headers).json(), range(8)))
     assert {answer["id"] for answer in answers} == {answers[0]["id"]}
     assert {answer["text"] for answer in answers} == {"".join(default_answer("all at once", 5))}
-    assert len(shared_provider.chats) == calls + 1
+    assert len(provider.chats) == calls + 1
 
 
-def test_a_repeat_streams_a_running_answer_from_its_start(shared: Server, shared_provider: Provider) -> None:
-    shared_provider.script([*openai_text("one")[:-3], shared_provider.gate("repeat"), *openai_text(" two")[1:]])
+def test_a_repeat_streams_a_running_answer_from_its_start(shared: Server, provider: Provider) -> None:
+    provider.script([*openai_text("one")[:-3], provider.gate("repeat"), *openai_text(" two")[1:]])
     body, headers = {"message": "twice"}, {"Idempotency-Key": "key-3"}
     readers = [Reader(), Reader()]
     streams = [EventStream(shared.url, "POST", "/api/v1/chat", body, headers) for _ in readers]
-    shared_provider.open_gate("repeat")
+    provider.open_gate("repeat")
     for reader, stream in zip(readers, streams, strict=True):
         with stream:
             reader.read(stream)
@@ -493,14 +491,14 @@ def test_a_repeat_in_the_background_tells_the_status_that_is(shared: Server) -> 
     )
 
 
-def test_a_used_key_with_another_body_is_a_conflict(shared: Server, shared_provider: Provider) -> None:
+def test_a_used_key_with_another_body_is_a_conflict(shared: Server, provider: Provider) -> None:
     headers = {"Idempotency-Key": "key-5"}
     assert shared.post("/api/v1/chat", {"message": "a", "stream": False}, headers=headers).status_code == 200
-    calls, before = len(shared_provider.chats), shared.rows(COUNTS)
+    calls, before = len(provider.chats), shared.rows(COUNTS)
     response = shared.post("/api/v1/chat", {"message": "b", "stream": False}, headers=headers)
     message = error_of(response, 409, "conflict")
     assert message == "Idempotency-Key: 'key-5' was used with another request"
-    assert (len(shared_provider.chats), shared.rows(COUNTS)) == (calls, before)
+    assert (len(provider.chats), shared.rows(COUNTS)) == (calls, before)
 
 
 # ── conversations ──
@@ -533,57 +531,55 @@ def test_a_conversation_has_its_messages_as_a_tree(shared: Server) -> None:
     assert found["title"] == "root" and found["running"] is False
 
 
-def test_an_absent_parent_means_the_newest_leaf(shared: Server, shared_provider: Provider) -> None:
+def test_an_absent_parent_means_the_newest_leaf(shared: Server, provider: Provider) -> None:
     first = ask(shared, "one")
     second = ask(shared, "two", conversation_id=first["conversation_id"])
     assert shared.message(second["parent_id"])["parent_id"] == first["id"]
-    assert turns_of(shared_provider) == [("user", "one"), ("assistant", first["text"]), ("user", "two")]
+    assert turns_of(provider) == [("user", "one"), ("assistant", first["text"]), ("user", "two")]
 
 
-def test_a_branch_sends_its_own_path_and_nothing_of_its_siblings(shared: Server, shared_provider: Provider) -> None:
+def test_a_branch_sends_its_own_path_and_nothing_of_its_siblings(shared: Server, provider: Provider) -> None:
     first = ask(shared, "one")
     ask(shared, "two", conversation_id=first["conversation_id"])
     ask(shared, "three", conversation_id=first["conversation_id"], parent_id=first["id"])
-    assert turns_of(shared_provider) == [("user", "one"), ("assistant", first["text"]), ("user", "three")]
+    assert turns_of(provider) == [("user", "one"), ("assistant", first["text"]), ("user", "three")]
 
 
-def test_a_null_parent_sends_a_new_first_message_alone(shared: Server, shared_provider: Provider) -> None:
+def test_a_null_parent_sends_a_new_first_message_alone(shared: Server, provider: Provider) -> None:
     first = ask(shared, "one")
     ask(shared, "two", conversation_id=first["conversation_id"], parent_id=None)
-    assert turns_of(shared_provider) == [("user", "two")]
+    assert turns_of(provider) == [("user", "two")]
 
 
-def test_a_system_prompt_is_kept_with_the_conversation_and_sent_every_time(
-    shared: Server, shared_provider: Provider
-) -> None:
+def test_a_system_prompt_is_kept_with_the_conversation_and_sent_every_time(shared: Server, provider: Provider) -> None:
     first = ask(shared, "one", system="Be brief.")
     ask(shared, "two", conversation_id=first["conversation_id"])
-    assert turns_of(shared_provider)[0] == ("system", "Be brief.")
+    assert turns_of(provider)[0] == ("system", "Be brief.")
     assert shared.get(f"/api/v1/conversations/{first['conversation_id']}").json()["system"] == "Be brief."
 
 
-def test_a_system_prompt_changes_by_a_later_chat_and_by_patch(shared: Server, shared_provider: Provider) -> None:
+def test_a_system_prompt_changes_by_a_later_chat_and_by_patch(shared: Server, provider: Provider) -> None:
     first = ask(shared, "one", system="Be brief.")
     ask(shared, "two", conversation_id=first["conversation_id"], system="Be long.")
-    assert turns_of(shared_provider)[0] == ("system", "Be long.")
+    assert turns_of(provider)[0] == ("system", "Be long.")
     shared.client.patch(f"/api/v1/conversations/{first['conversation_id']}", json={"system": ""})
     ask(shared, "three", conversation_id=first["conversation_id"])
-    assert turns_of(shared_provider)[0] == ("user", "one")
+    assert turns_of(provider)[0] == ("user", "one")
 
 
-def test_a_failed_answer_leaves_a_history_that_alternates(shared: Server, shared_provider: Provider) -> None:
-    shared_provider.script([])  # an answer that ends before it began
+def test_a_failed_answer_leaves_a_history_that_alternates(shared: Server, provider: Provider) -> None:
+    provider.script([])  # an answer that ends before it began
     failed = shared.post("/api/v1/chat", {"message": "one", "stream": False})
     assert failed.status_code == 502
     conversation_id = shared.message(failed.json()["message_id"])["conversation_id"]
     ask(shared, "two", conversation_id=conversation_id)
-    assert turns_of(shared_provider) == [("user", "one\n\ntwo")]
+    assert turns_of(provider) == [("user", "one\n\ntwo")]
 
 
-def test_a_question_asked_beside_a_question_is_joined_to_it(shared: Server, shared_provider: Provider) -> None:
+def test_a_question_asked_beside_a_question_is_joined_to_it(shared: Server, provider: Provider) -> None:
     first = ask(shared, "one")
     ask(shared, "and two", conversation_id=first["conversation_id"], parent_id=first["parent_id"])
-    assert turns_of(shared_provider) == [("user", "one\n\nand two")]
+    assert turns_of(provider) == [("user", "one\n\nand two")]
 
 
 def test_a_page_of_conversations_leads_to_the_next_while_new_ones_come(shared: Server) -> None:
@@ -657,12 +653,12 @@ def test_a_deleted_conversation_is_gone_with_everything_in_it(shared: Server) ->
     assert ask(shared, "new")["conversation_id"] > answer["conversation_id"], "an id is never used again"
 
 
-def test_deleting_a_conversation_ends_what_runs_in_it(shared: Server, shared_provider: Provider) -> None:
-    shared_provider.script([*openai_text("begun")[:-3], shared_provider.gate("never opened")])
+def test_deleting_a_conversation_ends_what_runs_in_it(shared: Server, provider: Provider) -> None:
+    provider.script([*openai_text("begun")[:-3], provider.gate("never opened")])
     reader = Reader()
     with shared.chat("to be deleted while it runs") as stream:
         reader.read(stream, 2)
-        request = shared_provider.chats[-1]
+        request = provider.chats[-1]
         conversation_id = shared.rows("SELECT max(id) FROM conversation")[0][0]
         assert shared.client.delete(f"/api/v1/conversations/{conversation_id}").status_code == 200
         reader.read(stream)
@@ -673,14 +669,14 @@ def test_deleting_a_conversation_ends_what_runs_in_it(shared: Server, shared_pro
     assert shared.rows("SELECT count(*) FROM delta LEFT JOIN message ON id = message_id WHERE id IS NULL") == [(0,)]
 
 
-def test_head_of_a_stream_is_answered_while_the_answer_still_runs(shared: Server, shared_provider: Provider) -> None:
-    shared_provider.script([*openai_text("begun")[:-3], shared_provider.gate("head"), *openai_text(".")[1:]])
+def test_head_of_a_stream_is_answered_while_the_answer_still_runs(shared: Server, provider: Provider) -> None:
+    provider.script([*openai_text("begun")[:-3], provider.gate("head"), *openai_text(".")[1:]])
     message_id = shared.start_chat("x")
     response = shared.client.head(f"/api/v1/messages/{message_id}/stream")
     assert (response.status_code, response.content) == (200, b"")
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert shared.message(message_id)["status"] == "running"
-    shared_provider.open_gate("head")
+    provider.open_gate("head")
     assert shared.wait_ended(message_id)["text"] == "begun."
 
 

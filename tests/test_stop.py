@@ -13,30 +13,17 @@ import pytest
 
 from tests.client import EventStream, Reader
 from tests.conftest import Server, wait_until
-from tests.guarantees import chat_to_the_gate, gated, read_all, running_server, texts, varied_text
+from tests.guarantees import chat_to_the_gate, gated, read_all, read_up_to, running_server, texts, varied_text
 from tests.provider import Answer, Cut, Hang, Provider, Send, SendForever, Steps, openai_error, openai_text
 
-STOPPED_SECONDS_MAX = 1.0  # of the noisiest machine; what is promised is 0.1, and what was measured is printed
+STOPPED_SECONDS_MAX = 1.0  # half of the time on the noisiest machine; what is promised is 0.1, and it is printed
 PART = ["The first ", "half 日本 😀"]
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
+def server(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_server(tmp_path_factory.mktemp("stop"), shared_provider) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def server(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_server(tmp_path_factory.mktemp("stop"), provider) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_script_is_left(provider: Provider) -> Iterator[None]:
-    """A generation that was stopped before it asked leaves its script behind."""
-    yield
-    provider._queues[None].clear()
 
 
 @dataclass
@@ -60,8 +47,8 @@ def stop_when(server: Server, provider: Provider, content: str) -> Stopped:
     """Starts a chat, stops it once the client holds this content and the provider was asked, reads the rest."""
     before = len(provider.chats)
     stream, reader, message_id = start(server)
-    while reader.content != content:
-        reader.read(stream, 1)
+    if content:
+        read_up_to(reader, stream, content)
     asked = provider.wait_chats(before + 1)[before]
     stopped_at = time.monotonic()
     response = server.post(f"/api/v1/messages/{message_id}/stop")
@@ -80,7 +67,6 @@ def assert_stopped(server: Server, stopped: Stopped, content: str) -> None:
     assert reader.content == content == server.content(stopped.message_id)
     message = server.message(stopped.message_id)
     assert message["status"] == "stopped" and message["text"] == content and message["error"] is None
-    assert stopped.seconds < STOPPED_SECONDS_MAX
 
 
 MIDDLES: dict[str, Steps] = {
@@ -135,6 +121,7 @@ def test_a_stop_of_an_answer_that_pours_in_keeps_exactly_what_the_client_holds(
     stream, reader, message_id = start(server)
     while len(reader.content) < 50_000:
         reader.read(stream, 1)
+        assert reader.end is None and not stream.ended
     assert server.post(f"/api/v1/messages/{message_id}/stop").json()["status"] == "stopped"
     read_all(stream, reader)
     assert reader.content == server.content(message_id)
