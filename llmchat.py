@@ -175,6 +175,7 @@ FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before it
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
+WAL_BYTES_MAX = 8_000_000  # of the log that is kept once it was copied back: twice what it grows to by itself
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
 QUERY_CHARACTERS_MAX = 500  # of a search
 TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
@@ -3352,6 +3353,7 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     try:
         for pragma in (
             f"busy_timeout={DATABASE_BUSY_MS}",
+            f"journal_size_limit={WAL_BYTES_MAX}",
             "foreign_keys=ON",
             "synchronous=NORMAL",
             "temp_store=MEMORY",
