@@ -37,7 +37,6 @@ from tests.guarantees import (
     read_all,
     reader_at,
     running_server,
-    settings_for,
     texts,
     varied_text,
 )
