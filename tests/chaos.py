@@ -72,7 +72,7 @@ CONSTANTS = {"MERGE_AFTER_SECONDS": 1, "QUEUE_EVENTS_MAX": 4, "RETRY_DELAY_SECON
 SETTINGS = {
     "LLMCHAT_HEARTBEAT_SECONDS": "0.25",
     "LLMCHAT_STALL_TIMEOUT_SECONDS": "1.5",
-    "LLMCHAT_FIRST_DELTA_TIMEOUT_SECONDS": "1.5",
+    "LLMCHAT_FIRST_DELTA_TIMEOUT_SECONDS": "2",
     "LLMCHAT_KEEPALIVE_SECONDS": "2",
     "LLMCHAT_GENERATION_TIMEOUT_SECONDS": "10",
     "LLMCHAT_ANSWER_CHARACTERS_MAX": "60000",
@@ -87,14 +87,14 @@ SETTINGS = {
 
 
 class Process(Tuned):
-    """The service with small bounds, which tells its tasks when it gets SIGUSR1."""
+    """The service, which tells its tasks when it gets SIGUSR1."""
 
     program = ("-c", WATCHED + PROGRAM)
 
-    def __init__(self, folder: Path, provider: Provider) -> None:
-        super().__init__(
-            folder, provider, send_bytes=4096, constants=CONSTANTS, ANTHROPIC_BASE_URL=provider.origin, **SETTINGS
-        )
+    def at_start(self) -> tuple[list[str], list[str]]:
+        """The tasks and descriptors of a process that has done nothing yet but answer one request."""
+        assert self.get("/api/v1/health").status_code == 200
+        return self.tasks(), self.descriptors()
 
     def tasks(self) -> list[str]:
         """The names of its tasks."""
@@ -609,22 +609,25 @@ class Auditor:
                 self.book.violate(f"message {message_id} was completed and has changed")
 
     def _look_at_calls(self, server: Server) -> None:
-        """The provider was asked once per attempt; a run that was killed may have asked without having noted it."""
-        answers: dict[str, list[tuple[int, str, int, str]]] = defaultdict(list)
-        for message_id, status, attempts, question in server.rows(
-            "SELECT answer.id, answer.status, json_array_length(answer.attempts_json), delta.text FROM message AS answer"
-            " JOIN delta ON delta.message_id = answer.parent_id AND delta.offset = 0 WHERE answer.role = 'assistant'"
+        """The provider was asked once per attempt. A run that was killed may have asked without having noted it; one
+        that was stopped, or found the provider silent, may have noted what the provider did not get to read."""
+        stalled = "(SELECT count(*) FROM json_each(answer.attempts_json) WHERE json_extract(value, '$.error.code') = 'stalled')"
+        answers: dict[str, list[tuple[int, str, int, int]]] = defaultdict(list)
+        for message_id, status, attempts, unheard, question in server.rows(
+            f"SELECT answer.id, answer.status, json_array_length(answer.attempts_json), {stalled}, delta.text"
+            " FROM message AS answer JOIN delta ON delta.message_id = answer.parent_id AND delta.offset = 0"
+            " WHERE answer.role = 'assistant'"
         ):
-            answers[TAG.findall(question)[0]].append((message_id, status, attempts, question))
+            answers[TAG.findall(question)[0]].append((message_id, status, attempts, unheard))
         for tag, found in answers.items():
             calls, noted = self.provider.calls[tag], sum(one[2] for one in found)
-            fewest = noted - sum(self.cancelled[one[0]] for one in found)
+            fewest = noted - sum(one[3] + self.cancelled[one[0]] for one in found)
             most = noted + ATTEMPTS * sum(self.killed[one[0]] for one in found)
             if not fewest <= calls <= most:
                 self.book.violate(f"{tag}: the provider was asked {calls} times, {fewest} to {most} are expected")
             self._look_at_truth(server, tag, found)
 
-    def _look_at_truth(self, server: Server, tag: str, found: list[tuple[int, str, int, str]]) -> None:
+    def _look_at_truth(self, server: Server, tag: str, found: list[tuple[int, str, int, int]]) -> None:
         """What is completed is what the provider said."""
         pieces = plain_pieces(self.provider.seed, tag)
         for message_id, status, _, _ in found:
@@ -634,27 +637,29 @@ class Auditor:
                 if server.content(message_id) != "".join(pieces or ()):
                     self.book.violate(f"message {message_id} is completed, and not what the provider said")
 
-    def look_for_leaks(self, server: Process, provider: Provider, tasks: list[str], files: list[str]) -> None:
-        """At rest nothing is open but what was open at the start, and the provider's connections that are kept."""
 
-        def at_rest() -> bool:
-            health = server.get("/api/v1/health").json()
-            return (health["running_generations"], health["subscribers"]) == (0, 0)
+def find_leaks(server: Process, provider: Provider, tasks: list[str], files: list[str]) -> list[str]:
+    """What is wrong with a process that should be at rest: nothing is open in it but what was open at the start, and
+    connections to the provider that are kept."""
 
-        def nothing_left() -> bool:
-            server.client.close()
-            server.client = httpx.Client(base_url=server.url, timeout=30, trust_env=False)
-            open_now = Counter(server.descriptors())
-            return open_now - Counter(files) <= Counter({"socket": provider.open_connections})
+    def at_rest() -> bool:
+        health = server.get("/api/v1/health").json()
+        return (health["running_generations"], health["subscribers"]) == (0, 0)
 
-        for condition, what in ((at_rest, "rest"), (nothing_left, "the end of what was open")):
-            try:
-                wait_until(condition, what, REST_SECONDS)
-            except AssertionError:
-                left = Counter(server.descriptors()) - Counter(files)
-                self.book.violate(f"no {what}: {server.get('/api/v1/health').text}, open beside the first: {left}")
-        if (now := server.tasks()) != tasks:
-            self.book.violate(f"tasks are left: {now}")
+    def left() -> Counter[str]:
+        server.client.close()
+        server.client = httpx.Client(base_url=server.url, timeout=30, trust_env=False)
+        return Counter(server.descriptors()) - Counter(files) - Counter({"socket": provider.open_connections})
+
+    found = []
+    for condition, what in ((at_rest, "rest"), (lambda: not left(), "end of what was open")):
+        try:
+            wait_until(condition, what, REST_SECONDS)
+        except AssertionError:
+            found.append(f"no {what}: {server.get('/api/v1/health').text}, open beside the first: {left()}")
+    if (now := server.tasks()) != tasks:
+        found.append(f"tasks are left: {now}")
+    return found
 
 
 # ── a run ──
@@ -676,12 +681,14 @@ class Run:
     def __call__(self) -> Book:
         self.book = Book()
         with Chaotic(self.seed) as self.provider, contextlib.ExitStack() as stack:
-            self.server = Process(self.folder, self.provider)
+            more = {"ANTHROPIC_BASE_URL": self.provider.origin, **SETTINGS}
+            self.server = Process(self.folder, self.provider, send_bytes=4096, constants=CONSTANTS, **more)
             stack.callback(self.server.close)
             self.networks = [stack.enter_context(Network(self.server.port)) for _ in range(NETWORKS)]
             self.auditor = Auditor(self.book, self.provider)
             self.asked: list[dict[str, Any]] = [{} for _ in range(self.clients)]
-            self.first_files = self.files = self.at_start()
+            self.tasks, self.files = self.server.at_start()
+            self.first_files = self.files
             self.first_wal = self.server.wal_bytes()
             deadline = time.monotonic() + self.seconds
             while time.monotonic() < deadline and len(self.book.violations) < VIOLATIONS_MAX:
@@ -691,12 +698,6 @@ class Run:
             self.last_files, self.last_wal = self.server.descriptors(), self.server.wal_bytes()
             self.kept_connections = self.provider.open_connections
         return self.book
-
-    def at_start(self) -> list[str]:
-        """The descriptors and the tasks of a process that has done nothing yet but answer one request."""
-        assert self.server.get("/api/v1/health").status_code == 200
-        self.tasks = self.server.tasks()
-        return self.server.descriptors()
 
     def round(self) -> None:
         source, started_at = random.Random(f"{self.seed} {self.rounds}"), time.monotonic()
@@ -765,7 +766,8 @@ class Run:
         for network in self.networks:
             network.thaw()
             network.reset()
-        self.auditor.look_for_leaks(self.server, self.provider, self.tasks, self.files)
+        for leak in find_leaks(self.server, self.provider, self.tasks, self.files):
+            self.book.violate(leak)
         self.remember()
         self.auditor.read_log(self.server)
         self.auditor.look(self.server)
@@ -774,7 +776,7 @@ class Run:
     def start_again(self) -> None:
         self.auditor.read_log(self.server)
         self.server.start()
-        self.files = self.at_start()
+        self.tasks, self.files = self.server.at_start()
         self.auditor.look(self.server)
         self.provider.forget()
         for network in self.networks:
