@@ -101,12 +101,12 @@ def soak(folder: Path, seconds: float, provider: Provider) -> tuple[dict[str, st
     more = {"LLMCHAT_ANSWER_CHARACTERS_MAX": str(2 * ANSWER_CHARACTERS), "LLMCHAT_GENERATIONS_MAX": "1000"}
     content, wrong, at_rest = varied_text(ANSWER_CHARACTERS), [], []
     with contextlib.closing(Process(folder, provider, **more)) as server:
-        tasks, files = server.at_start()
+        files = server.first_descriptors()
         start = (server.memory_bytes("VmRSS"), len(files), server.wal_bytes())
         cycle, deadline = Cycle(server, provider, content), time.monotonic() + seconds
         while len(at_rest) < 2 or time.monotonic() < deadline:
             wrong += cycle()
-            wrong += find_leaks(server, provider, tasks, files)
+            wrong += find_leaks(server, provider, files)
             provider.requests.clear()
             at_rest.append(server.memory_bytes("VmRSS"))
             print(
