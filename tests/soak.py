@@ -96,10 +96,10 @@ class Cycle:
                 self.server.client.delete(f"/api/v1/conversations/{conversation_id}")
 
 
-def soak(folder: Path, seconds: float, provider: Provider) -> tuple[dict[str, str], list[str]]:
+def soak(folder: Path, seconds: float, characters: int, provider: Provider) -> tuple[dict[str, str], list[str]]:
     """Cycles for so long, at least two. Returns the figures, and what was wrong."""
-    more = {"LLMCHAT_ANSWER_CHARACTERS_MAX": str(2 * ANSWER_CHARACTERS), "LLMCHAT_GENERATIONS_MAX": "1000"}
-    content, wrong, at_rest = varied_text(ANSWER_CHARACTERS), [], []
+    more = {"LLMCHAT_ANSWER_CHARACTERS_MAX": str(2 * characters), "LLMCHAT_GENERATIONS_MAX": "1000"}
+    content, wrong, at_rest = varied_text(characters), [], []
     with contextlib.closing(Process(folder, provider, **more)) as server:
         files = server.first_descriptors()
         start = (server.memory_bytes("VmRSS"), len(files), server.wal_bytes())
@@ -131,9 +131,10 @@ def soak(folder: Path, seconds: float, provider: Provider) -> tuple[dict[str, st
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--characters", type=int, default=ANSWER_CHARACTERS, help="of the long answer")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Provider() as provider:
-        figures, wrong = soak(Path(folder), arguments.minutes * 60, provider)
+        figures, wrong = soak(Path(folder), arguments.minutes * 60, arguments.characters, provider)
     print("\n| what | figure |\n|---|---|")
     for name, figure in {**figures, "violations": f"{len(wrong)}"}.items():
         print(f"| {name} | {figure} |")

@@ -23,3 +23,8 @@ def test_nothing_that_was_seen_is_lost_or_doubled_in_chaos() -> None:
     assert (found["seed"], found["violations"]) == ("7", "0")
     for name in ("kills -9", "cuts", "generations", "resumed", "deltas seen"):
         assert int(found[name].replace(",", "")) > 0, name
+
+
+def test_nothing_stays_open_and_memory_stays_flat_in_a_soak() -> None:
+    found = figures("-m", "tests.soak", "--minutes", "0", "--characters", "1000000")
+    assert (found["cycles"], found["aborted clients"], found["violations"]) == ("2", "400", "0")
