@@ -7825,10 +7825,19 @@ async def stream_message(request: Request) -> Response:
 
 
 async def stop_message(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    await service.generations.stop(owner, message_id)
-    message = await service.store.read(load_message, owner, message_id)
-    return json_response(StatusAnswer(message_id, message.status))
+    message = await stopped_message(request, path_id(request, "message_id"))
+    return json_response(StatusAnswer(message.id, message.status))
+
+
+async def stopped_message(request: Request, message_id: int) -> Message:
+    """The message, which has ended. One that is stored as running and about to be launched is waited for."""
+    service, owner = service_of(request), owner_of(request)
+    while True:
+        await service.generations.stop(owner, message_id)
+        message = await service.store.read(load_message, owner, message_id)
+        if message.status != "running":
+            return message
+        await asyncio.sleep(STARTED_WAIT_SECONDS)
 
 
 async def list_generations(request: Request) -> Response:
@@ -9391,7 +9400,7 @@ async def get_response(request: Request) -> Response:
 
 async def cancel_response(request: Request) -> Response:
     message_id = response_of_path(request)
-    await service_of(request).generations.stop(owner_of(request), message_id)
+    await stopped_message(request, message_id)
     return await answer_response(request, message_id)
 
 
