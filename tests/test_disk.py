@@ -43,7 +43,7 @@ from tests.guarantees import (
 from tests.provider import Provider, SendForever, WaitFor, openai_end
 
 DISK_BYTES = 20_000_000
-PENDING_CHARACTERS_MAX = 5_000
+ARRIVED_BYTES_MAX = 5_000
 PARTS = [["one "], ["two 日本 "], ["three"]]
 WHOLE = "one two 日本 three"
 CONVERSATIONS = 10_000
@@ -84,7 +84,7 @@ def tuned(folder: Path, provider: Provider, patience_seconds: float) -> Tuned:
         "FLUSH_PATIENCE_SECONDS": patience_seconds,
         "FLUSH_RETRY_SECONDS": 0.05,
         "DATABASE_BUSY_MS": 50,
-        "PENDING_CHARACTERS_MAX": PENDING_CHARACTERS_MAX,
+        "ARRIVED_BYTES_MAX": ARRIVED_BYTES_MAX,
     }
     folder.mkdir()
     more = {"LLMCHAT_HEARTBEAT_SECONDS": "0.1", "LLMCHAT_FLUSH_INTERVAL_MS": "5"}
