@@ -143,7 +143,9 @@ def fill(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def full(server: Server) -> Iterator[None]:
-    """No room is left; whatever the log has room for within itself is used up first."""
+    """No room is left, also not within the log, which else would be written from its beginning again."""
+    with contextlib.closing(sqlite3.connect(server.db, isolation_level=None, timeout=20)) as other:
+        wait_until(lambda: other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0, "an empty log")
     ballast = fill(server.folder)
     try:
         yield
