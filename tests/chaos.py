@@ -312,7 +312,7 @@ class Client:
     def __call__(self) -> None:
         ways: list[tuple[Callable[[], None], int]] = [
             (self._ask, 40), (self._come_back, 30), (self._stop, 8), (self._continue, 10), (self._regenerate, 5),
-            (self._delete, 4), (self._look, 8), (self._abort, 4),
+            (self._delete, 4), (self._look, 8), (self._abort, 4), (self._watch_html, 5), (self._respond, 5),
         ]  # fmt: skip
         while not self.over.is_set():
             way = self.source.choices([one for one, _ in ways], [weight for _, weight in ways])[0]
@@ -444,6 +444,46 @@ class Client:
         with contextlib.suppress(OSError):
             stream = self._stream("POST", "/api/v1/chat", body)
             stream.reset()
+
+    def _watch_html(self) -> None:
+        """The answer as HTML, which has no cursor; this client looks on for a while."""
+        if (message_id := self.book.recent(self.source)) is None:
+            return
+        with self._stream("GET", f"/api/v1/messages/{message_id}/stream?render=html") as stream:
+            if stream.status != 200:
+                self._refused(stream.status, stream.error, 404, 503)
+                return
+            self.book.counts["HTML streams"] += 1
+            names = [event.name for event in itertools.islice(stream.events(), self.source.randint(1, 40))]
+            assert not stream.ended or "end" in names, f"a whole stream ends with its end: {names}"
+
+    def _respond(self) -> None:
+        """A response as OpenAI's clients ask for it, cut off somewhere, and from its beginning once more."""
+        body = {"model": "openai/m", "input": f"[{next(self.tags)}] a response", "stream": True}
+        with self._stream("POST", "/v1/responses", body) as stream:
+            if stream.status != 200:
+                self._refused(stream.status, stream.error, 503)
+                return
+            self.book.counts["responses"] += 1
+            response_id, first = self._read_response(stream, self.source.randint(1, 60))
+        if response_id:
+            with self._stream("GET", f"/v1/responses/{response_id}?stream=true") as stream:
+                if stream.status == 200:
+                    again = self._read_response(stream, 10_000)[1]
+                    assert first.startswith(again) or again.startswith(first), "both are beginnings of one text"
+
+    def _read_response(self, stream: EventStream, most: int) -> tuple[str, str]:
+        """The response's id, empty if it was not told, and the text that came."""
+        response_id, parts = "", []
+        for number, event in enumerate(itertools.islice(stream.events(), most)):
+            assert event.data["sequence_number"] == number, "events are numbered from 0 on, without a gap"
+            if event.name == "response.created":
+                response_id = event.data["response"]["id"]
+            elif event.name == "response.output_text.delta":
+                parts.append(event.data["delta"])
+            if self.over.is_set():
+                break
+        return response_id, "".join(parts)
 
     # ── how it does it ──
 
