@@ -69,7 +69,7 @@ def tell_tasks(*_):
 
 signal.signal(signal.SIGUSR1, tell_tasks)
 """
-CONSTANTS = {"MERGE_AFTER_SECONDS": 1, "QUEUE_EVENTS_MAX": 4, "RETRY_DELAY_SECONDS": 0.05, "REFUSAL_SECONDS": 1}
+CONSTANTS = {"MERGE_AFTER_SECONDS": 1, "QUEUE_EVENTS_MAX": 2, "RETRY_DELAY_SECONDS": 0.05, "REFUSAL_SECONDS": 1}
 SETTINGS = {
     "LLMCHAT_HEARTBEAT_SECONDS": "0.25",
     "LLMCHAT_STALL_TIMEOUT_SECONDS": "1.5",
@@ -145,7 +145,7 @@ def plain_pieces(seed: str, tag: str) -> list[str] | None:
     kind = source.random()
     if kind < 0.35:
         return None
-    count, size = (source.randint(1, 120), source.randint(1, 60)) if kind < 0.93 else (12, 3000)
+    count, size = (source.randint(1, 120), source.randint(1, 60)) if kind < 0.88 else (18, 3000)
     whole = varied_text(count * size, f"{tag} ")
     return [whole[start : start + size] for start in range(0, len(whole), size)]
 
@@ -494,8 +494,10 @@ class Client:
         return httpx.Client(base_url=self._url(), timeout=CLIENT_SECONDS * 4, trust_env=False)
 
     def _stream(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> EventStream:
-        receive_bytes = 4096 if self.source.random() < 0.2 else None
-        return EventStream(self._url(), method, path, body, headers, CLIENT_SECONDS, receive_bytes)
+        if self.source.random() < 0.2:  # past the networks, which would read on for a client that does not
+            direct = f"http://127.0.0.1:{self.networks[0].target_port}"
+            return EventStream(direct, method, path, body, headers, CLIENT_SECONDS, receive_bytes=4096)
+        return EventStream(self._url(), method, path, body, headers, CLIENT_SECONDS)
 
     def _reader(self, message_id: int) -> Reader:
         """What this client holds of a message, from all its lives."""
