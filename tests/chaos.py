@@ -145,7 +145,7 @@ def plain_pieces(seed: str, tag: str) -> list[str] | None:
     kind = source.random()
     if kind < 0.35:
         return None
-    count, size = (source.randint(1, 120), source.randint(1, 60)) if kind < 0.88 else (18, 3000)
+    count, size = (source.randint(1, 120), source.randint(1, 60)) if kind < 0.88 else (60, 900)
     whole = varied_text(count * size, f"{tag} ")
     return [whole[start : start + size] for start in range(0, len(whole), size)]
 
@@ -306,6 +306,7 @@ class Client:
     ) -> None:
         self.number, self.seed, self.book, self.networks, self.over = number, seed, book, networks, over
         self.source = random.Random(seed)
+        self.is_slow = False  # reads slowly, on the newest connection
         self.asked = asked  # the body of a question that had no answer yet, also of an earlier round
         self.tags = (f"r{seed.split()[1]}c{number}q{count}" for count in itertools.count())
 
@@ -494,7 +495,8 @@ class Client:
         return httpx.Client(base_url=self._url(), timeout=CLIENT_SECONDS * 4, trust_env=False)
 
     def _stream(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> EventStream:
-        if self.source.random() < 0.2:  # past the networks, which would read on for a client that does not
+        self.is_slow = self.source.random() < 0.25
+        if self.is_slow:  # past the networks, which would read on for a client that does not
             direct = f"http://127.0.0.1:{self.networks[0].target_port}"
             return EventStream(direct, method, path, body, headers, CLIENT_SECONDS, receive_bytes=4096)
         return EventStream(self._url(), method, path, body, headers, CLIENT_SECONDS)
@@ -537,7 +539,7 @@ class Client:
 
     def _read(self, stream: EventStream, reader: Reader) -> None:
         """Takes events until the stream breaks or ends, or this client goes away by itself."""
-        pause = self.source.choice([0, 0, 0, 0.01, 0.2])
+        pause = self.source.choice([0.05, 0.2, 0.5] if self.is_slow else [0, 0, 0, 0.01])
         most = self.source.choice([None, None, None, 1, 3, 20])
         before = len(reader.content)
         for number, event in enumerate(stream.events(), 1):
