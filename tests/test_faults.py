@@ -705,9 +705,7 @@ class Table:
             }
             self.servers[name] = Server(self._folder / name, **settings, **SERVERS[name])
             warm_up = {"message": "Hello", "model": "openai/warm-up", "stream": False}
-            self.servers[name].post(
-                "/api/v1/chat", warm_up, timeout=WAIT_SECONDS
-            )  # the first one loads the HTTP client
+            self.servers[name].post("/api/v1/chat", warm_up, timeout=WAIT_SECONDS)  # the first one loads the HTTP client
         for run in self.runs.values():
             self.provider.script(*run.case.script(run.dialect), model=run.model)
             self.provider.script(*run.case.script(run.dialect), model=run.model + " (document)")
