@@ -175,6 +175,7 @@ FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before it
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
+WAL_BYTES_MAX = 8_000_000  # of the log that is kept once it was copied back: twice what it grows to by itself
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
 QUERY_CHARACTERS_MAX = 500  # of a search
 TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
@@ -3163,6 +3164,7 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     try:
         for pragma in (
             f"busy_timeout={DATABASE_BUSY_MS}",
+            f"journal_size_limit={WAL_BYTES_MAX}",
             "foreign_keys=ON",
             "synchronous=NORMAL",
             "temp_store=MEMORY",
@@ -7629,10 +7631,19 @@ async def stream_message(request: Request) -> Response:
 
 
 async def stop_message(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    await service.generations.stop(owner, message_id)
-    message = await service.store.read(load_message, owner, message_id)
-    return json_response(StatusAnswer(message_id, message.status))
+    message = await stopped_message(request, path_id(request, "message_id"))
+    return json_response(StatusAnswer(message.id, message.status))
+
+
+async def stopped_message(request: Request, message_id: int) -> Message:
+    """The message, which has ended. One that is stored as running and about to be launched is waited for."""
+    service, owner = service_of(request), owner_of(request)
+    while True:
+        await service.generations.stop(owner, message_id)
+        message = await service.store.read(load_message, owner, message_id)
+        if message.status != "running":
+            return message
+        await asyncio.sleep(STARTED_WAIT_SECONDS)
 
 
 async def list_generations(request: Request) -> Response:
@@ -9195,7 +9206,7 @@ async def get_response(request: Request) -> Response:
 
 async def cancel_response(request: Request) -> Response:
     message_id = response_of_path(request)
-    await service_of(request).generations.stop(owner_of(request), message_id)
+    await stopped_message(request, message_id)
     return await answer_response(request, message_id)
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tests.client import EventStream, Reader
 from tests.conftest import Server, wait_until
-from tests.guarantees import chat_to_the_gate, gated, read_all, read_up_to, running_server, texts, varied_text
+from tests.guarantees import (
+    PROGRAM,
+    Tuned,
+    chat_to_the_gate,
+    gated,
+    read_all,
+    read_up_to,
+    running_server,
+    texts,
+    varied_text,
+)
 from tests.provider import Answer, Cut, Hang, Provider, Send, SendForever, Steps, openai_error, openai_text
 
 STOPPED_SECONDS_MAX = 1.0  # half of the time on the noisiest machine; what is promised is 0.1, and it is printed
@@ -250,3 +262,49 @@ def test_nothing_is_left_of_stopped_generations(server: Server, provider: Provid
     wait_until(lambda: server.get("/api/v1/health").json()["running_generations"] == 0, "the end of all generations")
     assert server.get("/api/v1/generations").json() == {"generations": []}
     assert server.get("/api/v1/health").json()["subscribers"] == 0
+
+
+# ── a stop between a continuation's commit and its launch ──
+
+LATE = """
+import asyncio, os
+import llmchat
+
+
+def launch_late(write=llmchat.Store.write):
+    async def late(self, operation, *arguments, durable=False):
+        value = await write(self, operation, *arguments, durable=durable)
+        while operation is llmchat.continue_message and not os.path.exists("launch"):
+            await asyncio.sleep(0.01)
+        return value
+    llmchat.Store.write = late
+
+
+launch_late()
+"""
+
+
+class Late(Tuned):
+    """A server that launches what goes on only when there is a file `launch`."""
+
+    program = ("-c", LATE + PROGRAM)
+
+
+@pytest.mark.parametrize("path", ["/api/v1/messages/{}/stop", "/v1/responses/resp_{}/cancel"])
+def test_a_stop_of_a_continuation_that_is_not_launched_yet_is_a_stop(
+    provider: Provider, tmp_path: Path, path: str
+) -> None:
+    with contextlib.closing(Late(tmp_path, provider)) as server, ThreadPoolExecutor(2) as threads:
+        provider.script([*texts(["cut "]), Cut()], [*texts(["and on"]), Hang()])
+        response = server.post("/v1/responses", {"model": "m", "input": "Hello", "store": True})
+        message_id = int(server.rows("SELECT max(id) FROM message")[0][0])
+        assert response.status_code != 200 and server.message(message_id)["status"] == "failed"
+        going_on = threads.submit(server.post, f"/api/v1/messages/{message_id}/continue")
+        wait_until(lambda: server.message(message_id)["status"] == "running", "the commit")
+        stopped = threads.submit(server.post, path.format(message_id))
+        time.sleep(0.3)  # time for what must not happen
+        assert not stopped.done(), "nothing is said while it runs"
+        (tmp_path / "launch").touch()
+        assert stopped.result(20).json()["status"] in ("stopped", "cancelled")
+        assert server.rows("SELECT status FROM message WHERE id = ?", message_id) == [("stopped",)]
+        going_on.result(20)
