@@ -7305,35 +7305,39 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BYTES_MAX) -> tuple[T, bytes]:
-    """The request's body as a value of this type, and as it came. Raises InvalidRequest, TooLarge."""
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise InvalidRequest(f"content-type: {content_type or 'none'!r} is not accepted; send application/json")
+    """The body as a value of this type (none is an empty object), and as it came. Raises InvalidRequest, TooLarge."""
     body = await read_body(request, bytes_max)
+    if body or "content-type" in request.headers:
+        check_content_type(request, "application/json")
     try:
-        value = msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(explain(exc, body, kind)) from exc
-    refuse_unstorable(value)
-    return value, body
+        document = json.loads(body.decode() or "{}")
+    except RecursionError as exc:
+        raise InvalidRequest(f"body: is nested deeper than {NESTING_MAX} levels, the limit") from exc
+    except ValueError as exc:
+        raise InvalidRequest(f"body: is not JSON in UTF-8: {exc}") from exc
+    refuse_unstorable(document)
+    return convert(document, kind), body
+
+
+def check_content_type(request: Request, *accepted: str) -> None:
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() not in accepted:
+        raise InvalidRequest(f"content-type: {given or 'none'!r} is not accepted; send {' or '.join(accepted)}")
 
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
-    body = bytearray()
-    async for data in body_pieces(request, bytes_max):
-        body += data
-    return bytes(body)
+    return b"".join([data async for data in body_pieces(request, bytes_max)])
 
 
 async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
     """The body as it comes. Raises TooLarge, and InvalidRequest for one that comes too slowly or not to its end."""
     loop, pieces, size = asyncio.get_running_loop(), aiter(request.stream()), 0
-    slowest = loop.time() + BODY_STALL_SECONDS
+    started = loop.time()
     while True:
+        now = loop.time()
+        deadline = BODY_STALL_SECONDS + min(now, started + size / BODY_BYTES_PER_SECOND)
         try:
-            async with asyncio.timeout_at(
-                min(loop.time() + BODY_STALL_SECONDS, slowest + size / BODY_BYTES_PER_SECOND)
-            ):
+            async with asyncio.timeout_at(deadline):
                 data = await anext(pieces, None)
         except ClientDisconnect as exc:
             raise InvalidRequest("body: the connection was closed before it was whole") from exc
@@ -7348,125 +7352,67 @@ async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
         yield data
 
 
-def explain(error: Exception, body: bytes, kind: Any) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
+def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
+    """Raises InvalidRequest, with its place, for what something on the way could not hold.
+
+    At a NUL C code ends, SQLite's own functions among it; half of a surrogate pair is no UTF-8; other parsers have
+    limits of their own on nesting and numbers.
+    """
+    trouble = None
+    if isinstance(value, str) and ("\0" in value or (not value.isascii() and re.search("[\ud800-\udfff]", value))):
+        trouble = "has a NUL character or half of a surrogate pair, which is not accepted"
+    elif isinstance(value, float) and not math.isfinite(value):
+        trouble = f"{value} is not accepted; it is a number within the range of 64-bit floats"
+    elif isinstance(value, dict | list) and depth > NESTING_MAX:
+        trouble = f"is nested deeper than {NESTING_MAX} levels, the limit"
+    if trouble:
+        raise InvalidRequest(f"{printable(path, 60) or 'body'}: {trouble}")
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        place = f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
+        if isinstance(key, str):
+            refuse_unstorable(key, place)
+        refuse_unstorable(one, place, depth + 1)
+
+
+def convert(value: Any, kind: type[T], strict: bool = True) -> T:
+    """A value of this type from JSON's; `strict=False`: from a query string's texts. Raises InvalidRequest."""
     try:
-        document = parse_strictly(body)
-        if not isinstance(error, msgspec.ValidationError | RecursionError):
-            name = find_surrogate(document, "") or "body"
-            return f"{printable(name)}: has half of a surrogate pair, which no text can hold"
-        return explain_validation(error, document, kind)
-    except RecursionError:
-        return f"body: is nested deeper than {NESTING_MAX} levels, the limit"
-    except UnicodeDecodeError as exc:
-        return f"body: is not UTF-8: {exc.reason} at byte {exc.start}"
-    except ValueError as exc:
-        return f"body: is not JSON: {printable(str(exc))}"
-
-
-def parse_strictly(body: bytes) -> Any:
-    """The body as Python's own parser sees it, which says where it is wrong; a number too long for it stays text."""
-
-    def refuse_constant(word: str) -> None:
-        raise ValueError(f"{word} is no value that JSON has")
-
-    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in members:
-                raise ValueError(f"{json.dumps(name)} is given twice in one object")
-            members[name] = value
-        return members
-
-    return json.loads(
-        body.decode(),
-        parse_constant=refuse_constant,
-        object_pairs_hook=refuse_repeats,
-        parse_int=lambda digits: int(digits) if len(digits) <= 20 else digits,
-    )
-
-
-JSON_WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}  # for Python's
+        return msgspec.convert(value, kind, strict=strict)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(explain_validation(exc, value, kind)) from exc
 
 
 def explain_validation(error: Exception, document: Any, kind: Any) -> str:
-    """What the decoder says is wrong with a document that is JSON, in JSON's words."""
-    if isinstance(error, RecursionError):
-        raise error
-    complaint, _, path = str(error).rpartition(" - at `$") if " - at `$" in str(error) else (str(error), "", "")
-    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
-    name = ".".join(key or index for key, index in steps)
-    for clue, words in (("unknown", "is not a field of this request"), ("missing required", "is required")):
-        if found := re.search(f"(?s){clue} field `(.*)`", complaint):
-            return f"{printable('.'.join(filter(None, [name, found[1]])))}: {words}"
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
+    match = re.fullmatch(r"(?s)(.*) - at `\$(.*)`", str(error))
+    complaint, path = match.groups() if match else (str(error), "")
+    names = re.findall(r"[\w-]+", path)
+    if found := re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", complaint):
+        words = "is required" if found[1] == "missing required" else "is not a field of this request"
+        return f"{printable('.'.join([*names, found[2]]))}: {words}"
     value = document
-    for key, index in steps:
-        value = value[key] if key else value[int(index)]
+    for name in names:
+        value = value[int(name) if isinstance(value, list) else name]
     shown = json.dumps(value)
     if len(shown) > 60:
-        length = f" ({len(value):,} long)" if isinstance(value, str | list) else ""
-        shown = f"{shown[:57]}…{length}"
-    expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
-    expected = re.sub(r"\b(str|int|float|bool)\b", lambda word: JSON_WORDS[word[0]], expected)
-    if expected.startswith("invalid") and (accepted := accepted_values(kind, steps[-1][0])):
-        expected = f"expected {' | '.join(accepted)}"
-    return f"{name or 'body'}: {expected}, got {shown}"
+        shown = f"{shown[:57]}… ({len(shown):,} characters)"
+    expected = complaint.partition(", got")[0].lower()
+    if expected.startswith("invalid") and (choices := choices_of(kind, names[-1])):
+        expected = f"expected {' | '.join(choices)}"
+    return f"{'.'.join(names) or 'body'}: {expected}, got {shown}"
 
 
-def accepted_values(kind: Any, name: str) -> list[str]:
-    """The choices of a field, wherever in the type it is."""
-    found: list[str] = []
-
-    def look(schema: Any) -> None:
-        for key, below in schema.items() if isinstance(schema, dict) else enumerate(schema):
-            if key == name and isinstance(below, dict):
-                found.extend(word for one in (below, *below.get("anyOf", ())) for word in one.get("enum", ()) if word)
-            if isinstance(below, dict | list):
-                look(below)
-
-    look(msgspec.json.schema(kind))
-    return found
+def choices_of(kind: Any, name: str) -> list[str]:
+    """The words of which a field is one, wherever in the type it is."""
+    types = msgspec.json.schema_components([kind])[1].values()
+    found = [one["properties"][name] for one in types if name in one.get("properties", {})]
+    return [word for schema in found for one in (schema, *schema.get("anyOf", ())) for word in one.get("enum", ())]
 
 
 def printable(text: str, most: int = 200) -> str:
     """A client's own words in a form that any log and any JSON can hold."""
     shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:most])
     return shown if len(text) <= most else f"{shown}…"
-
-
-def place_in(path: str, key: str | int) -> str:
-    """The path of a member. A long name is cut: it may stand before ten thousand others."""
-    return f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
-
-
-def find_surrogate(value: Any, path: str) -> str | None:
-    """The path of the first text with a lone surrogate; a name may have it too."""
-    if isinstance(value, str):
-        return path if re.search("[\ud800-\udfff]", value) else None
-    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        place = place_in(path, key)
-        found = find_surrogate(str(key), place) or find_surrogate(one, place)
-        if found:
-            return found
-    return None
-
-
-def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
-    """Raises InvalidRequest for a NUL in any text, because C code on the way, SQLite's own functions among it, ends
-    there; and for nesting that some parser on the way upstream would not take."""
-    if isinstance(value, str) and "\0" in value:
-        raise InvalidRequest(f"{printable(path)}: has a NUL character at {value.index(chr(0))}, which is not accepted")
-    if isinstance(value, Struct):
-        value = {name: getattr(value, name) for name in value.__struct_fields__}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if items and depth > NESTING_MAX:
-        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {NESTING_MAX} levels, the limit")
-    for key, one in items:
-        place = place_in(path, key)
-        if isinstance(key, str) and "\0" in key:
-            raise InvalidRequest(f"{printable(place)}: has a NUL character in its name, which is not accepted")
-        if isinstance(one, str | list | dict | Struct):
-            refuse_unstorable(one, place, depth + 1)
 
 
 def path_id(request: Request, name: str) -> int:
@@ -7723,7 +7669,7 @@ async def chat(request: Request) -> Response:
 
 async def regenerate(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, body = await read_json_or_nothing(request, RegenerateRequest)
+    asked, body = await read_json(request, RegenerateRequest)
     check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
@@ -7734,7 +7680,7 @@ async def regenerate(request: Request) -> Response:
 
 async def continue_answer(request: Request) -> Response:
     service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    asked, _ = await read_json(request, ContinueRequest)
     check_answer(request, asked)
     message = await service.store.read(load_message, owner, message_id)
     if asked.model is None and asked.provider is None and message.model:
@@ -8125,13 +8071,6 @@ def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
 def wants_page(scope: Scope) -> bool:
     """Whether a browser asks, to show the answer."""
     return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
-
-
-async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
-    """The body as `read_json` gives it, or the type's defaults when there is none."""
-    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
-        return kind(), b""
-    return await read_json(request, kind)
 
 
 async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
