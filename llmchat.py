@@ -7188,6 +7188,39 @@ class ConversationChanges(Struct, forbid_unknown_fields=True):
     reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
 
 
+class RenderQuery(Struct):
+    render: Annotated[Literal["html"], Meta(description="answers as HTML too")] | UnsetType = UNSET
+
+
+class StreamQuery(RenderQuery):
+    after: Annotated[int, Meta(ge=0, le=2**53, description="the cursor; a Last-Event-ID header wins over it")] = 0
+
+
+class ConversationsQuery(Struct):
+    query: Annotated[str, Meta(max_length=QUERY_CHARACTERS_MAX, description="words, each matched as a prefix")] = ""
+    limit: Annotated[int, Meta(ge=1, le=LIST_LIMIT_MAX)] = 50
+    before: (
+        Annotated[str, Meta(pattern="^[0-9]{1,15}-[0-9]{1,15}$", description="the next_before of the page before")]
+        | UnsetType
+    ) = UNSET
+
+
+class UsageQuery(Struct):
+    days: Annotated[int, Meta(ge=1, le=3660, description="how far back")] = 30
+
+
+class ExportQuery(Struct):
+    format: Annotated[Literal["json", "markdown"], Meta(description="complete, or to read")] = "json"
+
+
+class HelpQuery(Struct):
+    refresh: Annotated[bool, Meta(description="ask the providers for their models now")] = False
+
+
+class LastEventId(Struct):
+    offset: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(name="Last-Event-ID")
+
+
 class ErrorDetail(Struct):
     code: Literal[tuple(sorted(set(ERROR_STATUSES)))]  # type: ignore[valid-type]
     message: str
@@ -7423,25 +7456,21 @@ def path_id(request: Request, name: str) -> int:
     return int(text)
 
 
-def query_integer(request: Request, name: str, default: int, least: int, most: int) -> int:
-    """A whole number of the query string. Raises InvalidRequest."""
-    return parse_integer(name, request.query_params.get(name), default, least, most)
-
-
-def parse_integer(name: str, text: str | None, default: int, least: int, most: int) -> int:
-    if text is None:
-        return default
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or not least <= int(text) <= most:
-        raise InvalidRequest(f"{name}: {text[:40]!r} is not accepted; it is a whole number from {least:,} to {most:,}")
-    return int(text)
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query string as a value of this type. Raises InvalidRequest."""
+    return convert(dict(request.query_params), kind, strict=False)
 
 
 def cursor_of(request: Request) -> int:
-    """Where a stream begins: `after`, or what a browser sends when it comes back. Raises InvalidRequest."""
-    after, last = request.query_params.get("after"), request.headers.get("last-event-id")
-    if after is not None and not last:  # an empty id is what a browser has before the first event
-        return parse_integer("after", after, 0, 0, 2**53)
-    return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53)
+    """Where a stream begins: what a browser sends when it comes back, else `after`. Raises InvalidRequest."""
+    last = request.headers.get("last-event-id")  # empty is what a browser has before the first event
+    if last:
+        return convert({"Last-Event-ID": last}, LastEventId, strict=False).offset
+    return read_query(request, StreamQuery).after
+
+
+def wants_html(request: Request) -> bool:
+    return read_query(request, RenderQuery).render is not UNSET
 
 
 # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7746,14 +7775,6 @@ async def get_message(request: Request) -> Response:
     return json_response(message)
 
 
-def wants_html(request: Request) -> bool:
-    """Whether `?render=html` was asked for. Raises InvalidRequest for any other rendering."""
-    wanted = request.query_params.get("render")
-    if wanted not in (None, "html"):
-        raise InvalidRequest(f"render: {wanted[:40]!r} is not accepted; there is html")
-    return wanted is not None
-
-
 async def add_html(request: Request, messages: Iterable[Message]) -> None:
     """Gives ended answers their HTML; a running one has a stream for it."""
     for message in messages:
@@ -7794,20 +7815,16 @@ async def list_generations(request: Request) -> Response:
 
 
 async def get_usage(request: Request) -> Response:
-    days = query_integer(request, "days", 30, 1, 3660)
+    days = read_query(request, UsageQuery).days
     return json_response(UsageAnswer(await service_of(request).store.read(sum_usage, owner_of(request), days)))
 
 
 async def get_conversations(request: Request) -> Response:
-    limit = query_integer(request, "limit", 50, 1, LIST_LIMIT_MAX)
-    before = before_of(request.query_params.get("before"))
-    query = request.query_params.get("query", "")
-    if query.strip():
-        if len(query) > QUERY_CHARACTERS_MAX:
-            raise InvalidRequest(f"query: has {len(query):,} characters; the limit is {QUERY_CHARACTERS_MAX}")
-        store = service_of(request).store
-        return json_response(await store.read(search_conversations, owner_of(request), query, limit))
-    return json_response(await service_of(request).store.read(list_conversations, owner_of(request), limit, before))
+    store, owner, asked = service_of(request).store, owner_of(request), read_query(request, ConversationsQuery)
+    if asked.query.strip():
+        return json_response(await store.read(search_conversations, owner, asked.query, asked.limit))
+    before = None if asked.before is UNSET else tuple(map(int, asked.before.split("-")))
+    return json_response(await store.read(list_conversations, owner, asked.limit, before))
 
 
 async def get_conversation(request: Request) -> Response:
@@ -7860,7 +7877,7 @@ async def get_health(request: Request) -> Response:
 
 async def get_help(request: Request) -> Response:
     service = service_of(request)
-    refresh = request.query_params.get("refresh", "0") not in ("0", "")
+    refresh = read_query(request, HelpQuery).refresh
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
     default = service.config.default_model or next(
@@ -7885,9 +7902,7 @@ async def provider_help(service: Service, provider: Provider, refresh: bool) -> 
 
 async def export_conversation(request: Request) -> Response:
     service, owner, conversation_id = service_of(request), owner_of(request), path_id(request, "conversation_id")
-    form = request.query_params.get("format", "json")
-    if form not in ("json", "markdown"):
-        raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
+    form = read_query(request, ExportQuery).format
     conversation, path, others = await service.store.read(load_outline, owner, conversation_id)
     name = safe_file_name(conversation.title, f"conversation {conversation_id}")
     if form == "json":
@@ -8149,16 +8164,6 @@ def idempotency_key(request: Request) -> str | None:
     return key
 
 
-def before_of(text: str | None) -> tuple[int, int] | None:
-    """The `before` of a list: what its `next_before` said. Raises InvalidRequest."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})", text)
-    if match is None:
-        raise InvalidRequest(f"before: {text[:40]!r} is not accepted; it is the next_before of the page before")
-    return int(match[1]), int(match[2])
-
-
 # ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
 #
 # The files of web/ and nothing else of the disk: read, hashed and compressed at the first request for any of them, then
@@ -8254,7 +8259,7 @@ async def get_root(request: Request) -> Response:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One call of the API. `query` is (name, schema, meaning) each; `curl` is what follows the URL in its example."""
+    """One call of the API. `query` and `body` are types; `curl` is what follows the URL in its example."""
 
     method: str
     path: str
@@ -8264,7 +8269,7 @@ class Endpoint:
     body: Any = None
     status: int = 200
     streams: bool = False
-    query: tuple[tuple[str, dict[str, Any], str], ...] = ()
+    query: Any = None
     errors: tuple[int, ...] = ()
     curl: str = ""
     media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
@@ -8279,30 +8284,21 @@ class Endpoint:
         return self.path.replace(":path}", "}")
 
 
-WHOLE_NUMBER = {"type": "integer", "minimum": 0}
-AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
-RENDER = ("render", {"type": "string", "enum": ["html"]}, "html: answers as HTML too")
-LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
-BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
-QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
-DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
-FORMAT = ("format", {"type": "string", "enum": ["json", "markdown"], "default": "json"}, "complete, or to read")
-REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
 JSON_CURL = "-H 'Content-Type: application/json' -d "
 
 ENDPOINTS = (
     Endpoint("GET", "/", get_root, "the page to a browser, the state of the service to everybody else", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
-    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=(REFRESH,)),
+    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=HelpQuery, errors=(400,)),
     Endpoint(
         "POST", "/api/v1/chat", chat, "asks a question: streams the answer, or gives it whole, or starts it in the background",
         Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
         curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(400, 404)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=RenderQuery, errors=(400, 404)),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
-        streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+        streams=True, query=StreamQuery, errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
     ),
     Endpoint(
         "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
@@ -8320,9 +8316,9 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
     Endpoint(
         "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
-        ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
+        ConversationList, query=ConversationsQuery, errors=(400,),
     ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(400, 404)),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=RenderQuery, errors=(400, 404)),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
         ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
@@ -8333,7 +8329,7 @@ ENDPOINTS = (
     ),
     Endpoint(
         "GET", "/api/v1/conversations/{id}/export", export_conversation, "a conversation as a file",
-        Archive, query=(FORMAT,), errors=(400, 404), curl="-OJ", media=("text/markdown",),
+        Archive, query=ExportQuery, errors=(400, 404), curl="-OJ", media=("text/markdown",),
     ),
     Endpoint(
         "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's",
@@ -8345,7 +8341,7 @@ ENDPOINTS = (
         "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
         errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
     ),
-    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
+    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=UsageQuery, errors=(400,)),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
     Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
@@ -8418,6 +8414,11 @@ EVENT_SCHEMA = {
 }
 
 
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The schemas of a type's fields; of None there are none."""
+    return cast(dict[str, Any], msgspec.json.schema_components([kind])[1][kind.__name__]["properties"]) if kind else {}
+
+
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
     if one.error is not ErrorAnswer:  # an OpenAI endpoint, whose answers OpenAI describes
@@ -8433,7 +8434,7 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query
+        {"name": name, "in": "query", "schema": schema} for name, schema in fields_of(one.query).items()
     ]
     if "{id}" in one.shown_path:
         parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
@@ -8447,8 +8448,7 @@ def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]
 
 def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
-    document = openapi_document(endpoints)
-    sections = "".join(docs_section(one, base_url, document) for one in endpoints)
+    sections = "".join(docs_section(one, base_url) for one in endpoints)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
         f"<h1>llmchat {__version__}</h1>"
@@ -8459,13 +8459,11 @@ def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     )
 
 
-def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> str:
-    schema = document["components"]["schemas"].get(one.body.__name__, {}) if one.body is not None else {}
-    fields_of_body = [(name, describe_schema(value)) for name, value in schema.get("properties", {}).items()]
-    fields_of_query = [(f"?{name}=", f"{describe_schema(value)}: {meaning}") for name, value, meaning in one.query]
+def docs_section(one: Endpoint, base_url: str) -> str:
+    described = {f"?{name}=": schema for name, schema in fields_of(one.query).items()} | fields_of(one.body)
     rows = "".join(
-        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}"
-        for name, text in fields_of_body + fields_of_query
+        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(describe_schema(schema))}"
+        for name, schema in described.items()
     )
     url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
     curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
@@ -9281,6 +9279,17 @@ def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
 # ── handlers: responses and models ──────────────────────────────────────────────────────────────────────────────────
 
 
+class ResponseQuery(Struct):
+    stream: Annotated[bool, Meta(description="the events, live or long finished")] = False
+    starting_after: Annotated[int, Meta(ge=-1, le=2**53, description="events with a greater sequence_number")] = -1
+
+
+class InputItemsQuery(Struct):
+    limit: Annotated[int, Meta(ge=1, le=INPUT_ITEMS_MAX)] = 20
+    order: Annotated[Literal["asc", "desc"], Meta(description="by age")] = "desc"
+    after: Annotated[str, Meta(description="the last_id of the page before")] | UnsetType = UNSET
+
+
 async def create_response(request: Request) -> Response:
     asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
@@ -9320,9 +9329,9 @@ def response_of_path(request: Request) -> int:
 
 async def get_response(request: Request) -> Response:
     message_id = response_of_path(request)
-    after = query_integer(request, "starting_after", -1, -1, 2**53)
-    if request.query_params.get("stream", "false").lower() in ("true", "1"):
-        return await stream_response(request, message_id, after)
+    asked = read_query(request, ResponseQuery)
+    if asked.stream:
+        return await stream_response(request, message_id, asked.starting_after)
     return await answer_response(request, message_id)
 
 
@@ -9364,20 +9373,17 @@ def input_part(delta: Delta) -> dict[str, Any]:
 
 async def list_input_items(request: Request) -> Response:
     """A page of what a response was asked with, newest first unless `order=asc`."""
-    limit = query_integer(request, "limit", 20, 1, INPUT_ITEMS_MAX)
-    order, after = request.query_params.get("order", "desc"), request.query_params.get("after")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest(f"order: {printable(order, 40)!r} is not accepted; there is asc and desc")
+    asked = read_query(request, InputItemsQuery)
     turns = await service_of(request).store.read(load_input, owner_of(request), response_of_path(request))
     items = [item for message_id, turn in turns for item in input_items_of(message_id, turn)]
-    ordered = items if order == "asc" else items[::-1]
+    ordered = items if asked.order == "asc" else items[::-1]
     ids = [item["id"] for item in ordered]
-    if after is not None and after not in ids:
-        raise InvalidRequest(f"after: there is no item {printable(after, 60)!r} in this response's input")
-    first = 0 if after is None else ids.index(after) + 1
-    page = ordered[first : first + limit]
+    if asked.after is not UNSET and asked.after not in ids:
+        raise InvalidRequest(f"after: there is no item {printable(asked.after, 60)!r} in this response's input")
+    first = 0 if asked.after is UNSET else ids.index(asked.after) + 1
+    page = ordered[first : first + asked.limit]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-    return json_response({"object": "list", "data": page, **ends, "has_more": first + limit < len(items)})
+    return json_response({"object": "list", "data": page, **ends, "has_more": first + asked.limit < len(items)})
 
 
 async def list_openai_models(request: Request) -> Response:
@@ -9404,11 +9410,6 @@ def openai_model(target: Target) -> dict[str, Any]:
 # ── the table of these endpoints ────────────────────────────────────────────────────────────────────────────────────
 
 RESPONSE_ID = {"type": "string", "pattern": "^resp_[0-9]+$"}
-STREAM = ("stream", {"type": "boolean", "default": False}, "true: the events, live or long finished")
-STARTING_AFTER = ("starting_after", WHOLE_NUMBER, "only events with a greater sequence_number")
-ITEMS_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": INPUT_ITEMS_MAX, "default": 20}, "at most so many")
-ITEMS_ORDER = ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}, "by age")
-ITEMS_AFTER = ("after", {"type": "string"}, "the last_id of the page before")
 OpenAIEndpoint = partial(Endpoint, error=OpenAIErrorAnswer)
 OfResponse = partial(OpenAIEndpoint, id_schema=RESPONSE_ID, example_id="resp_2")
 
@@ -9430,7 +9431,7 @@ OPENAI_ENDPOINTS = (
     ),
     OfResponse(
         "GET", "/v1/responses/{id}", get_response, "a response, or its events once more", streams=True,
-        query=(STREAM, STARTING_AFTER), errors=(400, 404, 503),
+        query=ResponseQuery, errors=(400, 404, 503),
     ),
     OfResponse(
         "DELETE", "/v1/responses/{id}", remove_response, "deletes a response and what it was asked with",
@@ -9441,7 +9442,7 @@ OPENAI_ENDPOINTS = (
     ),
     OfResponse(
         "GET", "/v1/responses/{id}/input_items", list_input_items, "what a response was asked with",
-        query=(ITEMS_LIMIT, ITEMS_ORDER, ITEMS_AFTER), errors=(400, 404),
+        query=InputItemsQuery, errors=(400, 404),
     ),
 )  # fmt: skip
 
