@@ -110,7 +110,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
@@ -7492,6 +7492,12 @@ def error_headers(error: LlmchatError) -> dict[str, str]:
     return headers
 
 
+async def watch_client(receive: Receive) -> None:
+    """Returns once the client is gone, or the response is complete: the server says so only to who asks."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def direct_write(send: Send) -> Callable[[bytes], bool] | None:
     """What sends a piece of a streamed body at once, and refuses if the client does not keep up; None under a server
     that is not ours. It does what uvicorn's `send` does for such a piece, which is a coroutine and so takes a task."""
@@ -7533,8 +7539,7 @@ class EventStream(Response):
             stream.write = direct_write(send)
             sending = asyncio.create_task(self._send(stream, send), name="stream")
             try:
-                while (await receive())["type"] != "http.disconnect":
-                    """The server says so when the client is gone, and when the response is complete."""
+                await watch_client(receive)
             finally:
                 stream.close()
                 await sending
@@ -7545,27 +7550,23 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class Download(Response):
+class Download(StreamingResponse):
     """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
 
     def __init__(
         self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        sized = {} if length is None else {"Content-Length": str(length)}
+        super().__init__(frames, 200, {"Content-Disposition": attachment(file_name), **sized}, media_type)
         self._frames = frames
         self._close = close
-        self._fields = [
-            (b"content-type", media_type.encode()),
-            (b"content-disposition", attachment(file_name)),
-            (b"cache-control", b"no-store"),
-        ]
-        self._fields += [] if length is None else [(b"content-length", b"%d" % length)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(self._watch_client(receive))
+        gone = asyncio.ensure_future(watch_client(receive))
         try:
             async with contextlib.aclosing(self._frames) as frames:
-                await send({"type": "http.response.start", "status": 200, "headers": self._fields})
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 async for data in frames:
                     if scope["method"] == "HEAD" or gone.done():
                         break
@@ -7575,15 +7576,11 @@ class Download(Response):
             gone.cancel()
             self._close()
 
-    async def _watch_client(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
-
-def attachment(file_name: str) -> bytes:
+def attachment(file_name: str) -> str:
     """A Content-Disposition: the name in UTF-8 for whoever knows RFC 6266 and 5987, and in ASCII for everybody else."""
     plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", file_name)
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}".encode()
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}"
 
 
 async def read_chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
@@ -7602,6 +7599,13 @@ SECURITY_HEADERS = {
 }
 
 
+def routing_error(error: HTTPException, scope: Scope) -> LlmchatError:
+    """No such path, or not with this method."""
+    if error.headers and "Allow" in error.headers:
+        return InvalidRequest(f"method: {scope['method']} is not accepted here; use {error.headers['Allow']}")
+    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
+
+
 class Envelope:
     """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
 
@@ -7614,70 +7618,62 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        envelope = EnvelopedSend(scope, send)
+        scope["request_id"], scope["server_send"] = find_request_id(scope), send
+        envelope = EnvelopedSend(scope["request_id"], send, self._gate.cross_origin_headers(scope))
         try:
-            envelope.headers += self._gate.cross_origin_headers(scope)
-            if scope["method"] == "OPTIONS" and envelope.headers:
+            if scope["method"] == "OPTIONS" and envelope.cross_origin:
                 response = Response(status_code=204)
             else:
                 self._gate.admit(scope)
                 await self._app(scope, receive, envelope)
                 return
-        except Unauthorized as exc:
-            response = self._render_error(exc, scope)
-            if wants_page(scope):
-                response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
-        except LlmchatError as exc:
-            response = self._render_error(exc, scope)
-        except HTTPException as exc:
-            response = self._render_error(routing_error(exc, scope), scope)
-        except Exception:
-            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
-            internal = InternalError("an error of llmchat's own; its log says more under this request id")
-            response = self._render_error(internal, scope)
+        except Exception as exc:
+            response = self._refuse(exc, scope)
         if not envelope.started:
             await response(scope, receive, envelope)
+
+    def _refuse(self, error: Exception, scope: Scope) -> Response:
+        if isinstance(error, Unauthorized) and wants_page(scope):
+            return redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
+        if isinstance(error, HTTPException):
+            response = self._render_error(routing_error(error, scope), scope)
+            response.status_code = error.status_code
+            response.headers.update(error.headers or {})
+            return response
+        if not isinstance(error, LlmchatError):
+            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
+            error = InternalError("an error of llmchat's own; its log says more under this request id")
+        return self._render_error(error, scope)
 
 
 class EnvelopedSend:
     """The server's `send`, with the headers that every response gets."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, request_id: str, send: Send, cross_origin: list[tuple[bytes, bytes]]) -> None:
         self.started = False
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.cross_origin = cross_origin
+        self._request_id = request_id.encode()
         self._send = send
-        self._request_id = scope["request_id"] = find_request_id(scope)
-        scope["server_send"] = send
 
     async def __call__(self, message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            given = [*message["headers"], *self.headers]
-            names = {name for name, _ in given}
-            security = [(name, value) for name, value in SECURITY_HEADERS.items() if name not in names]
-            own = [(b"x-request-id", self._request_id.encode()), (b"date", http_date())]
-            message["headers"] = given + security + own
+            own = [(b"x-request-id", self._request_id), (b"date", http_date())]
+            given = dict([*message["headers"], *self.cross_origin])
+            security = [pair for pair in SECURITY_HEADERS.items() if pair[0] not in given]
+            message["headers"] = [*message["headers"], *self.cross_origin, *security, *own]
         await self._send(message)
 
 
 def find_request_id(scope: Scope) -> str:
     """The client's X-Request-ID if it is one that can be logged, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and len(value) <= HEADER_BYTES_MAX and re.fullmatch(rb"[A-Za-z0-9._:/+=-]+", value):
-            return cast(str, value.decode())
-    return f"{random.getrandbits(64):016x}"
+    given = header_of(scope, b"x-request-id")
+    is_plain = len(given) <= HEADER_BYTES_MAX and re.fullmatch(r"[A-Za-z0-9._:/+=-]+", given)
+    return given if is_plain else f"{random.getrandbits(64):016x}"
 
 
 def http_date() -> bytes:
     return email.utils.formatdate(usegmt=True).encode()
-
-
-def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
-    """No such path, or not with this method."""
-    if exc.status_code == 405:
-        allowed = ", ".join(sorted((exc.headers or {}).get("Allow", "").split(", ")))
-        return InvalidRequest(f"method: {scope['method']} is not accepted here; use {allowed}")
-    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
 
 
 # ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────

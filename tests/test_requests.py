@@ -81,7 +81,10 @@ def nested(depth: int, inner: str = "") -> bytes:
         (b'{"message":"x","temperature":NaN}', "temperature: nan is not accepted"),
         (b'{"message":"x","temperature":-Infinity}', "temperature: -inf is not accepted"),
         (b'{"message":"\xff"}', "body: is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in position 12"),
-        ('{"message":"x"}'.encode("utf-16"), "body: is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in position 0"),
+        (
+            '{"message":"x"}'.encode("utf-16"),
+            "body: is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in position 0",
+        ),
         (b'\xef\xbb\xbf{"message":"x"}', "body: is not JSON in UTF-8: Unexpected UTF-8 BOM"),
         (b"[]", "body: expected `object`, got []"),
         (b"null", "body: expected `object`, got null"),
@@ -215,7 +218,7 @@ def test_a_long_unknown_field_is_shown_short_and_on_one_line(shared: Server) -> 
         (b'{"message":"x","conversation_id":1e400}', "conversation_id: inf is not accepted"),
         (b'{"message":"x","temperature":1e999}', "temperature: inf is not accepted"),
         (b'{"message":"x","max_tokens":' + b"9" * 5000 + b"}", "body: is not JSON in UTF-8: Exceeds the limit"),
-        (b'{"message":"x","tools":[{"a":1e999}]}', 'tools.0.a: inf is not accepted'),
+        (b'{"message":"x","tools":[{"a":1e999}]}', "tools.0.a: inf is not accepted"),
         (b'{"message":"x","tools":[{"a":' + b"9" * 5000 + b"}]}", "body: is not JSON in UTF-8: Exceeds the limit"),
         (
             b'{"message":"x","max_tokens":-9223372036854775809}',
@@ -367,14 +370,22 @@ def test_an_unknown_path_is_not_found_and_says_where_to_look(shared: Server, pat
     ],
 )
 def test_a_wrong_method_is_told_the_right_ones(shared: Server, method: str, path: str, allowed: str) -> None:
-    message = error_of(shared.client.request(method, path), 400, "invalid_request")
-    assert message == f"method: {method} is not accepted here; use {allowed}"
+    response = shared.client.request(method, path)
+    message = error_of(response, 405, "invalid_request")
+    assert message == f"method: {method} is not accepted here; use {response.headers['allow']}"
+    assert sorted(response.headers["allow"].split(", ")) == allowed.split(", ")
+
+
+def test_a_wrong_method_is_told_the_right_ones_in_openais_shape(shared: Server) -> None:
+    response = shared.get("/v1/chat/completions")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
     ("path", "status"),
     [("/", 200), ("/api/v1/health", 200), ("/docs", 200), ("/api/v1/conversations/1", 200), ("/api/v1/messages/2", 200),
-     ("/api/v1/chat", 400), ("/api/v1/messages/abc", 404), ("/nope", 404)],
+     ("/api/v1/chat", 405), ("/api/v1/messages/abc", 404), ("/nope", 404)],
 )  # fmt: skip
 def test_head_gets_the_head_alone(shared: Server, path: str, status: int) -> None:
     response = shared.client.head(path)
