@@ -109,7 +109,7 @@ import uvicorn
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -6739,11 +6739,20 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FORWARDING_HEADERS = frozenset(
     {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"}
 )
+CROSS_ORIGIN_HEADERS = [  # what a listed origin's page may send and read
+    (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+    (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+    (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
+    (b"access-control-max-age", b"600"),
+    (b"cross-origin-resource-policy", b"cross-origin"),
+    (b"vary", b"origin"),
+]
 FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
 FAILURES_FREE_IN_ALL = 100  # and of all addresses together
 FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
 FAILURES_ADDRESSES_MAX = 10_000  # addresses that are remembered; then the oldest is forgotten
 TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
+TOKEN_WORDS = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
 
 
 def hash_secret(secret: str) -> str:
@@ -6755,36 +6764,68 @@ def bind_token(cookie: str, token_hash: str) -> str:
     return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
 
 
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
 def is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    address = parse_address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
-def is_address(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
-
-
-def host_and_port(netloc: str) -> tuple[str, str]:
-    """('example.org', '8000') of 'example.org:8000'; brackets of IPv6 are taken off."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::([0-9]+))?", netloc)
-    return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
+def host_of(netloc: str) -> str:
+    """'example.org' of 'Example.org:8000', '::1' of '[::1]:8000'; empty if it is neither."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::[0-9]+)?", netloc)
+    return (match[1] or match[2] or "").lower() if match else ""
 
 
 def bare_address(text: str) -> str:
     """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
     match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
-    with contextlib.suppress(ValueError):
-        found = "".join(filter(None, match.groups())) if match else ""
-        address = ipaddress.ip_address(found.partition("%")[0])
-        return str(getattr(address, "ipv4_mapped", None) or address)
-    return ""
+    found = "".join(filter(None, match.groups())) if match else ""
+    address = parse_address(found.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address or "")
 
 
-def comma_list(text: str) -> tuple[str, ...]:
-    return tuple(one.strip() for one in text.split(",") if one.strip())
+def header_of(scope: Scope, name: bytes) -> str:
+    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
+    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
+
+
+def cookie_of(scope: Scope) -> str:
+    return HTTPConnection(scope).cookies.get(SESSION_COOKIE, "")
+
+
+def comma_list(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",") if one.strip()]
+
+
+def checked_list(setting: str, text: str, pattern: str, example: str) -> list[str]:
+    """A setting's comma list. Raises StartError for an entry that does not fit."""
+    for one in comma_list(text):
+        if not re.fullmatch(pattern, one):
+            raise StartError(f"{setting}: {one[:60]!r} is not accepted; it is a list such as {example}")
+    return comma_list(text)
+
+
+def parse_networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    try:
+        return [ipaddress.ip_network(one, strict=False) for one in comma_list(text)]
+    except ValueError as exc:
+        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
 
 
 def token_path(config: Config) -> str:
@@ -6797,30 +6838,20 @@ def with_token(config: Config) -> tuple[Config, bool]:
         return config, False
     path = Path(token_path(config))
     try:
-        if path.exists():
-            if is_open_to_others(path):
-                path.chmod(0o600)
-                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
-            return replace(config, token=read_token(path)), False
-        token = secrets.token_urlsafe(24)
-        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(token + "\n")
-        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
+        is_new = not path.exists()
+        if is_new:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(24) + "\n")
+        elif is_open_to_others(path):
+            path.chmod(0o600)
+            log.warning(f"{path} was open to others and is not any more; delete it for a new token")
+        token = path.read_text("latin-1").strip()
     except OSError as exc:
-        raise StartError(
-            f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}"
-        ) from exc
-    return replace(config, token=token), True
-
-
-def read_token(path: Path) -> str:
-    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
-    token = path.read_text("latin-1").strip()
+        reason = f"a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}"
+        raise StartError(f"{path}: {reason}") from exc
     if not is_token(token):
-        raise StartError(
-            f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one"
-        )
-    return token
+        raise StartError(f"{path}: holds no token, which is {TOKEN_WORDS}; delete it for a new one")
+    return replace(config, token=token), is_new
 
 
 def is_token(text: str) -> bool:
@@ -6831,52 +6862,18 @@ def is_token(text: str) -> bool:
 def token_owners(config: Config) -> dict[str, str]:
     """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
     owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
-    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
     if config.token and not is_token(config.token):
-        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it is {TOKEN_WORDS}")
     for number, pair in enumerate(comma_list(config.users), 1):
         name, _, token = pair.partition(":")
         if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
-            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, {TOKEN_WORDS}")
         if hash_secret(token) in owners or name in owners.values():
             raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
     if not owners and (config.users or not is_loopback(config.host)):
         raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host!r}")
     return owners
-
-
-def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    try:
-        return tuple(ipaddress.ip_network(one, strict=False) for one in comma_list(config.trusted_proxies))
-    except ValueError as exc:
-        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
-
-
-def parse_hosts(config: Config) -> Iterator[str]:
-    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
-    for one in comma_list(config.hosts):
-        name, _ = host_and_port(one)
-        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
-            raise StartError(
-                f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org"
-            )
-        yield name
-
-
-def parse_origins(config: Config) -> frozenset[str]:
-    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
-    for one in comma_list(config.cors_origins):
-        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
-            raise StartError(
-                f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org"
-            )
-    return frozenset(comma_list(config.cors_origins))
-
-
-def header_of(scope: Scope, name: bytes) -> str:
-    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
-    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
 class Throttle:
@@ -6888,51 +6885,51 @@ class Throttle:
     """
 
     def __init__(self) -> None:
-        self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._failures: dict[str, tuple[float, float]] = {}  # address, or "" for all: how many, as of when
         self._known: dict[str, None] = {}  # addresses that were let in, the newest last
 
     def wait_seconds(self, address: str) -> float:
         """How long this address has to wait before it may try again; 0: not at all."""
         key = self._key(address)
-        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
-        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
+        return max(self._wait(key), 0.0 if key in self._known else self._wait(""))
 
     def fail(self, address: str) -> None:
-        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
-            count, now = self._count(key, seconds), time.monotonic()
-            self._failures.pop(key, None)
-            self._failures[key] = (count + 1, now)
-        if len(self._failures) > FAILURES_ADDRESSES_MAX:
-            self._failures.pop(next(iter(self._failures)))
+        for key in (self._key(address), ""):
+            self._remember(self._failures, key, (self._count(key) + 1, time.monotonic()))
 
     def succeed(self, address: str) -> None:
-        key = self._key(address)
-        self._known.pop(key, None)
-        self._known[key] = None
-        if len(self._known) > FAILURES_ADDRESSES_MAX:
-            self._known.pop(next(iter(self._known)))
+        self._remember(self._known, self._key(address), None)
 
     def _key(self, address: str) -> str:
         return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
 
-    def _count(self, key: str, seconds: float) -> float:
-        count, at = self._failures.get(key, (0.0, 0.0))
-        return max(count - (time.monotonic() - at) / seconds, 0.0)
+    def _remember(self, table: dict[str, T], key: str, value: T) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > FAILURES_ADDRESSES_MAX:
+            del table[next(iter(table))]
 
-    def _excess(self, key: str, free: int, seconds: float) -> float:
-        return max(self._count(key, seconds) - free + 1, 0.0) * seconds
+    def _count(self, key: str) -> float:
+        count, at = self._failures.get(key, (0.0, 0.0))
+        return max(count - (time.monotonic() - at) / (FAILURE_SECONDS if key else FAILURE_SECONDS / 10), 0.0)
+
+    def _wait(self, key: str) -> float:
+        free, seconds = (FAILURES_FREE, FAILURE_SECONDS) if key else (FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._count(key) - free + 1, 0.0) * seconds
 
 
 class Gate:
     """Admits requests: sets scope["owner"], or raises what section 2 has for it."""
 
     def __init__(self, config: Config, store: Store) -> None:
-        self._config = config
+        names = checked_list("LLMCHAT_HOSTS", config.hosts, r"\*|[A-Za-z0-9_.-]+(:[0-9]+)?", "chat.example.org")
+        pattern, example = r"https?://[a-z0-9_.:\[\]-]+", "https://app.example.org"
         self._store = store
         self._owners = token_owners(config)
-        self._proxies = parse_networks(config)
-        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
-        self._origins = parse_origins(config)
+        self._proxies = parse_networks(config.trusted_proxies)
+        self._hosts = {"localhost", config.host.lower(), *(one.partition(":")[0].lower() for one in names)}
+        self._origins = set(checked_list("LLMCHAT_CORS_ORIGINS", config.cors_origins, pattern, example))
+        self._session_seconds = config.session_days * 86_400
         self._sessions: dict[str, Session] = {}
         self._throttle = Throttle()
 
@@ -6955,8 +6952,9 @@ class Gate:
 
     def _check_host(self, scope: Scope) -> None:
         netloc = header_of(scope, b"host")
-        host, _ = host_and_port(netloc)
-        if not (host in self._hosts or is_address(host) or host.endswith(".localhost") or "*" in self._hosts):
+        host = host_of(netloc)
+        is_ours = host in self._hosts or host.endswith(".localhost") or "*" in self._hosts
+        if not is_ours and parse_address(host) is None:
             raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
 
     def _check_origin(self, scope: Scope) -> None:
@@ -6966,25 +6964,19 @@ class Gate:
         even if the page is not shown what came.
         """
         origin = header_of(scope, b"origin")
-        if origin in self._origins:
-            return
         if scope["method"] in SAFE_METHODS:
             refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
         else:
             same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
             refused = is_foreign(scope) or not same
-        if refused:
-            raise Forbidden(
-                f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may"
-            )
+        if refused and origin not in self._origins:
+            shown = origin[:200] or "another site"
+            raise Forbidden(f"origin: {shown!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
 
     def _check_forwarded(self, scope: Scope) -> None:
         """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
-        if (
-            self.is_open
-            and not self._is_proxy(peer_of(scope))
-            and any(name in FORWARDING_HEADERS for name, _ in scope["headers"])
-        ):
+        is_forwarded = any(name in FORWARDING_HEADERS for name, _ in scope["headers"])
+        if is_forwarded and self.is_open and not self._is_proxy(peer_of(scope)):
             raise Forbidden(
                 "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
                 " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
@@ -6995,18 +6987,7 @@ class Gate:
         origin = header_of(scope, b"origin")
         if origin not in self._origins:
             return []
-        return [
-            (b"access-control-allow-origin", origin.encode("latin-1")),
-            (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
-            (
-                b"access-control-allow-headers",
-                b"authorization, content-type, idempotency-key, last-event-id, x-request-id",
-            ),
-            (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
-            (b"access-control-max-age", b"600"),
-            (b"cross-origin-resource-policy", b"cross-origin"),
-            (b"vary", b"origin"),
-        ]
+        return [(b"access-control-allow-origin", origin.encode()), *CROSS_ORIGIN_HEADERS]
 
     def _find_owner(self, scope: Scope) -> str | None:
         scheme, _, token = header_of(scope, b"authorization").partition(" ")
@@ -7024,16 +7005,14 @@ class Gate:
         address = self.address_of(scope)
         if wait := self._throttle.wait_seconds(address):
             raise RateLimited(f"too many failed sign-ins; wait {math.ceil(wait)} s", retry_after_seconds=wait)
-        shown, owner = hash_secret(token), None
-        for known, name in self._owners.items():
-            if hmac.compare_digest(known, shown):
-                owner = name
-        if owner is None:
+        shown = hash_secret(token)
+        found = [name for known, name in self._owners.items() if hmac.compare_digest(known, shown)]
+        if not found:
             self._throttle.fail(address)
             log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
             raise Unauthorized("the token is not right")
         self._throttle.succeed(address)
-        return owner
+        return found[0]
 
     def address_of(self, scope: Scope) -> str:
         """The client's address: the newest that no trusted proxy vouches for."""
@@ -7057,12 +7036,12 @@ class Gate:
         """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
         owner = self.owner_of_token(scope, token)
         cookie = secrets.token_urlsafe(32)
-        expires_at_ms = now_ms() + self._config.session_days * 86_400_000
+        expires_at_ms = now_ms() + self._session_seconds * 1000
         session = Session(hash_secret(cookie), owner, bind_token(cookie, hash_secret(token)), expires_at_ms)
         await self._store.write(insert_session, session, durable=True)
         self._sessions[session.cookie_hash] = session
-        attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
-        return f"{SESSION_COOKIE}={cookie}; {attributes}" + ("; Secure" if self.is_encrypted(scope) else "")
+        secure = "; Secure" if self.is_encrypted(scope) else ""
+        return f"{SESSION_COOKIE}={cookie}; Max-Age={self._session_seconds}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
     async def sign_out(self, scope: Scope) -> str:
         """Ends the session; returns the cookie that takes the old one away."""
@@ -7070,25 +7049,6 @@ class Gate:
         await self._store.write(delete_session, cookie_hash, durable=True)
         self._sessions.pop(cookie_hash, None)
         return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
-
-
-def is_foreign(scope: Scope) -> bool:
-    """Whether a browser says that another site's page, or another port's, made it ask."""
-    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
-
-
-def peer_of(scope: Scope) -> str:
-    """The address at the other end of the connection; empty if it has none."""
-    return bare_address(scope["client"][0]) if scope.get("client") else ""
-
-
-def cookie_of(scope: Scope) -> str:
-    """The session cookie's value; empty if there is none."""
-    for pair in header_of(scope, b"cookie").split(";"):
-        name, _, value = pair.strip().partition("=")
-        if name == SESSION_COOKIE:
-            return value
-    return ""
 
 
 def owner_of(request: Request) -> str:
