@@ -7072,6 +7072,8 @@ Characters = Annotated[str, Meta(min_length=1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 MaxTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high"]
+RowId = Annotated[int, Meta(ge=1, le=2**53)]
+SystemPrompt = Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200, description="`provider/model`")]
 
 
@@ -7095,40 +7097,6 @@ class ToolResultPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="
     text: str
 
 
-class Asked(Struct, forbid_unknown_fields=True):
-    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
-
-    model: ModelName | None = None
-    provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
-    temperature: Temperature | None = None
-    max_tokens: MaxTokens | None = None
-    reasoning_effort: ReasoningEffort | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    tool_choice: Any = None
-    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
-    stream: bool = True
-    background: bool = False
-
-
-class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
-    """A question. Null is the same as absent, but for parent_id."""
-
-    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
-    conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
-    parent_id: (
-        Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
-        | UnsetType
-        | None
-    ) = UNSET
-    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = (
-        None
-    )
-
-
-class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
-    """Another answer to the same question; what is absent is as it was for the first."""
-
-
 class ContinueRequest(Struct, forbid_unknown_fields=True):
     """How the rest of an answer is to come."""
 
@@ -7138,11 +7106,37 @@ class ContinueRequest(Struct, forbid_unknown_fields=True):
     background: bool = False
 
 
+class Asked(ContinueRequest, kw_only=True, forbid_unknown_fields=True):
+    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
+
+    temperature: Temperature | None = None
+    max_tokens: MaxTokens | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+
+
+class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """A question. Null is the same as absent, but for parent_id."""
+
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
+    conversation_id: Annotated[RowId, Meta(description="absent: a new conversation")] | None = None
+    parent_id: (
+        Annotated[RowId, Meta(description="absent: the newest leaf; null: a new first message")] | UnsetType | None
+    ) = UNSET
+    system: Annotated[SystemPrompt, Meta(description="kept with the conversation")] | None = None
+
+
+class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """Another answer to the same question; what is absent is as it was for the first."""
+
+
 class ConversationChanges(Struct, forbid_unknown_fields=True):
     """What of a conversation can be set; absent fields stay as they are. A parameter that is null is unset again."""
 
-    title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
-    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | UnsetType = UNSET
+    title: Annotated[str, Meta(max_length=200, pattern=r"\S")] | UnsetType = UNSET
+    system: SystemPrompt | UnsetType = UNSET
     temperature: Temperature | UnsetType | None = UNSET
     max_tokens: MaxTokens | UnsetType | None = UNSET
     reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
@@ -7300,7 +7294,7 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BYTES_MAX) -> tuple[T, bytes]:
     """The body as a value of this type (none is an empty object), and as it came. Raises InvalidRequest, TooLarge."""
     body = await read_body(request, bytes_max)
-    if body or "content-type" in request.headers:
+    if body:
         check_content_type(request, "application/json")
     try:
         document = json.loads(body.decode() or "{}")
@@ -7389,7 +7383,7 @@ def explain_validation(error: Exception, document: Any, kind: Any) -> str:
     shown = json.dumps(value)
     if len(shown) > 60:
         shown = f"{shown[:57]}… ({len(shown):,} characters)"
-    expected = complaint.partition(", got")[0].lower()
+    expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
     if expected.startswith("invalid") and (choices := choices_of(kind, names[-1])):
         expected = f"expected {' | '.join(choices)}"
     return f"{'.'.join(names) or 'body'}: {expected}, got {shown}"
@@ -7640,39 +7634,44 @@ def http_date() -> bytes:
 
 
 async def chat(request: Request) -> Response:
-    service, owner = service_of(request), owner_of(request)
+    service = service_of(request)
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
     turns = turns_of(asked.message)
     refuse_large(body, turns)
     new = await new_message(request, asked, body, turns)
-    is_new = asked.conversation_id is None
-    system = asked.system if asked.system is not None or not is_new else service.config.system or None
+    system = asked.system
+    if system is None and asked.conversation_id is None:
+        system = service.config.system or None
     new = replace(new, conversation_id=asked.conversation_id, parent_id=asked.parent_id, system=system)
-    return await answer_started(request, asked, await service.generations.start(new), owner)
+    return await answer_started(request, asked, await service.generations.start(new))
 
 
 async def regenerate(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, body = await read_json(request, RegenerateRequest)
-    check_answer(request, asked)
-    message = await service.store.read(load_message, owner, message_id)
-    if asked.model is None and asked.provider is None and message.model:
-        asked.provider, asked.model = message.provider, message.model
+    message_id = path_id(request, "message_id")
+    asked, body = await read_again(request, RegenerateRequest, message_id)
     new = await new_message(request, asked, body + str(message_id).encode(), ())
-    return await answer_started(request, asked, await service.generations.regenerate(message_id, new), owner)
+    started = await service_of(request).generations.regenerate(message_id, new)
+    return await answer_started(request, asked, started)
 
 
 async def continue_answer(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, _ = await read_json(request, ContinueRequest)
+    service, message_id = service_of(request), path_id(request, "message_id")
+    asked, _ = await read_again(request, ContinueRequest, message_id)
+    target = await service.providers.resolve(asked.provider, asked.model)
+    started = await service.generations.go_on(owner_of(request), message_id, target)
+    return await answer_started(request, asked, started)
+
+
+async def read_again(request: Request, kind: type[T], message_id: int) -> tuple[T, bytes]:
+    """What is asked of an answer that is there; without another model, of its own."""
+    value, body = await read_json(request, kind)
+    asked: Any = value
     check_answer(request, asked)
-    message = await service.store.read(load_message, owner, message_id)
+    message = await service_of(request).store.read(load_message, owner_of(request), message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
-    target = await service.providers.resolve(asked.provider, asked.model)
-    started = await service.generations.go_on(owner, message_id, target)
-    return await answer_started(request, asked, started, owner)
+    return value, body
 
 
 def check_answer(request: Request, asked: Any) -> None:
@@ -7681,21 +7680,88 @@ def check_answer(request: Request, asked: Any) -> None:
         service_of(request).generations.check_streams(owner_of(request))
 
 
-async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
-    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
-    if asked.background:
-        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, started.status)
-        return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
-    if asked.stream:
-        cursor = sum(len(delta.text) for delta in started.content)
-        return EventStream(await service_of(request).generations.subscribe(owner, started.message_id, cursor))
-    return await finished_message(request, started.message_id)
-
-
 def refuse_large(body: bytes, turns: Sequence[Turn]) -> None:
     """Raises TooLarge for a body that only images may fill."""
     if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
         raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+
+
+async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
+    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
+    service, key = service_of(request), idempotency_key(request)
+    names = asked.fallbacks if asked.fallbacks is not None else comma_list(service.config.fallbacks)
+    target = await service.providers.resolve(asked.provider, asked.model)
+    return NewMessage(
+        owner=owner_of(request),
+        conversation_id=None,
+        parent_id=UNSET,
+        turns=turns,
+        system=None,
+        targets=(target, *[await service.providers.resolve(None, name, "fallbacks") for name in names]),
+        parameters=msgspec.convert(asked, Parameters, from_attributes=True),
+        idempotency_key=key,
+        request_hash=hashlib.sha256(body).hexdigest() if key else None,
+    )
+
+
+def idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
+        limit = f"1 to {HEADER_BYTES_MAX} printable ASCII characters"
+        raise InvalidRequest(f"Idempotency-Key: has {len(key)} characters; it is {limit}")
+    return key
+
+
+def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
+    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
+    results, content = [], []
+    for index, part in enumerate([TextPart(message)] if isinstance(message, str) else message):
+        if isinstance(part, ImagePart):
+            content.append(image_of(part, f"message.{index}"))
+        elif isinstance(part, TextPart):
+            content.append(Delta("text", part.text))
+        else:
+            text = (Delta("text", part.text),) if part.text else ()
+            results.append(Turn("tool", text, tool_call_id=part.tool_call_id))
+    turns = (*results, Turn("user", tuple(content))) if content else tuple(results)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
+    return turns
+
+
+def image_of(part: ImagePart, name: str) -> Delta:
+    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
+    head, comma, rest = part.data.partition(",")
+    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError as exc:
+        words = "is neither base64 nor a data URL with base64; an address is not fetched"
+        raise InvalidRequest(f"{name}.data: {words}") from exc
+    if len(data) > IMAGE_BYTES_MAX:
+        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
+    found = image_type(data)
+    if found is None or part.media_type not in (None, found):
+        words = f"is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type"
+        raise InvalidRequest(f"{name}.data: {words}")
+    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
+
+
+async def answer_started(request: Request, asked: ContinueRequest, started: Started) -> Response:
+    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
+    message_id = started.message_id
+    if asked.background:
+        answer = StartedAnswer(started.conversation_id, message_id, started.parent_id, started.status)
+        return json_response(answer, 202, {"Location": f"/api/v1/messages/{message_id}"})
+    if asked.stream:
+        cursor = sum(len(delta.text) for delta in started.content)
+        return EventStream(await service_of(request).generations.subscribe(owner_of(request), message_id, cursor))
+    message, error = await ended_message(request, message_id)
+    if error is None:
+        return json_response(message)
+    status = ERROR_STATUSES.get(error["code"], 500)
+    answer_error = ErrorAnswer(ErrorDetail(**error, request_id=request.scope["request_id"]), message_id)
+    return json_response(answer_error, status, {"Retry-After": "1"} if status == 503 else None)
 
 
 async def ended_message(request: Request, message_id: int) -> tuple[Message, dict[str, Any] | None]:
@@ -7705,44 +7771,32 @@ async def ended_message(request: Request, message_id: int) -> tuple[Message, dic
     if generation is not None:
         await generation.ended.wait()
     message = await service.store.read(load_message, owner, message_id)
+    if generation is not None and generation.ending is not None:
+        return message, generation.ending.error
     if generation is None and message.status == "running":  # a repeat, a moment before what it repeats is known here
         await asyncio.sleep(STARTED_WAIT_SECONDS)
         return await ended_message(request, message_id)
-    return (
-        message,
-        generation.ending.error if generation is not None and generation.ending is not None else message.error,
-    )
-
-
-async def finished_message(request: Request, message_id: int) -> Response:
-    """The message once it has ended; a failed one as its error."""
-    message, error = await ended_message(request, message_id)
-    if error is None:
-        return json_response(message)
-    detail = ErrorDetail(error["code"], error["message"], error["retryable"], request.scope["request_id"])
-    status = ERROR_STATUSES.get(error["code"], 500)
-    return json_response(ErrorAnswer(detail, message_id), status, {"Retry-After": "1"} if status == 503 else None)
+    return message, message.error
 
 
 async def get_message(request: Request) -> Response:
     message = await service_of(request).store.read(load_message, owner_of(request), path_id(request, "message_id"))
-    if wants_html(request):
-        await add_html(request, [message])
+    await add_html(request, message)
     return json_response(message)
 
 
-async def add_html(request: Request, messages: Iterable[Message]) -> None:
-    """Gives ended answers their HTML; a running one has a stream for it."""
-    for message in messages:
+async def add_html(request: Request, *messages: Message) -> None:
+    """Gives ended answers their HTML, if it was asked for; a running one has a stream for it."""
+    for message in messages if wants_html(request) else ():
         if message.role == "assistant" and message.status != "running":
             message.html = await service_of(request).generations.render_message(message)
 
 
 async def stream_message(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    generations, owner, message_id = service_of(request).generations, owner_of(request), path_id(request, "message_id")
     if wants_html(request):
-        return EventStream(await service.generations.subscribe_to_html(owner, message_id))
-    return EventStream(await service.generations.subscribe(owner, message_id, cursor_of(request)))
+        return EventStream(await generations.subscribe_to_html(owner, message_id))
+    return EventStream(await generations.subscribe(owner, message_id, cursor_of(request)))
 
 
 async def stop_message(request: Request) -> Response:
@@ -7753,7 +7807,7 @@ async def stop_message(request: Request) -> Response:
 
 
 async def list_generations(request: Request) -> Response:
-    service, owner = service_of(request), owner_of(request)
+    running = [one for one in service_of(request).generations.running.values() if one.owner == owner_of(request)]
     generations = [
         RunningGeneration(
             message_id=one.message_id,
@@ -7764,8 +7818,7 @@ async def list_generations(request: Request) -> Response:
             seconds=round(time.monotonic() - one.started_at, 3),
             subscribers=len(one.subscribers),
         )
-        for one in service.generations.running.values()
-        if one.owner == owner
+        for one in running
     ]
     return json_response(GenerationList(generations))
 
@@ -7786,8 +7839,7 @@ async def get_conversations(request: Request) -> Response:
 async def get_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     conversation = await service_of(request).store.read(load_conversation, owner_of(request), conversation_id)
-    if wants_html(request):
-        await add_html(request, conversation.messages)
+    await add_html(request, *conversation.messages)
     return json_response(conversation)
 
 
@@ -7795,8 +7847,6 @@ async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
-    if not changes.get("title", "x").strip():
-        raise InvalidRequest("title: is empty; it has at least one character that is not a space")
     store, owner = service_of(request).store, owner_of(request)
     return json_response(await store.write(update_conversation, owner, conversation_id, changes, durable=True))
 
@@ -7810,49 +7860,34 @@ async def remove_conversation(request: Request) -> Response:
 
 
 async def get_health(request: Request) -> Response:
-    service = service_of(request)
+    service, is_known = service_of(request), request.scope["owner"] is not None
     generations = service.generations
-    is_known = request.scope["owner"] is not None
     writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
-    status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
-    answer = HealthAnswer(
-        status=status,
-        version=__version__,
-        database_writable=writable,
-        running_generations=len(generations.running),
-        subscribers=sum(generations.streams.values()),
-        last_flush_ms=round(generations.flush_ms, 3),
-        uptime_seconds=round(time.monotonic() - service.started_at, 3),
-    )
-    return json_response(
-        answer if is_known else HealthAnswer(status),
-        200 if status == "ok" else 503,
-        None if status == "ok" else {"Retry-After": "1"},
-    )
+    answer = HealthAnswer("store_unavailable" if not writable else "draining" if generations.draining else "ok")
+    if is_known:
+        answer.version = __version__
+        answer.database_writable = writable
+        answer.running_generations = len(generations.running)
+        answer.subscribers = sum(generations.streams.values())
+        answer.last_flush_ms = round(generations.flush_ms, 3)
+        answer.uptime_seconds = round(time.monotonic() - service.started_at, 3)
+    return json_response(answer) if answer.status == "ok" else json_response(answer, 503, {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
-    service = service_of(request)
-    refresh = read_query(request, HelpQuery).refresh
+    service, refresh = service_of(request), read_query(request, HelpQuery).refresh
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
-    default = service.config.default_model or next(
-        (f"{one.name}/{one.models[0]}" for one in listed if one.models), None
-    )
-    return json_response(
-        HelpAnswer(
-            __version__, not service.gate.is_open, default, endpoints, listed, list(service.config.unusable_keys)
-        )
-    )
+    first = next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
+    default, unusable = service.config.default_model or first, list(service.config.unusable_keys)
+    return json_response(HelpAnswer(__version__, not service.gate.is_open, default, endpoints, listed, unusable))
 
 
 async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:
     models = await service.providers.list_models(provider, refresh)
-    key: Literal["found", "missing", "rejected", "not needed"] = "found"
+    key: Literal["found", "missing", "rejected", "not needed"] = "found" if provider.key else "not needed"
     if provider.name in service.providers.rejected:
         key = "rejected" if provider.key else "missing"
-    elif not provider.key:
-        key = "not needed"
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
@@ -7869,8 +7904,12 @@ async def export_conversation(request: Request) -> Response:
 
 async def export_all(request: Request) -> Response:
     store, owner = service_of(request).store, owner_of(request)
-    name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.json", time.gmtime())
-    return Download(archive_frames(store, owner, await store.read(list_ids, owner)), "application/json", name)
+    frames = archive_frames(store, owner, await store.read(list_ids, owner))
+    return Download(frames, "application/json", file_name_of_now("json"))
+
+
+def file_name_of_now(ending: str) -> str:
+    return time.strftime(f"llmchat-%Y-%m-%d-%H%M%S.{ending}", time.gmtime())
 
 
 ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compressed")
@@ -7878,10 +7917,7 @@ ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compr
 
 async def import_conversations(request: Request) -> Response:
     service = service_of(request)
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() not in ARCHIVE_TYPES:
-        shown = content_type or "none"
-        raise InvalidRequest(f"content-type: {shown!r} is not accepted; send application/json or application/zip")
+    check_content_type(request, *ARCHIVE_TYPES)
     with alone(service, "import"):
         async with spool(request, service.config.db) as file:
             return json_response(await import_archive(service.store, owner_of(request), file))
@@ -7950,9 +7986,8 @@ async def get_backup(request: Request) -> Response:
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(service, "backup"))
         file = stack.enter_context(await service.store.open_copy())
-        name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.db", time.gmtime())
-        close = stack.pop_all().close  # the download does it now
-    return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
+        size, close = os.fstat(file.fileno()).st_size, stack.pop_all().close  # the download closes now
+    return Download(read_chunks(file), "application/vnd.sqlite3", file_name_of_now("db"), size, close)
 
 
 async def get_openapi(request: Request) -> Response:
@@ -7984,140 +8019,56 @@ PAGE_POLICY = (
 )
 
 
-def html_page(body: str, status: int = 200) -> Response:
-    """A page without a script and without another file."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+def html_page(body: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A page without a script and without another file. With no-referrer a browser posts a form with `Origin: null`."""
     document = (
-        f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>"
     )
-    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
-    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
+    own = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, {**own, **(headers or {})})
 
 
-async def get_sign_in(request: Request) -> Response:
-    """The form; or, with the token in the link that the first start printed, the sign-in itself."""
-    gate = service_of(request).gate
+async def sign_in(request: Request) -> Response:
+    """The form; with a token, from the form or from the link that the first start printed, the sign-in itself."""
+    gate, is_link = service_of(request).gate, request.method != "POST"
+    form = "" if is_link else (await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace")
+    given = request.query_params if is_link else dict(urllib.parse.parse_qsl(form))
+    next_path = given.get("next", "/")
     if gate.is_open:
         return redirect("/")
-    if "token" in request.query_params and not is_foreign(request.scope):
-        return await sign_in_with(request, request.query_params["token"])
-    return sign_in_form(request.query_params.get("next", "/"))
-
-
-async def post_sign_in(request: Request) -> Response:
-    form = urllib.parse.parse_qs((await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace"))
-    return await sign_in_with(request, form.get("token", [""])[0].strip(), form.get("next", ["/"])[0])
-
-
-async def sign_in_with(request: Request, token: str, next_path: str = "/") -> Response:
+    if "token" not in given or (is_link and is_foreign(request.scope)):
+        return sign_in_form(next_path)
     try:
-        cookie = await service_of(request).gate.sign_in(request.scope, token)
+        cookie = await gate.sign_in(request.scope, given["token"].strip())
     except LlmchatError as exc:
         return sign_in_form(next_path, exc)
     return redirect(next_path, {"Set-Cookie": cookie})
 
 
-async def post_sign_out(request: Request) -> Response:
+async def sign_out(request: Request) -> Response:
     return redirect("/sign-in", {"Set-Cookie": await service_of(request).gate.sign_out(request.scope)})
 
 
 def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
-    page = html_page(
+    form = (
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
-        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
-        error.status if error is not None else 200,
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>'
     )
-    page.headers.update(error_headers(error) if error is not None else {})
-    return page
+    return html_page(form) if error is None else html_page(form, error.status, error_headers(error))
 
 
 def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
     """303 to a path of ours; anything that a browser could take for another site becomes `/`."""
     safe = path if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) else "/"
-    return Response(status_code=303, headers={"Location": safe, "Cache-Control": "no-store", **(headers or {})})
+    return Response(status_code=303, headers={"Location": safe, **(headers or {})})
 
 
 def wants_page(scope: Scope) -> bool:
     """Whether a browser asks, to show the answer."""
     return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
-
-
-async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
-    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
-    service = service_of(request)
-    names = asked.fallbacks
-    if names is None:
-        names = [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
-    target = await service.providers.resolve(asked.provider, asked.model)
-    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
-    parameters = Parameters(
-        temperature=asked.temperature,
-        max_tokens=asked.max_tokens,
-        reasoning_effort=asked.reasoning_effort,
-        tools=asked.tools,
-        tool_choice=asked.tool_choice,
-    )
-    key = idempotency_key(request)
-    return NewMessage(
-        owner=owner_of(request),
-        conversation_id=None,
-        parent_id=UNSET,
-        turns=turns,
-        system=None,
-        targets=(target, *fallbacks),
-        parameters=parameters,
-        idempotency_key=key,
-        request_hash=hashlib.sha256(body).hexdigest() if key else None,
-    )
-
-
-def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
-    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
-    parts = [TextPart(message)] if isinstance(message, str) else message
-    results = [
-        Turn("tool", (Delta("text", part.text),) if part.text else (), tool_call_id=part.tool_call_id)
-        for part in parts
-        if isinstance(part, ToolResultPart)
-    ]
-    content = tuple(
-        Delta("text", part.text) if isinstance(part, TextPart) else image_of(part, f"message.{index}")
-        for index, part in enumerate(parts)
-        if not isinstance(part, ToolResultPart)
-    )
-    if not results and not any(delta.kind == "image" or delta.text.strip() for delta in content):
-        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
-    return (*results, Turn("user", content)) if content else tuple(results)
-
-
-def image_of(part: ImagePart, name: str) -> Delta:
-    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
-    head, comma, rest = part.data.partition(",")
-    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except ValueError as exc:
-        raise InvalidRequest(
-            f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched"
-        ) from exc
-    if len(data) > IMAGE_BYTES_MAX:
-        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
-    found = image_type(data)
-    if found is None or (part.media_type is not None and part.media_type != found):
-        raise InvalidRequest(
-            f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type"
-        )
-    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
-
-
-def idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
-        raise InvalidRequest(
-            f"Idempotency-Key: has {len(key)} characters; it is 1 to {HEADER_BYTES_MAX} printable ASCII characters"
-        )
-    return key
 
 
 # ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8140,13 +8091,12 @@ PAGE_HEADERS = {  # of every file of the page; same-origin, not no-referrer: tha
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
+    "Vary": "Accept, Accept-Encoding",
 }
 
 
 class WebFile(NamedTuple):
-    """A file of the page as it goes out; `packed` is gzip, or empty where that gains nothing."""
+    """A file of the page as it goes out, plain and with gzip."""
 
     content: bytes
     packed: bytes
@@ -8156,19 +8106,18 @@ class WebFile(NamedTuple):
 
 def load_web_files(folder: Path) -> dict[str, WebFile]:
     """The page's files by name, each one's mentions of the others with their hash."""
-    sources = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
     files: dict[str, WebFile] = {}
-    for name, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0] == "index.html")):
-        content = re.sub(rb"/web/([\w.-]+)", lambda found: named_with_hash(found, files), source)
-        packed = b"" if name.endswith(".png") else gzip.compress(content, 9, mtime=0)
+
+    def with_hash(mention: re.Match[bytes]) -> bytes:
+        file = files.get(mention[1].decode())
+        return mention[0] if file is None else mention[0] + b"?v=" + file.digest.encode()
+
+    sources = {path: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
+    for path, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0].name == "index.html")):
+        content = re.sub(rb"/web/([\w.-]+)", with_hash, source)
         digest = hashlib.sha256(content).hexdigest()[:16]
-        files[name] = WebFile(content, packed, WEB_TYPES[Path(name).suffix], digest)
+        files[path.name] = WebFile(content, gzip.compress(content, mtime=0), WEB_TYPES[path.suffix], digest)
     return files
-
-
-def named_with_hash(found: re.Match[bytes], files: Mapping[str, WebFile]) -> bytes:
-    file = files.get(found[1].decode())
-    return found[0] if file is None else found[0] + b"?v=" + file.digest.encode()
 
 
 def web_response(request: Request, name: str) -> Response:
@@ -8180,15 +8129,11 @@ def web_response(request: Request, name: str) -> Response:
     if file is None:
         raise NotFound(f"path: there is no file {printable(name, 60)!r} of the page")
     forever = request.query_params.get("v") == file.digest
-    headers = {
-        **PAGE_HEADERS,
-        "Cache-Control": "public, max-age=31536000, immutable" if forever else "no-cache",
-        "ETag": f'W/"{file.digest}"',
-        "Vary": "Accept, Accept-Encoding",
-    }
+    cached = "public, max-age=31536000, immutable" if forever else "no-cache"
+    headers = {**PAGE_HEADERS, "Cache-Control": cached, "ETag": f'W/"{file.digest}"'}
     if file.digest in request.headers.get("if-none-match", ""):
         return Response(None, 304, headers)
-    if file.packed and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
+    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
         return Response(file.packed, 200, {**headers, "Content-Encoding": "gzip"}, file.media_type)
     return Response(file.content, 200, headers, file.media_type)
 
@@ -8213,20 +8158,22 @@ async def get_root(request: Request) -> Response:
 # ── the table of endpoints, and what is read off it ─────────────────────────────────────────────────────────────────
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """One call of the API. `query` and `body` are types; `curl` is what follows the URL in its example."""
+    """One call of the API. `answer`, `body` and `query` are types; `curl` is what follows the URL in its example."""
 
     method: str
     path: str
-    handler: Callable[[Request], Awaitable[Response]]
+    handler: Handler
     summary: str
     answer: Any = None
     body: Any = None
-    status: int = 200
-    streams: bool = False
     query: Any = None
-    errors: tuple[int, ...] = ()
+    streams: bool = False
+    errors: tuple[int, ...] = ()  # statuses that do not follow from the rest
     curl: str = ""
     media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
     accepts: tuple[str, ...] = ()  # media types of a body that no type describes
@@ -8239,135 +8186,84 @@ class Endpoint:
         """The path without the router's own notation."""
         return self.path.replace(":path}", "}")
 
+    @property
+    def statuses(self) -> list[int]:
+        """Of every error that it can answer with."""
+        statuses = {*self.errors, 401, 403, 429, 500}
+        statuses |= {400} if self.query else {400, 413} if self.body or self.accepts else set()
+        return sorted(statuses | ({404} if "{id}" in self.shown_path else set()))
+
 
 JSON_CURL = "-H 'Content-Type: application/json' -d "
+OF_ANSWERS = (404, 409, 422, 502, 503, 504)  # what a question can end in
 
 ENDPOINTS = (
     Endpoint("GET", "/", get_root, "the page to a browser, the state of the service to everybody else", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
-    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=HelpQuery, errors=(400,)),
+    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=HelpQuery),
     Endpoint(
         "POST", "/api/v1/chat", chat, "asks a question: streams the answer, or gives it whole, or starts it in the background",
-        Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
-        curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
+        Message, ChatRequest, streams=True, errors=OF_ANSWERS, curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=RenderQuery, errors=(400, 404)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=RenderQuery),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
-        streams=True, query=StreamQuery, errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+        query=StreamQuery, streams=True, errors=(503,), curl="-N -H 'Last-Event-ID: 5'",
     ),
-    Endpoint(
-        "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
-        StatusAnswer, errors=(404, 503), curl="-X POST",
-    ),
+    Endpoint("POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept", StatusAnswer, errors=(503,)),
     Endpoint(
         "POST", "/api/v1/messages/{id}/regenerate", regenerate, "another answer to the same question, beside this one",
-        Message, RegenerateRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
-        curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
+        Message, RegenerateRequest, streams=True, errors=OF_ANSWERS, curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
     ),
     Endpoint(
         "POST", "/api/v1/messages/{id}/continue", continue_answer, "goes on with an answer that broke off, in place",
-        Message, ContinueRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504), curl="-N -X POST",
+        Message, ContinueRequest, streams=True, errors=OF_ANSWERS, curl="-N -X POST",
     ),
     Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
-    Endpoint(
-        "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
-        ConversationList, query=ConversationsQuery, errors=(400,),
-    ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=RenderQuery, errors=(400, 404)),
+    Endpoint("GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first", ConversationList, query=ConversationsQuery),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=RenderQuery),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
-        ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
+        ConversationSummary, ConversationChanges, curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
     ),
-    Endpoint(
-        "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
-        DeletedAnswer, errors=(404,), curl="-X DELETE",
-    ),
+    Endpoint("DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it", DeletedAnswer),
     Endpoint(
         "GET", "/api/v1/conversations/{id}/export", export_conversation, "a conversation as a file",
-        Archive, query=ExportQuery, errors=(400, 404), curl="-OJ", media=("text/markdown",),
+        Archive, query=ExportQuery, curl="-OJ", media=("text/markdown",),
     ),
     Endpoint(
-        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's",
-        ImportAnswer, errors=(400, 413, 503), accepts=ARCHIVE_TYPES[:2],
-        curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
+        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's", ImportAnswer,
+        errors=(503,), accepts=ARCHIVE_TYPES[:2], curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
     ),
     Endpoint("GET", "/api/v1/export", export_all, "all conversations as one file", Archive, curl="-OJ"),
     Endpoint(
         "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
-        errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
+        errors=(503,), curl="-OJ", media=("application/vnd.sqlite3",),
     ),
-    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=UsageQuery, errors=(400,)),
+    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=UsageQuery),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
     Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
 
 
-async def sign_in(request: Request) -> Response:
-    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
+    """One route per path, so that a wrong method is told all that are right."""
+    by_path: dict[str, dict[str, Handler]] = {}
+    for one in endpoints:
+        by_path.setdefault(one.path, {})[one.method] = one.handler
+    return [Route(path, partial(dispatch, handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+
+
+async def dispatch(handlers: Mapping[str, Handler], request: Request) -> Response:
+    return await handlers["GET" if request.method == "HEAD" else request.method](request)
 
 
 PAGE_ROUTES = [
     Route("/c/{id}", get_page, methods=["GET"]),
     Route("/web/{name}", get_web_file, methods=["GET"]),
     Route("/sign-in", sign_in, methods=["GET", "POST"]),
-    Route("/sign-out", post_sign_out, methods=["POST"]),
+    Route("/sign-out", sign_out, methods=["POST"]),
 ]
-
-
-def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
-    """One route per path, so that a wrong method is told all that are right."""
-    by_path: dict[str, dict[str, Endpoint]] = {}
-    for one in endpoints:
-        by_path.setdefault(one.path, {})[one.method] = one
-    return [Route(path, dispatch(methods), methods=list(methods)) for path, methods in by_path.items()]
-
-
-def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
-    if len(methods) == 1:
-        return next(iter(methods.values())).handler
-
-    async def by_method(request: Request) -> Response:
-        return await methods["GET" if request.method == "HEAD" else request.method].handler(request)
-
-    return by_method
-
-
-def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
-    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {
-        StartedAnswer
-    }
-    ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
-    schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
-    references = dict(zip(ordered, schemas, strict=True))
-    paths: dict[str, dict[str, Any]] = {}
-    for one in endpoints:
-        paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "llmchat",
-            "version": __version__,
-            "description": "Answers that survive: streamed, stored, resumed.",
-        },
-        "paths": paths,
-        "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
-        "security": [{}, {"token": []}],  # on this machine alone none is needed
-    }
-
-
-# Of each event of a stream, as tools read a schema of text/event-stream before OpenAPI 3.2 has a word for it.
-EVENT_SCHEMA = {
-    "type": "object",
-    "required": ["data"],
-    "properties": {
-        "event": {"type": "string", "description": "start, delta, html, heartbeat, notice, reset or end"},
-        "data": {"type": "string", "description": "JSON"},
-        "id": {"type": "string", "pattern": "^[0-9]*$", "description": "the offset after the event"},
-        "retry": {"type": "integer"},
-    },
-}
 
 
 def fields_of(kind: Any) -> dict[str, Any]:
@@ -8375,30 +8271,45 @@ def fields_of(kind: Any) -> dict[str, Any]:
     return cast(dict[str, Any], msgspec.json.schema_components([kind])[1][kind.__name__]["properties"]) if kind else {}
 
 
+def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
+    named = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind} | {StartedAnswer}
+    types = sorted(named, key=lambda kind: cast(str, kind.__name__))
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    references = dict(zip(types, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for one in endpoints:
+        paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
+    words = "Answers that survive: streamed, stored, resumed."
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llmchat", "version": __version__, "description": words},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"token": []}],  # on this machine alone none is needed
+    }
+
+
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
-    if one.error is not ErrorAnswer:  # an OpenAI endpoint, whose answers OpenAI describes
-        content = {"application/json": {"schema": {"type": "object"}}}
-    if one.streams:
-        content["text/event-stream"] = {"schema": EVENT_SCHEMA}
-    content.update({media: {"schema": {"type": "string"}} for media in one.media})
-    responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is not None and one.streams and one.error is ErrorAnswer:
+    answer: Any = {"type": "object"} if one.error is not ErrorAnswer else references.get(one.answer)  # OpenAI's own
+    content = {"application/json": {"schema": answer}} if answer else {}
+    content |= {"text/event-stream": {}} if one.streams else {}
+    content |= {media: {} for media in one.media}
+    responses = {"200": {"description": one.summary, "content": content}}
+    if one.streams and one.body and one.answer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
-    for status in sorted({*one.errors, 401, 403, 429, 500}):
+    for status in one.statuses:
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
-    parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "query", "schema": schema} for name, schema in fields_of(one.query).items()
-    ]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in fields_of(one.query).items()]
     if "{id}" in one.shown_path:
         parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
-    if one.body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
-    if one.accepts:
-        operation["requestBody"] = {"required": True, "content": {media: {} for media in one.accepts}}
+    accepted: dict[str, Any] = {media: {} for media in one.accepts}
+    accepted |= {"application/json": {"schema": references[one.body]}} if one.body else {}
+    if accepted:
+        operation["requestBody"] = {"required": True, "content": accepted}
     return {**operation, "responses": responses}
 
 
@@ -8416,39 +8327,28 @@ def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
 
 
 def docs_section(one: Endpoint, base_url: str) -> str:
-    described = {f"?{name}=": schema for name, schema in fields_of(one.query).items()} | fields_of(one.body)
+    fields = {f"?{name}=": schema for name, schema in fields_of(one.query).items()} | fields_of(one.body)
     rows = "".join(
         f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(describe_schema(schema))}"
-        for name, schema in described.items()
+        for name, schema in fields.items()
     )
     url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
-    curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
+    options = one.curl or ("" if one.method == "GET" else f"-X {one.method}")
     return (
-        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2><p>{html.escape(one.summary)}'
-        f"<pre>{curl}</pre>{f'<table>{rows}</table>' if rows else ''}"
+        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2>'
+        f"<p>{html.escape(one.summary)}<pre>{html.escape(f'curl {url} {options}'.strip())}</pre><table>{rows}</table>"
     )
 
 
 def describe_schema(schema: Mapping[str, Any]) -> str:
-    """A property in a few words: its type, its bounds, its default, its meaning."""
+    """A field in a few words: its type, its bounds, its default, its meaning."""
     if "anyOf" in schema:
-        text = " or ".join(dict.fromkeys(describe_schema(one) for one in schema["anyOf"]))
-    elif "$ref" in schema:
-        text = cast(str, schema["$ref"].rpartition("/")[2])
-    elif "enum" in schema:
-        text = " | ".join(map(str, schema["enum"]))
-    else:
-        text = str(schema.get("type", "anything"))
-    names = {
-        "minimum": "at least",
-        "maximum": "at most",
-        "minLength": "at least, characters:",
-        "maxLength": "at most, characters:",
-    }
-    text += "".join(f", {words} {schema[key]:,}" for key, words in names.items() if key in schema)
-    if schema.get("default") is not None:
-        text += f", default {json.dumps(schema['default'])}"
-    return text + (f" ({schema['description']})" if schema.get("description") and "$ref" not in schema else "")
+        return " or ".join(dict.fromkeys(describe_schema(one) for one in schema["anyOf"]))
+    kinds = schema.get("enum") or [schema.get("$ref", schema.get("type", "anything")).rpartition("/")[2]]
+    bounds = [f"{name} {schema[name]:,}" for name in ("minimum", "maximum", "minLength", "maxLength") if name in schema]
+    default = [f"default {json.dumps(schema['default'])}"] if schema.get("default") is not None else []
+    meaning = f" ({schema['description']})" if "description" in schema else ""
+    return ", ".join([" | ".join(kinds), *bounds, *default]) + meaning
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
