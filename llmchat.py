@@ -7063,9 +7063,10 @@ def owner_of(request: Request) -> str:
 #
 # A handler parses, authorises, calls and renders; what it can raise is in section 2, and one renderer turns that into
 # the error shape. ENDPOINTS is the API: the routes, /openapi.json, /docs and `help` are all read off it, so none of
-# them can say something else. Bodies are decoded into the types that also make the schema; what they refuse is told
-# with the field, what was expected and the value that came. A stream is sent past Starlette's response classes,
-# straight to the server: one send per wake-up. The envelope around everything gives a request its id and its error.
+# them can say something else. Bodies and query strings are converted to the types that also make the schema; what they
+# refuse is told with the field, what was expected and the value that came. A stream is sent past Starlette's response
+# classes, straight to the server: one send per wake-up. The envelope around everything gives a request its id and its
+# headers, and turns what was raised into a response.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Characters = Annotated[str, Meta(min_length=1)]
