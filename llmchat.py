@@ -109,8 +109,8 @@ import uvicorn
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
@@ -6547,11 +6547,20 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FORWARDING_HEADERS = frozenset(
     {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"}
 )
+CROSS_ORIGIN_HEADERS = [  # what a listed origin's page may send and read
+    (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+    (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+    (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
+    (b"access-control-max-age", b"600"),
+    (b"cross-origin-resource-policy", b"cross-origin"),
+    (b"vary", b"origin"),
+]
 FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
 FAILURES_FREE_IN_ALL = 100  # and of all addresses together
 FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
 FAILURES_ADDRESSES_MAX = 10_000  # addresses that are remembered; then the oldest is forgotten
 TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
+TOKEN_WORDS = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
 
 
 def hash_secret(secret: str) -> str:
@@ -6563,36 +6572,68 @@ def bind_token(cookie: str, token_hash: str) -> str:
     return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
 
 
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
 def is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    address = parse_address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
-def is_address(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
-
-
-def host_and_port(netloc: str) -> tuple[str, str]:
-    """('example.org', '8000') of 'example.org:8000'; brackets of IPv6 are taken off."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::([0-9]+))?", netloc)
-    return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
+def host_of(netloc: str) -> str:
+    """'example.org' of 'Example.org:8000', '::1' of '[::1]:8000'; empty if it is neither."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::[0-9]+)?", netloc)
+    return (match[1] or match[2] or "").lower() if match else ""
 
 
 def bare_address(text: str) -> str:
     """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
     match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
-    with contextlib.suppress(ValueError):
-        found = "".join(filter(None, match.groups())) if match else ""
-        address = ipaddress.ip_address(found.partition("%")[0])
-        return str(getattr(address, "ipv4_mapped", None) or address)
-    return ""
+    found = "".join(filter(None, match.groups())) if match else ""
+    address = parse_address(found.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address or "")
 
 
-def comma_list(text: str) -> tuple[str, ...]:
-    return tuple(one.strip() for one in text.split(",") if one.strip())
+def header_of(scope: Scope, name: bytes) -> str:
+    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
+    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
+
+
+def cookie_of(scope: Scope) -> str:
+    return HTTPConnection(scope).cookies.get(SESSION_COOKIE, "")
+
+
+def comma_list(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",") if one.strip()]
+
+
+def checked_list(setting: str, text: str, pattern: str, example: str) -> list[str]:
+    """A setting's comma list. Raises StartError for an entry that does not fit."""
+    for one in comma_list(text):
+        if not re.fullmatch(pattern, one):
+            raise StartError(f"{setting}: {one[:60]!r} is not accepted; it is a list such as {example}")
+    return comma_list(text)
+
+
+def parse_networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    try:
+        return [ipaddress.ip_network(one, strict=False) for one in comma_list(text)]
+    except ValueError as exc:
+        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
 
 
 def token_path(config: Config) -> str:
@@ -6605,30 +6646,20 @@ def with_token(config: Config) -> tuple[Config, bool]:
         return config, False
     path = Path(token_path(config))
     try:
-        if path.exists():
-            if is_open_to_others(path):
-                path.chmod(0o600)
-                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
-            return replace(config, token=read_token(path)), False
-        token = secrets.token_urlsafe(24)
-        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(token + "\n")
-        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
+        is_new = not path.exists()
+        if is_new:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(24) + "\n")
+        elif is_open_to_others(path):
+            path.chmod(0o600)
+            log.warning(f"{path} was open to others and is not any more; delete it for a new token")
+        token = path.read_text("latin-1").strip()
     except OSError as exc:
-        raise StartError(
-            f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}"
-        ) from exc
-    return replace(config, token=token), True
-
-
-def read_token(path: Path) -> str:
-    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
-    token = path.read_text("latin-1").strip()
+        reason = f"a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}"
+        raise StartError(f"{path}: {reason}") from exc
     if not is_token(token):
-        raise StartError(
-            f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one"
-        )
-    return token
+        raise StartError(f"{path}: holds no token, which is {TOKEN_WORDS}; delete it for a new one")
+    return replace(config, token=token), is_new
 
 
 def is_token(text: str) -> bool:
@@ -6639,52 +6670,18 @@ def is_token(text: str) -> bool:
 def token_owners(config: Config) -> dict[str, str]:
     """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
     owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
-    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
     if config.token and not is_token(config.token):
-        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it is {TOKEN_WORDS}")
     for number, pair in enumerate(comma_list(config.users), 1):
         name, _, token = pair.partition(":")
         if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
-            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, {TOKEN_WORDS}")
         if hash_secret(token) in owners or name in owners.values():
             raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
     if not owners and (config.users or not is_loopback(config.host)):
         raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host!r}")
     return owners
-
-
-def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    try:
-        return tuple(ipaddress.ip_network(one, strict=False) for one in comma_list(config.trusted_proxies))
-    except ValueError as exc:
-        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
-
-
-def parse_hosts(config: Config) -> Iterator[str]:
-    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
-    for one in comma_list(config.hosts):
-        name, _ = host_and_port(one)
-        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
-            raise StartError(
-                f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org"
-            )
-        yield name
-
-
-def parse_origins(config: Config) -> frozenset[str]:
-    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
-    for one in comma_list(config.cors_origins):
-        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
-            raise StartError(
-                f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org"
-            )
-    return frozenset(comma_list(config.cors_origins))
-
-
-def header_of(scope: Scope, name: bytes) -> str:
-    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
-    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
 class Throttle:
@@ -6696,51 +6693,51 @@ class Throttle:
     """
 
     def __init__(self) -> None:
-        self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._failures: dict[str, tuple[float, float]] = {}  # address, or "" for all: how many, as of when
         self._known: dict[str, None] = {}  # addresses that were let in, the newest last
 
     def wait_seconds(self, address: str) -> float:
         """How long this address has to wait before it may try again; 0: not at all."""
         key = self._key(address)
-        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
-        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
+        return max(self._wait(key), 0.0 if key in self._known else self._wait(""))
 
     def fail(self, address: str) -> None:
-        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
-            count, now = self._count(key, seconds), time.monotonic()
-            self._failures.pop(key, None)
-            self._failures[key] = (count + 1, now)
-        if len(self._failures) > FAILURES_ADDRESSES_MAX:
-            self._failures.pop(next(iter(self._failures)))
+        for key in (self._key(address), ""):
+            self._remember(self._failures, key, (self._count(key) + 1, time.monotonic()))
 
     def succeed(self, address: str) -> None:
-        key = self._key(address)
-        self._known.pop(key, None)
-        self._known[key] = None
-        if len(self._known) > FAILURES_ADDRESSES_MAX:
-            self._known.pop(next(iter(self._known)))
+        self._remember(self._known, self._key(address), None)
 
     def _key(self, address: str) -> str:
         return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
 
-    def _count(self, key: str, seconds: float) -> float:
-        count, at = self._failures.get(key, (0.0, 0.0))
-        return max(count - (time.monotonic() - at) / seconds, 0.0)
+    def _remember(self, table: dict[str, T], key: str, value: T) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > FAILURES_ADDRESSES_MAX:
+            del table[next(iter(table))]
 
-    def _excess(self, key: str, free: int, seconds: float) -> float:
-        return max(self._count(key, seconds) - free + 1, 0.0) * seconds
+    def _count(self, key: str) -> float:
+        count, at = self._failures.get(key, (0.0, 0.0))
+        return max(count - (time.monotonic() - at) / (FAILURE_SECONDS if key else FAILURE_SECONDS / 10), 0.0)
+
+    def _wait(self, key: str) -> float:
+        free, seconds = (FAILURES_FREE, FAILURE_SECONDS) if key else (FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._count(key) - free + 1, 0.0) * seconds
 
 
 class Gate:
     """Admits requests: sets scope["owner"], or raises what section 2 has for it."""
 
     def __init__(self, config: Config, store: Store) -> None:
-        self._config = config
+        names = checked_list("LLMCHAT_HOSTS", config.hosts, r"\*|[A-Za-z0-9_.-]+(:[0-9]+)?", "chat.example.org")
+        pattern, example = r"https?://[a-z0-9_.:\[\]-]+", "https://app.example.org"
         self._store = store
         self._owners = token_owners(config)
-        self._proxies = parse_networks(config)
-        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
-        self._origins = parse_origins(config)
+        self._proxies = parse_networks(config.trusted_proxies)
+        self._hosts = {"localhost", config.host.lower(), *(one.partition(":")[0].lower() for one in names)}
+        self._origins = set(checked_list("LLMCHAT_CORS_ORIGINS", config.cors_origins, pattern, example))
+        self._session_seconds = config.session_days * 86_400
         self._sessions: dict[str, Session] = {}
         self._throttle = Throttle()
 
@@ -6763,8 +6760,9 @@ class Gate:
 
     def _check_host(self, scope: Scope) -> None:
         netloc = header_of(scope, b"host")
-        host, _ = host_and_port(netloc)
-        if not (host in self._hosts or is_address(host) or host.endswith(".localhost") or "*" in self._hosts):
+        host = host_of(netloc)
+        is_ours = host in self._hosts or host.endswith(".localhost") or "*" in self._hosts
+        if not is_ours and parse_address(host) is None:
             raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
 
     def _check_origin(self, scope: Scope) -> None:
@@ -6774,25 +6772,19 @@ class Gate:
         even if the page is not shown what came.
         """
         origin = header_of(scope, b"origin")
-        if origin in self._origins:
-            return
         if scope["method"] in SAFE_METHODS:
             refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
         else:
             same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
             refused = is_foreign(scope) or not same
-        if refused:
-            raise Forbidden(
-                f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may"
-            )
+        if refused and origin not in self._origins:
+            shown = origin[:200] or "another site"
+            raise Forbidden(f"origin: {shown!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
 
     def _check_forwarded(self, scope: Scope) -> None:
         """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
-        if (
-            self.is_open
-            and not self._is_proxy(peer_of(scope))
-            and any(name in FORWARDING_HEADERS for name, _ in scope["headers"])
-        ):
+        is_forwarded = any(name in FORWARDING_HEADERS for name, _ in scope["headers"])
+        if is_forwarded and self.is_open and not self._is_proxy(peer_of(scope)):
             raise Forbidden(
                 "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
                 " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
@@ -6803,18 +6795,7 @@ class Gate:
         origin = header_of(scope, b"origin")
         if origin not in self._origins:
             return []
-        return [
-            (b"access-control-allow-origin", origin.encode("latin-1")),
-            (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
-            (
-                b"access-control-allow-headers",
-                b"authorization, content-type, idempotency-key, last-event-id, x-request-id",
-            ),
-            (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
-            (b"access-control-max-age", b"600"),
-            (b"cross-origin-resource-policy", b"cross-origin"),
-            (b"vary", b"origin"),
-        ]
+        return [(b"access-control-allow-origin", origin.encode()), *CROSS_ORIGIN_HEADERS]
 
     def _find_owner(self, scope: Scope) -> str | None:
         scheme, _, token = header_of(scope, b"authorization").partition(" ")
@@ -6832,16 +6813,14 @@ class Gate:
         address = self.address_of(scope)
         if wait := self._throttle.wait_seconds(address):
             raise RateLimited(f"too many failed sign-ins; wait {math.ceil(wait)} s", retry_after_seconds=wait)
-        shown, owner = hash_secret(token), None
-        for known, name in self._owners.items():
-            if hmac.compare_digest(known, shown):
-                owner = name
-        if owner is None:
+        shown = hash_secret(token)
+        found = [name for known, name in self._owners.items() if hmac.compare_digest(known, shown)]
+        if not found:
             self._throttle.fail(address)
             log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
             raise Unauthorized("the token is not right")
         self._throttle.succeed(address)
-        return owner
+        return found[0]
 
     def address_of(self, scope: Scope) -> str:
         """The client's address: the newest that no trusted proxy vouches for."""
@@ -6865,12 +6844,12 @@ class Gate:
         """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
         owner = self.owner_of_token(scope, token)
         cookie = secrets.token_urlsafe(32)
-        expires_at_ms = now_ms() + self._config.session_days * 86_400_000
+        expires_at_ms = now_ms() + self._session_seconds * 1000
         session = Session(hash_secret(cookie), owner, bind_token(cookie, hash_secret(token)), expires_at_ms)
         await self._store.write(insert_session, session, durable=True)
         self._sessions[session.cookie_hash] = session
-        attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
-        return f"{SESSION_COOKIE}={cookie}; {attributes}" + ("; Secure" if self.is_encrypted(scope) else "")
+        secure = "; Secure" if self.is_encrypted(scope) else ""
+        return f"{SESSION_COOKIE}={cookie}; Max-Age={self._session_seconds}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
     async def sign_out(self, scope: Scope) -> str:
         """Ends the session; returns the cookie that takes the old one away."""
@@ -6878,25 +6857,6 @@ class Gate:
         await self._store.write(delete_session, cookie_hash, durable=True)
         self._sessions.pop(cookie_hash, None)
         return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
-
-
-def is_foreign(scope: Scope) -> bool:
-    """Whether a browser says that another site's page, or another port's, made it ask."""
-    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
-
-
-def peer_of(scope: Scope) -> str:
-    """The address at the other end of the connection; empty if it has none."""
-    return bare_address(scope["client"][0]) if scope.get("client") else ""
-
-
-def cookie_of(scope: Scope) -> str:
-    """The session cookie's value; empty if there is none."""
-    for pair in header_of(scope, b"cookie").split(";"):
-        name, _, value = pair.strip().partition("=")
-        if name == SESSION_COOKIE:
-            return value
-    return ""
 
 
 def owner_of(request: Request) -> str:
@@ -6911,15 +6871,18 @@ def owner_of(request: Request) -> str:
 #
 # A handler parses, authorises, calls and renders; what it can raise is in section 2, and one renderer turns that into
 # the error shape. ENDPOINTS is the API: the routes, /openapi.json, /docs and `help` are all read off it, so none of
-# them can say something else. Bodies are decoded into the types that also make the schema; what they refuse is told
-# with the field, what was expected and the value that came. A stream is sent past Starlette's response classes,
-# straight to the server: one send per wake-up. The envelope around everything gives a request its id and its error.
+# them can say something else. Bodies and query strings are converted to the types that also make the schema; what they
+# refuse is told with the field, what was expected and the value that came. A stream is sent past Starlette's response
+# classes, straight to the server: one send per wake-up. The envelope around everything gives a request its id and its
+# headers, and turns what was raised into a response.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Characters = Annotated[str, Meta(min_length=1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 MaxTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high"]
+RowId = Annotated[int, Meta(ge=1, le=2**53)]
+SystemPrompt = Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200, description="`provider/model`")]
 
 
@@ -6943,40 +6906,6 @@ class ToolResultPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="
     text: str
 
 
-class Asked(Struct, forbid_unknown_fields=True):
-    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
-
-    model: ModelName | None = None
-    provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
-    temperature: Temperature | None = None
-    max_tokens: MaxTokens | None = None
-    reasoning_effort: ReasoningEffort | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    tool_choice: Any = None
-    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
-    stream: bool = True
-    background: bool = False
-
-
-class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
-    """A question. Null is the same as absent, but for parent_id."""
-
-    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
-    conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
-    parent_id: (
-        Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
-        | UnsetType
-        | None
-    ) = UNSET
-    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = (
-        None
-    )
-
-
-class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
-    """Another answer to the same question; what is absent is as it was for the first."""
-
-
 class ContinueRequest(Struct, forbid_unknown_fields=True):
     """How the rest of an answer is to come."""
 
@@ -6986,14 +6915,73 @@ class ContinueRequest(Struct, forbid_unknown_fields=True):
     background: bool = False
 
 
+class Asked(ContinueRequest, kw_only=True, forbid_unknown_fields=True):
+    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
+
+    temperature: Temperature | None = None
+    max_tokens: MaxTokens | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+
+
+class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """A question. Null is the same as absent, but for parent_id."""
+
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
+    conversation_id: Annotated[RowId, Meta(description="absent: a new conversation")] | None = None
+    parent_id: (
+        Annotated[RowId, Meta(description="absent: the newest leaf; null: a new first message")] | UnsetType | None
+    ) = UNSET
+    system: Annotated[SystemPrompt, Meta(description="kept with the conversation")] | None = None
+
+
+class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """Another answer to the same question; what is absent is as it was for the first."""
+
+
 class ConversationChanges(Struct, forbid_unknown_fields=True):
     """What of a conversation can be set; absent fields stay as they are. A parameter that is null is unset again."""
 
-    title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
-    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | UnsetType = UNSET
+    title: Annotated[str, Meta(max_length=200, pattern=r"\S")] | UnsetType = UNSET
+    system: SystemPrompt | UnsetType = UNSET
     temperature: Temperature | UnsetType | None = UNSET
     max_tokens: MaxTokens | UnsetType | None = UNSET
     reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
+
+
+class RenderQuery(Struct):
+    render: Annotated[Literal["html"], Meta(description="answers as HTML too")] | UnsetType = UNSET
+
+
+class StreamQuery(RenderQuery):
+    after: Annotated[int, Meta(ge=0, le=2**53, description="the cursor; a Last-Event-ID header wins over it")] = 0
+
+
+class ConversationsQuery(Struct):
+    query: Annotated[str, Meta(max_length=QUERY_CHARACTERS_MAX, description="words, each matched as a prefix")] = ""
+    limit: Annotated[int, Meta(ge=1, le=LIST_LIMIT_MAX)] = 50
+    before: (
+        Annotated[str, Meta(pattern="^[0-9]{1,15}-[0-9]{1,15}$", description="the next_before of the page before")]
+        | UnsetType
+    ) = UNSET
+
+
+class UsageQuery(Struct):
+    days: Annotated[int, Meta(ge=1, le=3660, description="how far back")] = 30
+
+
+class ExportQuery(Struct):
+    format: Annotated[Literal["json", "markdown"], Meta(description="complete, or to read")] = "json"
+
+
+class HelpQuery(Struct):
+    refresh: Annotated[bool, Meta(description="ask the providers for their models now")] = False
+
+
+class LastEventId(Struct):
+    offset: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(name="Last-Event-ID")
 
 
 class ErrorDetail(Struct):
@@ -7113,35 +7101,39 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BYTES_MAX) -> tuple[T, bytes]:
-    """The request's body as a value of this type, and as it came. Raises InvalidRequest, TooLarge."""
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise InvalidRequest(f"content-type: {content_type or 'none'!r} is not accepted; send application/json")
+    """The body as a value of this type (none is an empty object), and as it came. Raises InvalidRequest, TooLarge."""
     body = await read_body(request, bytes_max)
+    if body:
+        check_content_type(request, "application/json")
     try:
-        value = msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(explain(exc, body, kind)) from exc
-    refuse_unstorable(value)
-    return value, body
+        document = json.loads(body.decode() or "{}")
+    except RecursionError as exc:
+        raise InvalidRequest(f"body: is nested deeper than {NESTING_MAX} levels, the limit") from exc
+    except ValueError as exc:
+        raise InvalidRequest(f"body: is not JSON in UTF-8: {exc}") from exc
+    refuse_unstorable(document)
+    return convert(document, kind), body
+
+
+def check_content_type(request: Request, *accepted: str) -> None:
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() not in accepted:
+        raise InvalidRequest(f"content-type: {given or 'none'!r} is not accepted; send {' or '.join(accepted)}")
 
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
-    body = bytearray()
-    async for data in body_pieces(request, bytes_max):
-        body += data
-    return bytes(body)
+    return b"".join([data async for data in body_pieces(request, bytes_max)])
 
 
 async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
     """The body as it comes. Raises TooLarge, and InvalidRequest for one that comes too slowly or not to its end."""
     loop, pieces, size = asyncio.get_running_loop(), aiter(request.stream()), 0
-    slowest = loop.time() + BODY_STALL_SECONDS
+    started = loop.time()
     while True:
+        now = loop.time()
+        deadline = BODY_STALL_SECONDS + min(now, started + size / BODY_BYTES_PER_SECOND)
         try:
-            async with asyncio.timeout_at(
-                min(loop.time() + BODY_STALL_SECONDS, slowest + size / BODY_BYTES_PER_SECOND)
-            ):
+            async with asyncio.timeout_at(deadline):
                 data = await anext(pieces, None)
         except ClientDisconnect as exc:
             raise InvalidRequest("body: the connection was closed before it was whole") from exc
@@ -7156,125 +7148,67 @@ async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
         yield data
 
 
-def explain(error: Exception, body: bytes, kind: Any) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
+def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
+    """Raises InvalidRequest, with its place, for what something on the way could not hold.
+
+    At a NUL C code ends, SQLite's own functions among it; half of a surrogate pair is no UTF-8; other parsers have
+    limits of their own on nesting and numbers.
+    """
+    trouble = None
+    if isinstance(value, str) and ("\0" in value or (not value.isascii() and re.search("[\ud800-\udfff]", value))):
+        trouble = "has a NUL character or half of a surrogate pair, which is not accepted"
+    elif isinstance(value, float) and not math.isfinite(value):
+        trouble = f"{value} is not accepted; it is a number within the range of 64-bit floats"
+    elif isinstance(value, dict | list) and depth > NESTING_MAX:
+        trouble = f"is nested deeper than {NESTING_MAX} levels, the limit"
+    if trouble:
+        raise InvalidRequest(f"{printable(path, 60) or 'body'}: {trouble}")
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        place = f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
+        if isinstance(key, str):
+            refuse_unstorable(key, place)
+        refuse_unstorable(one, place, depth + 1)
+
+
+def convert(value: Any, kind: type[T], strict: bool = True) -> T:
+    """A value of this type from JSON's; `strict=False`: from a query string's texts. Raises InvalidRequest."""
     try:
-        document = parse_strictly(body)
-        if not isinstance(error, msgspec.ValidationError | RecursionError):
-            name = find_surrogate(document, "") or "body"
-            return f"{printable(name)}: has half of a surrogate pair, which no text can hold"
-        return explain_validation(error, document, kind)
-    except RecursionError:
-        return f"body: is nested deeper than {NESTING_MAX} levels, the limit"
-    except UnicodeDecodeError as exc:
-        return f"body: is not UTF-8: {exc.reason} at byte {exc.start}"
-    except ValueError as exc:
-        return f"body: is not JSON: {printable(str(exc))}"
-
-
-def parse_strictly(body: bytes) -> Any:
-    """The body as Python's own parser sees it, which says where it is wrong; a number too long for it stays text."""
-
-    def refuse_constant(word: str) -> None:
-        raise ValueError(f"{word} is no value that JSON has")
-
-    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in members:
-                raise ValueError(f"{json.dumps(name)} is given twice in one object")
-            members[name] = value
-        return members
-
-    return json.loads(
-        body.decode(),
-        parse_constant=refuse_constant,
-        object_pairs_hook=refuse_repeats,
-        parse_int=lambda digits: int(digits) if len(digits) <= 20 else digits,
-    )
-
-
-JSON_WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}  # for Python's
+        return msgspec.convert(value, kind, strict=strict)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(explain_validation(exc, value, kind)) from exc
 
 
 def explain_validation(error: Exception, document: Any, kind: Any) -> str:
-    """What the decoder says is wrong with a document that is JSON, in JSON's words."""
-    if isinstance(error, RecursionError):
-        raise error
-    complaint, _, path = str(error).rpartition(" - at `$") if " - at `$" in str(error) else (str(error), "", "")
-    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
-    name = ".".join(key or index for key, index in steps)
-    for clue, words in (("unknown", "is not a field of this request"), ("missing required", "is required")):
-        if found := re.search(f"(?s){clue} field `(.*)`", complaint):
-            return f"{printable('.'.join(filter(None, [name, found[1]])))}: {words}"
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
+    match = re.fullmatch(r"(?s)(.*) - at `\$(.*)`", str(error))
+    complaint, path = match.groups() if match else (str(error), "")
+    names = re.findall(r"[\w-]+", path)
+    if found := re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", complaint):
+        words = "is required" if found[1] == "missing required" else "is not a field of this request"
+        return f"{printable('.'.join([*names, found[2]]))}: {words}"
     value = document
-    for key, index in steps:
-        value = value[key] if key else value[int(index)]
+    for name in names:
+        value = value[int(name) if isinstance(value, list) else name]
     shown = json.dumps(value)
     if len(shown) > 60:
-        length = f" ({len(value):,} long)" if isinstance(value, str | list) else ""
-        shown = f"{shown[:57]}…{length}"
+        shown = f"{shown[:57]}… ({len(shown):,} characters)"
     expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
-    expected = re.sub(r"\b(str|int|float|bool)\b", lambda word: JSON_WORDS[word[0]], expected)
-    if expected.startswith("invalid") and (accepted := accepted_values(kind, steps[-1][0])):
-        expected = f"expected {' | '.join(accepted)}"
-    return f"{name or 'body'}: {expected}, got {shown}"
+    if expected.startswith("invalid") and (choices := choices_of(kind, names[-1])):
+        expected = f"expected {' | '.join(choices)}"
+    return f"{'.'.join(names) or 'body'}: {expected}, got {shown}"
 
 
-def accepted_values(kind: Any, name: str) -> list[str]:
-    """The choices of a field, wherever in the type it is."""
-    found: list[str] = []
-
-    def look(schema: Any) -> None:
-        for key, below in schema.items() if isinstance(schema, dict) else enumerate(schema):
-            if key == name and isinstance(below, dict):
-                found.extend(word for one in (below, *below.get("anyOf", ())) for word in one.get("enum", ()) if word)
-            if isinstance(below, dict | list):
-                look(below)
-
-    look(msgspec.json.schema(kind))
-    return found
+def choices_of(kind: Any, name: str) -> list[str]:
+    """The words of which a field is one, wherever in the type it is."""
+    types = msgspec.json.schema_components([kind])[1].values()
+    found = [one["properties"][name] for one in types if name in one.get("properties", {})]
+    return [word for schema in found for one in (schema, *schema.get("anyOf", ())) for word in one.get("enum", ())]
 
 
 def printable(text: str, most: int = 200) -> str:
     """A client's own words in a form that any log and any JSON can hold."""
     shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:most])
     return shown if len(text) <= most else f"{shown}…"
-
-
-def place_in(path: str, key: str | int) -> str:
-    """The path of a member. A long name is cut: it may stand before ten thousand others."""
-    return f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
-
-
-def find_surrogate(value: Any, path: str) -> str | None:
-    """The path of the first text with a lone surrogate; a name may have it too."""
-    if isinstance(value, str):
-        return path if re.search("[\ud800-\udfff]", value) else None
-    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        place = place_in(path, key)
-        found = find_surrogate(str(key), place) or find_surrogate(one, place)
-        if found:
-            return found
-    return None
-
-
-def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
-    """Raises InvalidRequest for a NUL in any text, because C code on the way, SQLite's own functions among it, ends
-    there; and for nesting that some parser on the way upstream would not take."""
-    if isinstance(value, str) and "\0" in value:
-        raise InvalidRequest(f"{printable(path)}: has a NUL character at {value.index(chr(0))}, which is not accepted")
-    if isinstance(value, Struct):
-        value = {name: getattr(value, name) for name in value.__struct_fields__}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if items and depth > NESTING_MAX:
-        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {NESTING_MAX} levels, the limit")
-    for key, one in items:
-        place = place_in(path, key)
-        if isinstance(key, str) and "\0" in key:
-            raise InvalidRequest(f"{printable(place)}: has a NUL character in its name, which is not accepted")
-        if isinstance(one, str | list | dict | Struct):
-            refuse_unstorable(one, place, depth + 1)
 
 
 def path_id(request: Request, name: str) -> int:
@@ -7285,25 +7219,21 @@ def path_id(request: Request, name: str) -> int:
     return int(text)
 
 
-def query_integer(request: Request, name: str, default: int, least: int, most: int) -> int:
-    """A whole number of the query string. Raises InvalidRequest."""
-    return parse_integer(name, request.query_params.get(name), default, least, most)
-
-
-def parse_integer(name: str, text: str | None, default: int, least: int, most: int) -> int:
-    if text is None:
-        return default
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or not least <= int(text) <= most:
-        raise InvalidRequest(f"{name}: {text[:40]!r} is not accepted; it is a whole number from {least:,} to {most:,}")
-    return int(text)
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query string as a value of this type. Raises InvalidRequest."""
+    return convert(dict(request.query_params), kind, strict=False)
 
 
 def cursor_of(request: Request) -> int:
-    """Where a stream begins: `after`, or what a browser sends when it comes back. Raises InvalidRequest."""
-    after, last = request.query_params.get("after"), request.headers.get("last-event-id")
-    if after is not None and not last:  # an empty id is what a browser has before the first event
-        return parse_integer("after", after, 0, 0, 2**53)
-    return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53)
+    """Where a stream begins: what a browser sends when it comes back, else `after`. Raises InvalidRequest."""
+    last = request.headers.get("last-event-id")  # empty is what a browser has before the first event
+    if last:
+        return convert({"Last-Event-ID": last}, LastEventId, strict=False).offset
+    return read_query(request, StreamQuery).after
+
+
+def wants_html(request: Request) -> bool:
+    return read_query(request, RenderQuery).render is not UNSET
 
 
 # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7323,6 +7253,12 @@ def error_headers(error: LlmchatError) -> dict[str, str]:
     if error.status == 503 or error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds or 1)))
     return headers
+
+
+async def watch_client(receive: Receive) -> None:
+    """Returns once the client is gone, or the response is complete: the server says so only to who asks."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def direct_write(send: Send) -> Callable[[bytes], bool] | None:
@@ -7366,8 +7302,7 @@ class EventStream(Response):
             stream.write = direct_write(send)
             sending = asyncio.create_task(self._send(stream, send), name="stream")
             try:
-                while (await receive())["type"] != "http.disconnect":
-                    """The server says so when the client is gone, and when the response is complete."""
+                await watch_client(receive)
             finally:
                 stream.close()
                 await sending
@@ -7378,27 +7313,23 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class Download(Response):
+class Download(StreamingResponse):
     """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
 
     def __init__(
         self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        sized = {} if length is None else {"Content-Length": str(length)}
+        super().__init__(frames, 200, {"Content-Disposition": attachment(file_name), **sized}, media_type)
         self._frames = frames
         self._close = close
-        self._fields = [
-            (b"content-type", media_type.encode()),
-            (b"content-disposition", attachment(file_name)),
-            (b"cache-control", b"no-store"),
-        ]
-        self._fields += [] if length is None else [(b"content-length", b"%d" % length)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(self._watch_client(receive))
+        gone = asyncio.ensure_future(watch_client(receive))
         try:
             async with contextlib.aclosing(self._frames) as frames:
-                await send({"type": "http.response.start", "status": 200, "headers": self._fields})
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 async for data in frames:
                     if scope["method"] == "HEAD" or gone.done():
                         break
@@ -7408,15 +7339,11 @@ class Download(Response):
             gone.cancel()
             self._close()
 
-    async def _watch_client(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
-
-def attachment(file_name: str) -> bytes:
+def attachment(file_name: str) -> str:
     """A Content-Disposition: the name in UTF-8 for whoever knows RFC 6266 and 5987, and in ASCII for everybody else."""
     plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", file_name)
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}".encode()
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}"
 
 
 async def read_chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
@@ -7435,6 +7362,13 @@ SECURITY_HEADERS = {
 }
 
 
+def routing_error(error: HTTPException, scope: Scope) -> LlmchatError:
+    """No such path, or not with this method."""
+    if error.headers and "Allow" in error.headers:
+        return InvalidRequest(f"method: {scope['method']} is not accepted here; use {error.headers['Allow']}")
+    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
+
+
 class Envelope:
     """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
 
@@ -7447,109 +7381,106 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        envelope = EnvelopedSend(scope, send)
+        scope["request_id"], scope["server_send"] = find_request_id(scope), send
+        envelope = EnvelopedSend(scope["request_id"], send, self._gate.cross_origin_headers(scope))
         try:
-            envelope.headers += self._gate.cross_origin_headers(scope)
-            if scope["method"] == "OPTIONS" and envelope.headers:
+            if scope["method"] == "OPTIONS" and envelope.cross_origin:
                 response = Response(status_code=204)
             else:
                 self._gate.admit(scope)
                 await self._app(scope, receive, envelope)
                 return
-        except Unauthorized as exc:
-            response = self._render_error(exc, scope)
-            if wants_page(scope):
-                response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
-        except LlmchatError as exc:
-            response = self._render_error(exc, scope)
-        except HTTPException as exc:
-            response = self._render_error(routing_error(exc, scope), scope)
-        except Exception:
-            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
-            internal = InternalError("an error of llmchat's own; its log says more under this request id")
-            response = self._render_error(internal, scope)
+        except Exception as exc:
+            response = self._refuse(exc, scope)
         if not envelope.started:
             await response(scope, receive, envelope)
+
+    def _refuse(self, error: Exception, scope: Scope) -> Response:
+        if isinstance(error, Unauthorized) and wants_page(scope):
+            return redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
+        if isinstance(error, HTTPException):
+            response = self._render_error(routing_error(error, scope), scope)
+            response.status_code = error.status_code
+            response.headers.update(error.headers or {})
+            return response
+        if not isinstance(error, LlmchatError):
+            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
+            error = InternalError("an error of llmchat's own; its log says more under this request id")
+        return self._render_error(error, scope)
 
 
 class EnvelopedSend:
     """The server's `send`, with the headers that every response gets."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, request_id: str, send: Send, cross_origin: list[tuple[bytes, bytes]]) -> None:
         self.started = False
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.cross_origin = cross_origin
+        self._request_id = request_id.encode()
         self._send = send
-        self._request_id = scope["request_id"] = find_request_id(scope)
-        scope["server_send"] = send
 
     async def __call__(self, message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            given = [*message["headers"], *self.headers]
-            names = {name for name, _ in given}
-            security = [(name, value) for name, value in SECURITY_HEADERS.items() if name not in names]
-            own = [(b"x-request-id", self._request_id.encode()), (b"date", http_date())]
-            message["headers"] = given + security + own
+            own = [(b"x-request-id", self._request_id), (b"date", http_date())]
+            given = dict([*message["headers"], *self.cross_origin])
+            security = [pair for pair in SECURITY_HEADERS.items() if pair[0] not in given]
+            message["headers"] = [*message["headers"], *self.cross_origin, *security, *own]
         await self._send(message)
 
 
 def find_request_id(scope: Scope) -> str:
     """The client's X-Request-ID if it is one that can be logged, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and len(value) <= HEADER_BYTES_MAX and re.fullmatch(rb"[A-Za-z0-9._:/+=-]+", value):
-            return cast(str, value.decode())
-    return f"{random.getrandbits(64):016x}"
+    given = header_of(scope, b"x-request-id")
+    is_plain = len(given) <= HEADER_BYTES_MAX and re.fullmatch(r"[A-Za-z0-9._:/+=-]+", given)
+    return given if is_plain else f"{random.getrandbits(64):016x}"
 
 
 def http_date() -> bytes:
     return email.utils.formatdate(usegmt=True).encode()
 
 
-def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
-    """No such path, or not with this method."""
-    if exc.status_code == 405:
-        allowed = ", ".join(sorted((exc.headers or {}).get("Allow", "").split(", ")))
-        return InvalidRequest(f"method: {scope['method']} is not accepted here; use {allowed}")
-    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
-
-
 # ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def chat(request: Request) -> Response:
-    service, owner = service_of(request), owner_of(request)
+    service = service_of(request)
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
     turns = turns_of(asked.message)
     refuse_large(body, turns)
     new = await new_message(request, asked, body, turns)
-    is_new = asked.conversation_id is None
-    system = asked.system if asked.system is not None or not is_new else service.config.system or None
+    system = asked.system
+    if system is None and asked.conversation_id is None:
+        system = service.config.system or None
     new = replace(new, conversation_id=asked.conversation_id, parent_id=asked.parent_id, system=system)
-    return await answer_started(request, asked, await service.generations.start(new), owner)
+    return await answer_started(request, asked, await service.generations.start(new))
 
 
 async def regenerate(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, body = await read_json_or_nothing(request, RegenerateRequest)
-    check_answer(request, asked)
-    message = await service.store.read(load_message, owner, message_id)
-    if asked.model is None and asked.provider is None and message.model:
-        asked.provider, asked.model = message.provider, message.model
+    message_id = path_id(request, "message_id")
+    asked, body = await read_again(request, RegenerateRequest, message_id)
     new = await new_message(request, asked, body + str(message_id).encode(), ())
-    return await answer_started(request, asked, await service.generations.regenerate(message_id, new), owner)
+    started = await service_of(request).generations.regenerate(message_id, new)
+    return await answer_started(request, asked, started)
 
 
 async def continue_answer(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    service, message_id = service_of(request), path_id(request, "message_id")
+    asked, _ = await read_again(request, ContinueRequest, message_id)
+    target = await service.providers.resolve(asked.provider, asked.model)
+    started = await service.generations.go_on(owner_of(request), message_id, target)
+    return await answer_started(request, asked, started)
+
+
+async def read_again(request: Request, kind: type[T], message_id: int) -> tuple[T, bytes]:
+    """What is asked of an answer that is there; without another model, of its own."""
+    value, body = await read_json(request, kind)
+    asked: Any = value
     check_answer(request, asked)
-    message = await service.store.read(load_message, owner, message_id)
+    message = await service_of(request).store.read(load_message, owner_of(request), message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
-    target = await service.providers.resolve(asked.provider, asked.model)
-    started = await service.generations.go_on(owner, message_id, target)
-    return await answer_started(request, asked, started, owner)
+    return value, body
 
 
 def check_answer(request: Request, asked: Any) -> None:
@@ -7558,21 +7489,88 @@ def check_answer(request: Request, asked: Any) -> None:
         service_of(request).generations.check_streams(owner_of(request))
 
 
-async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
-    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
-    if asked.background:
-        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, started.status)
-        return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
-    if asked.stream:
-        cursor = sum(len(delta.text) for delta in started.content)
-        return EventStream(await service_of(request).generations.subscribe(owner, started.message_id, cursor))
-    return await finished_message(request, started.message_id)
-
-
 def refuse_large(body: bytes, turns: Sequence[Turn]) -> None:
     """Raises TooLarge for a body that only images may fill."""
     if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
         raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+
+
+async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
+    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
+    service, key = service_of(request), idempotency_key(request)
+    names = asked.fallbacks if asked.fallbacks is not None else comma_list(service.config.fallbacks)
+    target = await service.providers.resolve(asked.provider, asked.model)
+    return NewMessage(
+        owner=owner_of(request),
+        conversation_id=None,
+        parent_id=UNSET,
+        turns=turns,
+        system=None,
+        targets=(target, *[await service.providers.resolve(None, name, "fallbacks") for name in names]),
+        parameters=msgspec.convert(asked, Parameters, from_attributes=True),
+        idempotency_key=key,
+        request_hash=hashlib.sha256(body).hexdigest() if key else None,
+    )
+
+
+def idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
+        limit = f"1 to {HEADER_BYTES_MAX} printable ASCII characters"
+        raise InvalidRequest(f"Idempotency-Key: has {len(key)} characters; it is {limit}")
+    return key
+
+
+def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
+    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
+    results, content = [], []
+    for index, part in enumerate([TextPart(message)] if isinstance(message, str) else message):
+        if isinstance(part, ImagePart):
+            content.append(image_of(part, f"message.{index}"))
+        elif isinstance(part, TextPart):
+            content.append(Delta("text", part.text))
+        else:
+            text = (Delta("text", part.text),) if part.text else ()
+            results.append(Turn("tool", text, tool_call_id=part.tool_call_id))
+    turns = (*results, Turn("user", tuple(content))) if content else tuple(results)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
+    return turns
+
+
+def image_of(part: ImagePart, name: str) -> Delta:
+    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
+    head, comma, rest = part.data.partition(",")
+    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError as exc:
+        words = "is neither base64 nor a data URL with base64; an address is not fetched"
+        raise InvalidRequest(f"{name}.data: {words}") from exc
+    if len(data) > IMAGE_BYTES_MAX:
+        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
+    found = image_type(data)
+    if found is None or part.media_type not in (None, found):
+        words = f"is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type"
+        raise InvalidRequest(f"{name}.data: {words}")
+    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
+
+
+async def answer_started(request: Request, asked: ContinueRequest, started: Started) -> Response:
+    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
+    message_id = started.message_id
+    if asked.background:
+        answer = StartedAnswer(started.conversation_id, message_id, started.parent_id, started.status)
+        return json_response(answer, 202, {"Location": f"/api/v1/messages/{message_id}"})
+    if asked.stream:
+        cursor = sum(len(delta.text) for delta in started.content)
+        return EventStream(await service_of(request).generations.subscribe(owner_of(request), message_id, cursor))
+    message, error = await ended_message(request, message_id)
+    if error is None:
+        return json_response(message)
+    status = ERROR_STATUSES.get(error["code"], 500)
+    answer_error = ErrorAnswer(ErrorDetail(**error, request_id=request.scope["request_id"]), message_id)
+    return json_response(answer_error, status, {"Retry-After": "1"} if status == 503 else None)
 
 
 async def ended_message(request: Request, message_id: int) -> tuple[Message, dict[str, Any] | None]:
@@ -7582,52 +7580,32 @@ async def ended_message(request: Request, message_id: int) -> tuple[Message, dic
     if generation is not None:
         await generation.ended.wait()
     message = await service.store.read(load_message, owner, message_id)
+    if generation is not None and generation.ending is not None:
+        return message, generation.ending.error
     if generation is None and message.status == "running":  # a repeat, a moment before what it repeats is known here
         await asyncio.sleep(STARTED_WAIT_SECONDS)
         return await ended_message(request, message_id)
-    return (
-        message,
-        generation.ending.error if generation is not None and generation.ending is not None else message.error,
-    )
-
-
-async def finished_message(request: Request, message_id: int) -> Response:
-    """The message once it has ended; a failed one as its error."""
-    message, error = await ended_message(request, message_id)
-    if error is None:
-        return json_response(message)
-    detail = ErrorDetail(error["code"], error["message"], error["retryable"], request.scope["request_id"])
-    status = ERROR_STATUSES.get(error["code"], 500)
-    return json_response(ErrorAnswer(detail, message_id), status, {"Retry-After": "1"} if status == 503 else None)
+    return message, message.error
 
 
 async def get_message(request: Request) -> Response:
     message = await service_of(request).store.read(load_message, owner_of(request), path_id(request, "message_id"))
-    if wants_html(request):
-        await add_html(request, [message])
+    await add_html(request, message)
     return json_response(message)
 
 
-def wants_html(request: Request) -> bool:
-    """Whether `?render=html` was asked for. Raises InvalidRequest for any other rendering."""
-    wanted = request.query_params.get("render")
-    if wanted not in (None, "html"):
-        raise InvalidRequest(f"render: {wanted[:40]!r} is not accepted; there is html")
-    return wanted is not None
-
-
-async def add_html(request: Request, messages: Iterable[Message]) -> None:
-    """Gives ended answers their HTML; a running one has a stream for it."""
-    for message in messages:
+async def add_html(request: Request, *messages: Message) -> None:
+    """Gives ended answers their HTML, if it was asked for; a running one has a stream for it."""
+    for message in messages if wants_html(request) else ():
         if message.role == "assistant" and message.status != "running":
             message.html = await service_of(request).generations.render_message(message)
 
 
 async def stream_message(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    generations, owner, message_id = service_of(request).generations, owner_of(request), path_id(request, "message_id")
     if wants_html(request):
-        return EventStream(await service.generations.subscribe_to_html(owner, message_id))
-    return EventStream(await service.generations.subscribe(owner, message_id, cursor_of(request)))
+        return EventStream(await generations.subscribe_to_html(owner, message_id))
+    return EventStream(await generations.subscribe(owner, message_id, cursor_of(request)))
 
 
 async def stop_message(request: Request) -> Response:
@@ -7647,7 +7625,7 @@ async def stopped_message(request: Request, message_id: int) -> Message:
 
 
 async def list_generations(request: Request) -> Response:
-    service, owner = service_of(request), owner_of(request)
+    running = [one for one in service_of(request).generations.running.values() if one.owner == owner_of(request)]
     generations = [
         RunningGeneration(
             message_id=one.message_id,
@@ -7658,34 +7636,28 @@ async def list_generations(request: Request) -> Response:
             seconds=round(time.monotonic() - one.started_at, 3),
             subscribers=len(one.subscribers),
         )
-        for one in service.generations.running.values()
-        if one.owner == owner
+        for one in running
     ]
     return json_response(GenerationList(generations))
 
 
 async def get_usage(request: Request) -> Response:
-    days = query_integer(request, "days", 30, 1, 3660)
+    days = read_query(request, UsageQuery).days
     return json_response(UsageAnswer(await service_of(request).store.read(sum_usage, owner_of(request), days)))
 
 
 async def get_conversations(request: Request) -> Response:
-    limit = query_integer(request, "limit", 50, 1, LIST_LIMIT_MAX)
-    before = before_of(request.query_params.get("before"))
-    query = request.query_params.get("query", "")
-    if query.strip():
-        if len(query) > QUERY_CHARACTERS_MAX:
-            raise InvalidRequest(f"query: has {len(query):,} characters; the limit is {QUERY_CHARACTERS_MAX}")
-        store = service_of(request).store
-        return json_response(await store.read(search_conversations, owner_of(request), query, limit))
-    return json_response(await service_of(request).store.read(list_conversations, owner_of(request), limit, before))
+    store, owner, asked = service_of(request).store, owner_of(request), read_query(request, ConversationsQuery)
+    if asked.query.strip():
+        return json_response(await store.read(search_conversations, owner, asked.query, asked.limit))
+    before = None if asked.before is UNSET else tuple(map(int, asked.before.split("-")))
+    return json_response(await store.read(list_conversations, owner, asked.limit, before))
 
 
 async def get_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     conversation = await service_of(request).store.read(load_conversation, owner_of(request), conversation_id)
-    if wants_html(request):
-        await add_html(request, conversation.messages)
+    await add_html(request, *conversation.messages)
     return json_response(conversation)
 
 
@@ -7693,8 +7665,6 @@ async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
-    if not changes.get("title", "x").strip():
-        raise InvalidRequest("title: is empty; it has at least one character that is not a space")
     store, owner = service_of(request).store, owner_of(request)
     return json_response(await store.write(update_conversation, owner, conversation_id, changes, durable=True))
 
@@ -7708,57 +7678,40 @@ async def remove_conversation(request: Request) -> Response:
 
 
 async def get_health(request: Request) -> Response:
-    service = service_of(request)
+    service, is_known = service_of(request), request.scope["owner"] is not None
     generations = service.generations
-    is_known = request.scope["owner"] is not None
     writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
-    status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
-    answer = HealthAnswer(
-        status=status,
-        version=__version__,
-        database_writable=writable,
-        running_generations=len(generations.running),
-        subscribers=sum(generations.streams.values()),
-        last_flush_ms=round(generations.flush_ms, 3),
-        uptime_seconds=round(time.monotonic() - service.started_at, 3),
-    )
-    return json_response(
-        answer if is_known else HealthAnswer(status),
-        200 if status == "ok" else 503,
-        None if status == "ok" else {"Retry-After": "1"},
-    )
+    answer = HealthAnswer("store_unavailable" if not writable else "draining" if generations.draining else "ok")
+    if is_known:
+        answer.version = __version__
+        answer.database_writable = writable
+        answer.running_generations = len(generations.running)
+        answer.subscribers = sum(generations.streams.values())
+        answer.last_flush_ms = round(generations.flush_ms, 3)
+        answer.uptime_seconds = round(time.monotonic() - service.started_at, 3)
+    return json_response(answer) if answer.status == "ok" else json_response(answer, 503, {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
-    service = service_of(request)
-    refresh = request.query_params.get("refresh", "0") not in ("0", "")
+    service, refresh = service_of(request), read_query(request, HelpQuery).refresh
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
-    default = service.config.default_model or next(
-        (f"{one.name}/{one.models[0]}" for one in listed if one.models), None
-    )
-    return json_response(
-        HelpAnswer(
-            __version__, not service.gate.is_open, default, endpoints, listed, list(service.config.unusable_keys)
-        )
-    )
+    first = next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
+    default, unusable = service.config.default_model or first, list(service.config.unusable_keys)
+    return json_response(HelpAnswer(__version__, not service.gate.is_open, default, endpoints, listed, unusable))
 
 
 async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:
     models = await service.providers.list_models(provider, refresh)
-    key: Literal["found", "missing", "rejected", "not needed"] = "found"
+    key: Literal["found", "missing", "rejected", "not needed"] = "found" if provider.key else "not needed"
     if provider.name in service.providers.rejected:
         key = "rejected" if provider.key else "missing"
-    elif not provider.key:
-        key = "not needed"
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
 async def export_conversation(request: Request) -> Response:
     service, owner, conversation_id = service_of(request), owner_of(request), path_id(request, "conversation_id")
-    form = request.query_params.get("format", "json")
-    if form not in ("json", "markdown"):
-        raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
+    form = read_query(request, ExportQuery).format
     conversation, path, others = await service.store.read(load_outline, owner, conversation_id)
     name = safe_file_name(conversation.title, f"conversation {conversation_id}")
     if form == "json":
@@ -7769,8 +7722,12 @@ async def export_conversation(request: Request) -> Response:
 
 async def export_all(request: Request) -> Response:
     store, owner = service_of(request).store, owner_of(request)
-    name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.json", time.gmtime())
-    return Download(archive_frames(store, owner, await store.read(list_ids, owner)), "application/json", name)
+    frames = archive_frames(store, owner, await store.read(list_ids, owner))
+    return Download(frames, "application/json", file_name_of_now("json"))
+
+
+def file_name_of_now(ending: str) -> str:
+    return time.strftime(f"llmchat-%Y-%m-%d-%H%M%S.{ending}", time.gmtime())
 
 
 ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compressed")
@@ -7778,10 +7735,7 @@ ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compr
 
 async def import_conversations(request: Request) -> Response:
     service = service_of(request)
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() not in ARCHIVE_TYPES:
-        shown = content_type or "none"
-        raise InvalidRequest(f"content-type: {shown!r} is not accepted; send application/json or application/zip")
+    check_content_type(request, *ARCHIVE_TYPES)
     with alone(service, "import"):
         async with spool(request, service.config.db) as file:
             return json_response(await import_archive(service.store, owner_of(request), file))
@@ -7850,9 +7804,8 @@ async def get_backup(request: Request) -> Response:
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(service, "backup"))
         file = stack.enter_context(await service.store.open_copy())
-        name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.db", time.gmtime())
-        close = stack.pop_all().close  # the download does it now
-    return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
+        size, close = os.fstat(file.fileno()).st_size, stack.pop_all().close  # the download closes now
+    return Download(read_chunks(file), "application/vnd.sqlite3", file_name_of_now("db"), size, close)
 
 
 async def get_openapi(request: Request) -> Response:
@@ -7884,157 +7837,56 @@ PAGE_POLICY = (
 )
 
 
-def html_page(body: str, status: int = 200) -> Response:
-    """A page without a script and without another file."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+def html_page(body: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A page without a script and without another file. With no-referrer a browser posts a form with `Origin: null`."""
     document = (
-        f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>"
     )
-    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
-    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
+    own = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, {**own, **(headers or {})})
 
 
-async def get_sign_in(request: Request) -> Response:
-    """The form; or, with the token in the link that the first start printed, the sign-in itself."""
-    gate = service_of(request).gate
+async def sign_in(request: Request) -> Response:
+    """The form; with a token, from the form or from the link that the first start printed, the sign-in itself."""
+    gate, is_link = service_of(request).gate, request.method != "POST"
+    form = "" if is_link else (await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace")
+    given = request.query_params if is_link else dict(urllib.parse.parse_qsl(form))
+    next_path = given.get("next", "/")
     if gate.is_open:
         return redirect("/")
-    if "token" in request.query_params and not is_foreign(request.scope):
-        return await sign_in_with(request, request.query_params["token"])
-    return sign_in_form(request.query_params.get("next", "/"))
-
-
-async def post_sign_in(request: Request) -> Response:
-    form = urllib.parse.parse_qs((await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace"))
-    return await sign_in_with(request, form.get("token", [""])[0].strip(), form.get("next", ["/"])[0])
-
-
-async def sign_in_with(request: Request, token: str, next_path: str = "/") -> Response:
+    if "token" not in given or (is_link and is_foreign(request.scope)):
+        return sign_in_form(next_path)
     try:
-        cookie = await service_of(request).gate.sign_in(request.scope, token)
+        cookie = await gate.sign_in(request.scope, given["token"].strip())
     except LlmchatError as exc:
         return sign_in_form(next_path, exc)
     return redirect(next_path, {"Set-Cookie": cookie})
 
 
-async def post_sign_out(request: Request) -> Response:
+async def sign_out(request: Request) -> Response:
     return redirect("/sign-in", {"Set-Cookie": await service_of(request).gate.sign_out(request.scope)})
 
 
 def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
-    page = html_page(
+    form = (
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
-        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
-        error.status if error is not None else 200,
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>'
     )
-    page.headers.update(error_headers(error) if error is not None else {})
-    return page
+    return html_page(form) if error is None else html_page(form, error.status, error_headers(error))
 
 
 def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
     """303 to a path of ours; anything that a browser could take for another site becomes `/`."""
     safe = path if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) else "/"
-    return Response(status_code=303, headers={"Location": safe, "Cache-Control": "no-store", **(headers or {})})
+    return Response(status_code=303, headers={"Location": safe, **(headers or {})})
 
 
 def wants_page(scope: Scope) -> bool:
     """Whether a browser asks, to show the answer."""
     return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
-
-
-async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
-    """The body as `read_json` gives it, or the type's defaults when there is none."""
-    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
-        return kind(), b""
-    return await read_json(request, kind)
-
-
-async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
-    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
-    service = service_of(request)
-    names = asked.fallbacks
-    if names is None:
-        names = [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
-    target = await service.providers.resolve(asked.provider, asked.model)
-    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
-    parameters = Parameters(
-        temperature=asked.temperature,
-        max_tokens=asked.max_tokens,
-        reasoning_effort=asked.reasoning_effort,
-        tools=asked.tools,
-        tool_choice=asked.tool_choice,
-    )
-    key = idempotency_key(request)
-    return NewMessage(
-        owner=owner_of(request),
-        conversation_id=None,
-        parent_id=UNSET,
-        turns=turns,
-        system=None,
-        targets=(target, *fallbacks),
-        parameters=parameters,
-        idempotency_key=key,
-        request_hash=hashlib.sha256(body).hexdigest() if key else None,
-    )
-
-
-def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
-    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
-    parts = [TextPart(message)] if isinstance(message, str) else message
-    results = [
-        Turn("tool", (Delta("text", part.text),) if part.text else (), tool_call_id=part.tool_call_id)
-        for part in parts
-        if isinstance(part, ToolResultPart)
-    ]
-    content = tuple(
-        Delta("text", part.text) if isinstance(part, TextPart) else image_of(part, f"message.{index}")
-        for index, part in enumerate(parts)
-        if not isinstance(part, ToolResultPart)
-    )
-    if not results and not any(delta.kind == "image" or delta.text.strip() for delta in content):
-        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
-    return (*results, Turn("user", content)) if content else tuple(results)
-
-
-def image_of(part: ImagePart, name: str) -> Delta:
-    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
-    head, comma, rest = part.data.partition(",")
-    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except ValueError as exc:
-        raise InvalidRequest(
-            f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched"
-        ) from exc
-    if len(data) > IMAGE_BYTES_MAX:
-        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
-    found = image_type(data)
-    if found is None or (part.media_type is not None and part.media_type != found):
-        raise InvalidRequest(
-            f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type"
-        )
-    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
-
-
-def idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
-        raise InvalidRequest(
-            f"Idempotency-Key: has {len(key)} characters; it is 1 to {HEADER_BYTES_MAX} printable ASCII characters"
-        )
-    return key
-
-
-def before_of(text: str | None) -> tuple[int, int] | None:
-    """The `before` of a list: what its `next_before` said. Raises InvalidRequest."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})", text)
-    if match is None:
-        raise InvalidRequest(f"before: {text[:40]!r} is not accepted; it is the next_before of the page before")
-    return int(match[1]), int(match[2])
 
 
 # ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8057,13 +7909,12 @@ PAGE_HEADERS = {  # of every file of the page; same-origin, not no-referrer: tha
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
+    "Vary": "Accept, Accept-Encoding",
 }
 
 
 class WebFile(NamedTuple):
-    """A file of the page as it goes out; `packed` is gzip, or empty where that gains nothing."""
+    """A file of the page as it goes out, plain and with gzip."""
 
     content: bytes
     packed: bytes
@@ -8073,19 +7924,18 @@ class WebFile(NamedTuple):
 
 def load_web_files(folder: Path) -> dict[str, WebFile]:
     """The page's files by name, each one's mentions of the others with their hash."""
-    sources = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
     files: dict[str, WebFile] = {}
-    for name, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0] == "index.html")):
-        content = re.sub(rb"/web/([\w.-]+)", lambda found: named_with_hash(found, files), source)
-        packed = b"" if name.endswith(".png") else gzip.compress(content, 9, mtime=0)
+
+    def with_hash(mention: re.Match[bytes]) -> bytes:
+        file = files.get(mention[1].decode())
+        return mention[0] if file is None else mention[0] + b"?v=" + file.digest.encode()
+
+    sources = {path: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
+    for path, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0].name == "index.html")):
+        content = re.sub(rb"/web/([\w.-]+)", with_hash, source)
         digest = hashlib.sha256(content).hexdigest()[:16]
-        files[name] = WebFile(content, packed, WEB_TYPES[Path(name).suffix], digest)
+        files[path.name] = WebFile(content, gzip.compress(content, mtime=0), WEB_TYPES[path.suffix], digest)
     return files
-
-
-def named_with_hash(found: re.Match[bytes], files: Mapping[str, WebFile]) -> bytes:
-    file = files.get(found[1].decode())
-    return found[0] if file is None else found[0] + b"?v=" + file.digest.encode()
 
 
 def web_response(request: Request, name: str) -> Response:
@@ -8097,15 +7947,11 @@ def web_response(request: Request, name: str) -> Response:
     if file is None:
         raise NotFound(f"path: there is no file {printable(name, 60)!r} of the page")
     forever = request.query_params.get("v") == file.digest
-    headers = {
-        **PAGE_HEADERS,
-        "Cache-Control": "public, max-age=31536000, immutable" if forever else "no-cache",
-        "ETag": f'W/"{file.digest}"',
-        "Vary": "Accept, Accept-Encoding",
-    }
+    cached = "public, max-age=31536000, immutable" if forever else "no-cache"
+    headers = {**PAGE_HEADERS, "Cache-Control": cached, "ETag": f'W/"{file.digest}"'}
     if file.digest in request.headers.get("if-none-match", ""):
         return Response(None, 304, headers)
-    if file.packed and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
+    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
         return Response(file.packed, 200, {**headers, "Content-Encoding": "gzip"}, file.media_type)
     return Response(file.content, 200, headers, file.media_type)
 
@@ -8130,20 +7976,22 @@ async def get_root(request: Request) -> Response:
 # ── the table of endpoints, and what is read off it ─────────────────────────────────────────────────────────────────
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """One call of the API. `query` is (name, schema, meaning) each; `curl` is what follows the URL in its example."""
+    """One call of the API. `answer`, `body` and `query` are types; `curl` is what follows the URL in its example."""
 
     method: str
     path: str
-    handler: Callable[[Request], Awaitable[Response]]
+    handler: Handler
     summary: str
     answer: Any = None
     body: Any = None
-    status: int = 200
+    query: Any = None
     streams: bool = False
-    query: tuple[tuple[str, dict[str, Any], str], ...] = ()
-    errors: tuple[int, ...] = ()
+    errors: tuple[int, ...] = ()  # statuses that do not follow from the rest
     curl: str = ""
     media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
     accepts: tuple[str, ...] = ()  # media types of a body that no type describes
@@ -8156,177 +8004,136 @@ class Endpoint:
         """The path without the router's own notation."""
         return self.path.replace(":path}", "}")
 
+    @property
+    def statuses(self) -> list[int]:
+        """Of every error that it can answer with."""
+        statuses = {*self.errors, 401, 403, 429, 500}
+        statuses |= {400} if self.query else {400, 413} if self.body or self.accepts else set()
+        return sorted(statuses | ({404} if "{id}" in self.shown_path else set()))
 
-WHOLE_NUMBER = {"type": "integer", "minimum": 0}
-AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
-RENDER = ("render", {"type": "string", "enum": ["html"]}, "html: answers as HTML too")
-LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
-BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
-QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
-DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
-FORMAT = ("format", {"type": "string", "enum": ["json", "markdown"], "default": "json"}, "complete, or to read")
-REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
+
 JSON_CURL = "-H 'Content-Type: application/json' -d "
+OF_ANSWERS = (404, 409, 422, 502, 503, 504)  # what a question can end in
 
 ENDPOINTS = (
     Endpoint("GET", "/", get_root, "the page to a browser, the state of the service to everybody else", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
-    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=(REFRESH,)),
+    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=HelpQuery),
     Endpoint(
         "POST", "/api/v1/chat", chat, "asks a question: streams the answer, or gives it whole, or starts it in the background",
-        Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
-        curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
+        Message, ChatRequest, streams=True, errors=OF_ANSWERS, curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(400, 404)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=RenderQuery),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
-        streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+        query=StreamQuery, streams=True, errors=(503,), curl="-N -H 'Last-Event-ID: 5'",
     ),
-    Endpoint(
-        "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
-        StatusAnswer, errors=(404, 503), curl="-X POST",
-    ),
+    Endpoint("POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept", StatusAnswer, errors=(503,)),
     Endpoint(
         "POST", "/api/v1/messages/{id}/regenerate", regenerate, "another answer to the same question, beside this one",
-        Message, RegenerateRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
-        curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
+        Message, RegenerateRequest, streams=True, errors=OF_ANSWERS, curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
     ),
     Endpoint(
         "POST", "/api/v1/messages/{id}/continue", continue_answer, "goes on with an answer that broke off, in place",
-        Message, ContinueRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504), curl="-N -X POST",
+        Message, ContinueRequest, streams=True, errors=OF_ANSWERS, curl="-N -X POST",
     ),
     Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
-    Endpoint(
-        "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
-        ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
-    ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(400, 404)),
+    Endpoint("GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first", ConversationList, query=ConversationsQuery),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=RenderQuery),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
-        ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
+        ConversationSummary, ConversationChanges, curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
     ),
-    Endpoint(
-        "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
-        DeletedAnswer, errors=(404,), curl="-X DELETE",
-    ),
+    Endpoint("DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it", DeletedAnswer),
     Endpoint(
         "GET", "/api/v1/conversations/{id}/export", export_conversation, "a conversation as a file",
-        Archive, query=(FORMAT,), errors=(400, 404), curl="-OJ", media=("text/markdown",),
+        Archive, query=ExportQuery, curl="-OJ", media=("text/markdown",),
     ),
     Endpoint(
-        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's",
-        ImportAnswer, errors=(400, 413, 503), accepts=ARCHIVE_TYPES[:2],
-        curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
+        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's", ImportAnswer,
+        errors=(503,), accepts=ARCHIVE_TYPES[:2], curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
     ),
     Endpoint("GET", "/api/v1/export", export_all, "all conversations as one file", Archive, curl="-OJ"),
     Endpoint(
         "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
-        errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
+        errors=(503,), curl="-OJ", media=("application/vnd.sqlite3",),
     ),
-    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
+    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=UsageQuery),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
     Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
 
 
-async def sign_in(request: Request) -> Response:
-    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
+    """One route per path, so that a wrong method is told all that are right."""
+    by_path: dict[str, dict[str, Handler]] = {}
+    for one in endpoints:
+        by_path.setdefault(one.path, {})[one.method] = one.handler
+    return [Route(path, partial(dispatch, handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+
+
+async def dispatch(handlers: Mapping[str, Handler], request: Request) -> Response:
+    return await handlers["GET" if request.method == "HEAD" else request.method](request)
 
 
 PAGE_ROUTES = [
     Route("/c/{id}", get_page, methods=["GET"]),
     Route("/web/{name}", get_web_file, methods=["GET"]),
     Route("/sign-in", sign_in, methods=["GET", "POST"]),
-    Route("/sign-out", post_sign_out, methods=["POST"]),
+    Route("/sign-out", sign_out, methods=["POST"]),
 ]
 
 
-def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
-    """One route per path, so that a wrong method is told all that are right."""
-    by_path: dict[str, dict[str, Endpoint]] = {}
-    for one in endpoints:
-        by_path.setdefault(one.path, {})[one.method] = one
-    return [Route(path, dispatch(methods), methods=list(methods)) for path, methods in by_path.items()]
-
-
-def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
-    if len(methods) == 1:
-        return next(iter(methods.values())).handler
-
-    async def by_method(request: Request) -> Response:
-        return await methods["GET" if request.method == "HEAD" else request.method].handler(request)
-
-    return by_method
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The schemas of a type's fields; of None there are none."""
+    return cast(dict[str, Any], msgspec.json.schema_components([kind])[1][kind.__name__]["properties"]) if kind else {}
 
 
 def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
-    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {
-        StartedAnswer
-    }
-    ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
-    schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
-    references = dict(zip(ordered, schemas, strict=True))
+    named = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind} | {StartedAnswer}
+    types = sorted(named, key=lambda kind: cast(str, kind.__name__))
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    references = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for one in endpoints:
         paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
+    words = "Answers that survive: streamed, stored, resumed."
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "llmchat",
-            "version": __version__,
-            "description": "Answers that survive: streamed, stored, resumed.",
-        },
+        "info": {"title": "llmchat", "version": __version__, "description": words},
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],  # on this machine alone none is needed
     }
 
 
-# Of each event of a stream, as tools read a schema of text/event-stream before OpenAPI 3.2 has a word for it.
-EVENT_SCHEMA = {
-    "type": "object",
-    "required": ["data"],
-    "properties": {
-        "event": {"type": "string", "description": "start, delta, html, heartbeat, notice, reset or end"},
-        "data": {"type": "string", "description": "JSON"},
-        "id": {"type": "string", "pattern": "^[0-9]*$", "description": "the offset after the event"},
-        "retry": {"type": "integer"},
-    },
-}
-
-
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
-    if one.error is not ErrorAnswer:  # an OpenAI endpoint, whose answers OpenAI describes
-        content = {"application/json": {"schema": {"type": "object"}}}
-    if one.streams:
-        content["text/event-stream"] = {"schema": EVENT_SCHEMA}
-    content.update({media: {"schema": {"type": "string"}} for media in one.media})
-    responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is not None and one.streams and one.error is ErrorAnswer:
+    answer: Any = {"type": "object"} if one.error is not ErrorAnswer else references.get(one.answer)  # OpenAI's own
+    content = {"application/json": {"schema": answer}} if answer else {}
+    content |= {"text/event-stream": {}} if one.streams else {}
+    content |= {media: {} for media in one.media}
+    responses = {"200": {"description": one.summary, "content": content}}
+    if one.streams and one.body and one.answer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
-    for status in sorted({*one.errors, 401, 403, 429, 500}):
+    for status in one.statuses:
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
-    parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query
-    ]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in fields_of(one.query).items()]
     if "{id}" in one.shown_path:
         parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
-    if one.body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
-    if one.accepts:
-        operation["requestBody"] = {"required": True, "content": {media: {} for media in one.accepts}}
+    accepted: dict[str, Any] = {media: {} for media in one.accepts}
+    accepted |= {"application/json": {"schema": references[one.body]}} if one.body else {}
+    if accepted:
+        operation["requestBody"] = {"required": True, "content": accepted}
     return {**operation, "responses": responses}
 
 
 def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
-    document = openapi_document(endpoints)
-    sections = "".join(docs_section(one, base_url, document) for one in endpoints)
+    sections = "".join(docs_section(one, base_url) for one in endpoints)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
         f"<h1>llmchat {__version__}</h1>"
@@ -8337,42 +8144,29 @@ def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     )
 
 
-def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> str:
-    schema = document["components"]["schemas"].get(one.body.__name__, {}) if one.body is not None else {}
-    fields_of_body = [(name, describe_schema(value)) for name, value in schema.get("properties", {}).items()]
-    fields_of_query = [(f"?{name}=", f"{describe_schema(value)}: {meaning}") for name, value, meaning in one.query]
+def docs_section(one: Endpoint, base_url: str) -> str:
+    fields = {f"?{name}=": schema for name, schema in fields_of(one.query).items()} | fields_of(one.body)
     rows = "".join(
-        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}"
-        for name, text in fields_of_body + fields_of_query
+        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(describe_schema(schema))}"
+        for name, schema in fields.items()
     )
     url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
-    curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
+    options = one.curl or ("" if one.method == "GET" else f"-X {one.method}")
     return (
-        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2><p>{html.escape(one.summary)}'
-        f"<pre>{curl}</pre>{f'<table>{rows}</table>' if rows else ''}"
+        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2>'
+        f"<p>{html.escape(one.summary)}<pre>{html.escape(f'curl {url} {options}'.strip())}</pre><table>{rows}</table>"
     )
 
 
 def describe_schema(schema: Mapping[str, Any]) -> str:
-    """A property in a few words: its type, its bounds, its default, its meaning."""
+    """A field in a few words: its type, its bounds, its default, its meaning."""
     if "anyOf" in schema:
-        text = " or ".join(dict.fromkeys(describe_schema(one) for one in schema["anyOf"]))
-    elif "$ref" in schema:
-        text = cast(str, schema["$ref"].rpartition("/")[2])
-    elif "enum" in schema:
-        text = " | ".join(map(str, schema["enum"]))
-    else:
-        text = str(schema.get("type", "anything"))
-    names = {
-        "minimum": "at least",
-        "maximum": "at most",
-        "minLength": "at least, characters:",
-        "maxLength": "at most, characters:",
-    }
-    text += "".join(f", {words} {schema[key]:,}" for key, words in names.items() if key in schema)
-    if schema.get("default") is not None:
-        text += f", default {json.dumps(schema['default'])}"
-    return text + (f" ({schema['description']})" if schema.get("description") and "$ref" not in schema else "")
+        return " or ".join(dict.fromkeys(describe_schema(one) for one in schema["anyOf"]))
+    kinds = schema.get("enum") or [schema.get("$ref", schema.get("type", "anything")).rpartition("/")[2]]
+    bounds = [f"{name} {schema[name]:,}" for name in ("minimum", "maximum", "minLength", "maxLength") if name in schema]
+    default = [f"default {json.dumps(schema['default'])}"] if schema.get("default") is not None else []
+    meaning = f" ({schema['description']})" if "description" in schema else ""
+    return ", ".join([" | ".join(kinds), *bounds, *default]) + meaning
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -9159,6 +8953,17 @@ def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
 # ── handlers: responses and models ──────────────────────────────────────────────────────────────────────────────────
 
 
+class ResponseQuery(Struct):
+    stream: Annotated[bool, Meta(description="the events, live or long finished")] = False
+    starting_after: Annotated[int, Meta(ge=-1, le=2**53, description="events with a greater sequence_number")] = -1
+
+
+class InputItemsQuery(Struct):
+    limit: Annotated[int, Meta(ge=1, le=INPUT_ITEMS_MAX)] = 20
+    order: Annotated[Literal["asc", "desc"], Meta(description="by age")] = "desc"
+    after: Annotated[str, Meta(description="the last_id of the page before")] | UnsetType = UNSET
+
+
 async def create_response(request: Request) -> Response:
     asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
@@ -9198,9 +9003,9 @@ def response_of_path(request: Request) -> int:
 
 async def get_response(request: Request) -> Response:
     message_id = response_of_path(request)
-    after = query_integer(request, "starting_after", -1, -1, 2**53)
-    if request.query_params.get("stream", "false").lower() in ("true", "1"):
-        return await stream_response(request, message_id, after)
+    asked = read_query(request, ResponseQuery)
+    if asked.stream:
+        return await stream_response(request, message_id, asked.starting_after)
     return await answer_response(request, message_id)
 
 
@@ -9242,20 +9047,17 @@ def input_part(delta: Delta) -> dict[str, Any]:
 
 async def list_input_items(request: Request) -> Response:
     """A page of what a response was asked with, newest first unless `order=asc`."""
-    limit = query_integer(request, "limit", 20, 1, INPUT_ITEMS_MAX)
-    order, after = request.query_params.get("order", "desc"), request.query_params.get("after")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest(f"order: {printable(order, 40)!r} is not accepted; there is asc and desc")
+    asked = read_query(request, InputItemsQuery)
     turns = await service_of(request).store.read(load_input, owner_of(request), response_of_path(request))
     items = [item for message_id, turn in turns for item in input_items_of(message_id, turn)]
-    ordered = items if order == "asc" else items[::-1]
+    ordered = items if asked.order == "asc" else items[::-1]
     ids = [item["id"] for item in ordered]
-    if after is not None and after not in ids:
-        raise InvalidRequest(f"after: there is no item {printable(after, 60)!r} in this response's input")
-    first = 0 if after is None else ids.index(after) + 1
-    page = ordered[first : first + limit]
+    if asked.after is not UNSET and asked.after not in ids:
+        raise InvalidRequest(f"after: there is no item {printable(asked.after, 60)!r} in this response's input")
+    first = 0 if asked.after is UNSET else ids.index(asked.after) + 1
+    page = ordered[first : first + asked.limit]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-    return json_response({"object": "list", "data": page, **ends, "has_more": first + limit < len(items)})
+    return json_response({"object": "list", "data": page, **ends, "has_more": first + asked.limit < len(items)})
 
 
 async def list_openai_models(request: Request) -> Response:
@@ -9282,11 +9084,6 @@ def openai_model(target: Target) -> dict[str, Any]:
 # ── the table of these endpoints ────────────────────────────────────────────────────────────────────────────────────
 
 RESPONSE_ID = {"type": "string", "pattern": "^resp_[0-9]+$"}
-STREAM = ("stream", {"type": "boolean", "default": False}, "true: the events, live or long finished")
-STARTING_AFTER = ("starting_after", WHOLE_NUMBER, "only events with a greater sequence_number")
-ITEMS_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": INPUT_ITEMS_MAX, "default": 20}, "at most so many")
-ITEMS_ORDER = ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}, "by age")
-ITEMS_AFTER = ("after", {"type": "string"}, "the last_id of the page before")
 OpenAIEndpoint = partial(Endpoint, error=OpenAIErrorAnswer)
 OfResponse = partial(OpenAIEndpoint, id_schema=RESPONSE_ID, example_id="resp_2")
 
@@ -9308,7 +9105,7 @@ OPENAI_ENDPOINTS = (
     ),
     OfResponse(
         "GET", "/v1/responses/{id}", get_response, "a response, or its events once more", streams=True,
-        query=(STREAM, STARTING_AFTER), errors=(400, 404, 503),
+        query=ResponseQuery, errors=(400, 404, 503),
     ),
     OfResponse(
         "DELETE", "/v1/responses/{id}", remove_response, "deletes a response and what it was asked with",
@@ -9319,7 +9116,7 @@ OPENAI_ENDPOINTS = (
     ),
     OfResponse(
         "GET", "/v1/responses/{id}/input_items", list_input_items, "what a response was asked with",
-        query=(ITEMS_LIMIT, ITEMS_ORDER, ITEMS_AFTER), errors=(400, 404),
+        query=InputItemsQuery, errors=(400, 404),
     ),
 )  # fmt: skip
 

@@ -407,11 +407,9 @@ def test_whatever_cursor_comes_is_an_offset_or_refused(text: str) -> None:
             assert 0 <= llmchat.cursor_of(request) <= 2**53
         except llmchat.InvalidRequest as exc:
             assert len(exc.message) < 300
-    try:
-        before = llmchat.before_of(text)
-        assert before is not None and max(before) < 2**63
-    except llmchat.InvalidRequest:
-        pass
+    with contextlib.suppress(llmchat.InvalidRequest):
+        before = llmchat.read_query(request_of({"before": text}, {}), llmchat.ConversationsQuery).before
+        assert max(map(int, before.split("-"))) < 2**63
     request = request_of({}, {})
     request.scope["path_params"] = {"id": text}
     with contextlib.suppress(llmchat.NotFound):
