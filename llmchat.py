@@ -109,8 +109,8 @@ import uvicorn
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
@@ -175,6 +175,7 @@ FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before it
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
+WAL_BYTES_MAX = 8_000_000  # of the log that is kept once it was copied back: twice what it grows to by itself
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
 QUERY_CHARACTERS_MAX = 500  # of a search
 TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
@@ -453,6 +454,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
 
 DIALECT_NAMES = ("openai", "anthropic")
 DEMO = "demo"
+DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
 DEMO_HOST = "demo.invalid"  # RFC 2606: no such host can exist; section 8 answers for it without a network
 
 
@@ -582,7 +584,7 @@ def find_providers(environment: Mapping[str, str]) -> tuple[Provider, ...]:
     ]
     names = dict.fromkeys([*PROVIDER_FACTS, *addressed])
     found = [provider for name in names if (provider := find_provider(name, environment))]
-    return tuple(found) or (Provider(DEMO, "openai", f"http://{DEMO_HOST}/v1"),)
+    return tuple(found) or (Provider(DEMO, "openai", f"http://{DEMO_HOST}/v1", models=DEMO_MODELS),)
 
 
 def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provider]) -> tuple[str, ...]:
@@ -598,35 +600,27 @@ def find_unusable_keys(environment: Mapping[str, str], providers: Sequence[Provi
             address = f"{name.upper().replace('-', '_')}_BASE_URL"
             sentences.append(f"{variable} alone switches nothing on: set {address} to the address of {name}'s API")
     known = {f"LLMCHAT_{one.name.upper()}" for one in SETTINGS}
-    sentences += [
-        f"{name} is no setting; --help lists them" for name in sorted(environment) if is_mistaken(name, known)
-    ]
-    return tuple(sentences)
-
-
-def is_mistaken(name: str, known: Iterable[str]) -> bool:
-    """Whether a variable looks like a setting and is none; LLMCHAT_SERVICE_… and the like come from Kubernetes."""
-    return name.startswith("LLMCHAT_") and name not in known and not re.match(r"LLMCHAT_(SERVICE|PORT|TEST)_", name)
+    others = r"(?!LLMCHAT_)|LLMCHAT_(SERVICE|PORT|TEST)_"  # LLMCHAT_SERVICE_HOST and the like come from Kubernetes
+    mistaken = [name for name in sorted(environment) if name not in known and not re.match(others, name)]
+    return (*sentences, *(f"{name} is no setting; --help lists them" for name in mistaken))
 
 
 def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
     """The provider that <NAME>_API_KEY or <NAME>_BASE_URL switches on, or None. Raises StartError."""
     prefix = name.upper().replace("-", "_")
-    known = PROVIDER_FACTS.get(name)
-    variables = (*(known.variables if known else ()), f"{prefix}_API_KEY")
+    known = PROVIDER_FACTS.get(name) or ProviderFacts(None, ())
+    variables = (*known.variables, f"{prefix}_API_KEY")
     variable = next((one for one in variables if environment.get(one)), None)
-    base_url = environment.get(f"{prefix}_BASE_URL") or None
-    dialect = environment.get(f"{prefix}_DIALECT") or (known.dialect if known else "openai")
-    if base_url is None and (known is None or variable is None or known.local):
+    given = environment.get(f"{prefix}_BASE_URL")
+    address = given or (known.base_url if variable and not known.local else None)
+    if not address:
         return None
-    told = known or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
-    if not told and not is_base_url(cast(str, base_url)):
+    told = known.variables or variable or f"{prefix}_DIALECT" in environment or f"{prefix}_MODELS" in environment
+    if not told and not address.startswith(("http://", "https://")):
         return None  # some other program's APP_BASE_URL=/app
+    dialect = environment.get(f"{prefix}_DIALECT") or known.dialect
     if dialect not in DIALECT_NAMES:
         raise StartError(f"{prefix}_DIALECT: {dialect!r} is not accepted; it is one of {', '.join(DIALECT_NAMES)}")
-    address = base_url or (known.base_url if known else None)
-    if address is None:
-        return None
     return Provider(
         name=name,
         dialect=dialect,
@@ -634,8 +628,8 @@ def find_provider(name: str, environment: Mapping[str, str]) -> Provider | None:
         key=check_key(variable, environment[variable]) if variable else None,
         variable=variable or variables[0],
         models=tuple(one.strip() for one in environment.get(f"{prefix}_MODELS", "").split(",") if one.strip()),
-        models_url=known.models_url if known and base_url is None else None,
-        quirks=known.quirks if known else frozenset(),
+        models_url=known.models_url if not given else None,
+        quirks=known.quirks,
     )
 
 
@@ -644,10 +638,6 @@ def check_key(variable: str, text: str) -> str:
     if found := re.search(r"[^!-~]", text.strip()):
         raise StartError(f"{variable}: character {found.start() + 1} is not printable ASCII, so it cannot be a key")
     return text.strip()
-
-
-def is_base_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 def check_base_url(variable: str, text: str) -> str:
@@ -918,18 +908,17 @@ def only_sse_fields(block: bytes) -> bool:
 # where they are acted on. A stream that ends without a finish_reason was cut, whatever else it said: `end` raises
 # ProviderTruncated then, and `[DONE]` is neither necessary nor sufficient.
 #
-# A new dialect needs: `path`, `headers`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
+# A new dialect needs: `path`, `headers`, `prefills`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
 # a line in DIALECTS and DIALECT_NAMES, and a recording of every one of its ends.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A message as it goes upstream. `provider` made it; `tool_call_id` is set on role `tool`."""
+    """A message as it goes upstream; `tool_call_id` is set on role `tool`."""
 
     role: str
     content: tuple[Delta, ...]
-    provider: str | None = None
     tool_call_id: str | None = None
 
 
@@ -964,28 +953,6 @@ class Question:
     continues: bool = False  # the last turn is an answer that broke off; the new one goes on with it
 
 
-class AnswerDecoder(Protocol):
-    """The decoder of one answer; it is used once.
-
-    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
-    delta before they are complete; that they grow is a sign of life.
-    """
-
-    finish_reason: str | None
-    usage: Usage | None
-    done: bool
-    held_characters: int
-
-    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
-        """Appends what one SSE event brings. Raises ProviderError."""
-
-    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        """The same for an answer that came as one JSON document. Raises ProviderError."""
-
-    def end(self, deltas: list[Delta]) -> None:
-        """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
-
-
 class Dialect(Protocol):
     """One wire format. `body` returns what is sent as JSON; `path` is appended to the provider's base URL."""
 
@@ -995,7 +962,7 @@ class Dialect(Protocol):
     def headers(self, provider: Provider) -> dict[str, str]: ...
     def prefills(self, quirks: frozenset[str]) -> bool: ...
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]: ...
-    def decoder(self, provider: Provider) -> AnswerDecoder: ...
+    def decoder(self, provider: Provider) -> Decoder: ...
 
 
 def alternate(turns: Iterable[Turn]) -> list[Turn]:
@@ -1012,7 +979,7 @@ def alternate(turns: Iterable[Turn]) -> list[Turn]:
             continue
         if kept and turn.role == kept[-1].role != "tool":
             parted = (Delta("text", "\n\n"),) if kept[-1].content[-1].kind == turn.content[0].kind == "text" else ()
-            kept[-1] = Turn(turn.role, kept[-1].content + parted + turn.content, turn.provider)
+            kept[-1] = Turn(turn.role, kept[-1].content + parted + turn.content)
         else:
             kept.append(turn)
     return kept
@@ -1093,12 +1060,15 @@ def tool_name(name: str) -> str:
     return re.sub("[^a-zA-Z0-9_-]", "_", name)[:TOOL_NAME_CHARACTERS_MAX] or "_"
 
 
-def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The function in a tool of any shape: OpenAI's {"function": …}, the bare function, Anthropic's; None: something
-    of the provider's own, such as a web search, which goes out as it is."""
-    if isinstance(tool.get("function"), dict):
-        return cast("Mapping[str, Any]", tool["function"])
-    return tool if tool.get("type") in (None, "function", "custom") else None
+def function_of(tool: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The function in a tool of any shape (OpenAI's, the bare function, Anthropic's), its schema in `parameters`; None:
+    something of the provider's own, such as a web search, which goes out as it is."""
+    if tool.get("type") not in (None, "function", "custom"):
+        return None
+    function = dict(tool["function"]) if isinstance(tool.get("function"), dict) else dict(tool)
+    if "input_schema" in function:
+        function["parameters"] = function.pop("input_schema")
+    return {name: value for name, value in function.items() if name not in ("type", "cache_control")}
 
 
 CONTINUE_PROMPT = (
@@ -1114,17 +1084,17 @@ def ask_to_continue(turns: list[Turn]) -> list[Turn]:
     return turns
 
 
-# What providers call the end, and ours. The last row: their word for an answer that broke.
+# What providers call the end, by ours; then their words for an answer that broke.
 FINISH_REASONS = {
-    **dict.fromkeys(
-        ["stop", "end_turn", "stop_sequence", "eos", "eos_token", "pause_turn", "COMPLETE", "STOP"], "stop"
-    ),
-    **dict.fromkeys(["length", "max_tokens", "model_context_window_exceeded", "MAX_TOKENS"], "length"),
-    **dict.fromkeys(["tool_calls", "function_call", "tool_use"], "tool_calls"),
-    **dict.fromkeys(
-        ["content_filter", "content_filtered", "sensitive", "refusal", "guardrail_intervened"], "content_filter"
-    ),
-    **dict.fromkeys(["SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"], "content_filter"),
+    word: ours
+    for ours, words in {
+        "stop": "stop end_turn stop_sequence eos eos_token pause_turn COMPLETE STOP",
+        "length": "length max_tokens model_context_window_exceeded MAX_TOKENS",
+        "tool_calls": "tool_calls function_call tool_use",
+        "content_filter": "content_filter content_filtered sensitive refusal guardrail_intervened"
+        " SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII",
+    }.items()
+    for word in words.split()
 }
 BROKEN_REASONS = frozenset({"error", "network_error", "OTHER", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS"})
 
@@ -1185,62 +1155,47 @@ def is_spent(words: str, kinds: Sequence[str]) -> bool:
 
 def in_band_error(provider: Provider, data: bytes) -> ProviderError:
     """The error for an error object inside an answer, in whatever shape it comes."""
-    words, kinds = body_words("", data)
+    words, kinds = body_words(data)
     status = next((int(kind) for kind in kinds if re.fullmatch("[45][0-9][0-9]", kind)), None)
     status = status or next((ERROR_TYPE_STATUSES[kind] for kind in kinds if kind in ERROR_TYPE_STATUSES), 500)
     return provider_error(provider, status, words, kinds, "reported an error")
 
 
-def body_words(content_type: str, body: bytes) -> tuple[str, list[str]]:
+def no_answer(provider: Provider, data: bytes) -> ProviderError:
+    """The error for what came in place of an answer: a bare error (Gemini), a page, or something else altogether."""
+    if data.lstrip().startswith((b"{", b"[")) and b'"error"' in data:
+        return in_band_error(provider, data)
+    words = shorten(body_words(data)[0], provider.key)
+    return ProviderProtocol(f"{provider.name} sent something that is no answer: {words}")
+
+
+def body_words(body: bytes) -> tuple[str, list[str]]:
     """The sentence in an error's body, and its code, type and status; a page is reduced to its text.
 
-    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them.
+    Every shape that is about: {"error": {"message"}}, {"error": "…"}, {"message"}, {"detail"}, a list of one of them,
+    {"detail": [{"loc", "msg"}]} (FastAPI). What has no sentence is shown as it is.
     """
     text = body.decode("utf-8", "replace").strip("\ufeff \t\r\n")
     try:
-        document = json.loads(text)
-        while isinstance(document, list) and document:
-            document = document[0]
-        inner = document.get("error") if isinstance(document, dict) else None
-        inner = inner if isinstance(inner, dict) else document
-        kinds = (
-            [str(inner[key]) for key in ("code", "type", "status") if inner.get(key)] if isinstance(inner, dict) else []
-        )
-        return error_words(document) or "(no words)", kinds
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        text = text_of_page(text) if "html" in content_type or text.startswith("<") else text
-        return text or "(an empty body)", []
-
-
-def error_words(document: Any) -> str:
-    """The sentence in an error's document; what has none is shown as it is."""
+        return (text_of_page(text) if text.startswith("<") else text) or "(an empty body)", []
+    kinds: list[str] = []
+    place = ""
     for _ in range(NESTED_WORDS_MAX):
-        if isinstance(document, list) and document:
-            document = document[0]
-        elif isinstance(document, dict) and document.get("msg") and isinstance(document.get("loc"), list):  # FastAPI
-            return f"{'.'.join(map(str, document['loc']))}: {document['msg']}"
-        elif isinstance(document, dict):
-            key = next((key for key in ("error", "message", "detail", "msg") if document.get(key)), None)
-            if key is None:
-                break
-            document = document[key]
-        else:
-            break
-    return document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
+        if isinstance(found, list) and found:
+            found = found[0]
+        elif isinstance(found, dict):
+            kinds = [str(found[key]) for key in ("code", "type", "status") if found.get(key)] or kinds
+            place = f"{'.'.join(map(str, found['loc']))}: " if isinstance(found.get("loc"), list) else place
+            found = next((found[key] for key in ("error", "message", "detail", "msg") if found.get(key)), None)
+    return (place + found if isinstance(found, str) and found else text), kinds
 
 
 def text_of_page(page: str) -> str:
     """The words of an HTML page, without scripts and styles; in linear time, whatever the page is."""
-    words, hidden = [], ""
-    for tag, text in re.findall(r"<(/?[a-zA-Z!][^<>]*)>|([^<]+|<)", page):
-        name = re.split(r"[\s/]", tag.lower().removeprefix("/"), maxsplit=1)[0]
-        if hidden:
-            hidden = "" if tag.startswith("/") and name == hidden else hidden
-        elif name in ("script", "style"):
-            hidden = name
-        else:
-            words.append(text or " ")
-    return html.unescape("".join(words)).strip()
+    hidden = r"<(script|style)\b.*?(?:</\1\s*>|\Z)|</?[a-z!][^<>]*>"
+    return html.unescape(re.sub(hidden, " ", page, flags=re.DOTALL | re.IGNORECASE)).strip()
 
 
 def shorten(words: str, key: str | None) -> str:
@@ -1267,29 +1222,31 @@ def within(document: Mapping[str, Any], outer: str, inner: str) -> Any:
     return found.get(inner) if isinstance(found, dict) else None
 
 
+@dataclass(slots=True)
 class ToolCall:
     """A tool call whose arguments are still coming. Their text is joined once, at the end."""
 
-    __slots__ = ("fragments", "identity", "name")
+    identity: str = ""
+    name: str = ""
+    fragments: list[str] = field(default_factory=list)
 
-    def __init__(self, identity: str = "", name: str = "") -> None:
-        self.identity = identity
-        self.name = name
-        self.fragments: list[str] = []
-
-
-def tool_call_delta(call: ToolCall) -> Delta:
-    """A complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
-    identity = call.identity or f"call_{random.getrandbits(64):016x}"
-    texts = {"id": identity, "name": call.name, "arguments": "".join(call.fragments)}
-    return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
+    def delta(self) -> Delta:
+        """The complete call. Gemini may send none of the ids that a tool's result must name: then one is made."""
+        identity = self.identity or f"call_{random.getrandbits(64):016x}"
+        texts = {"id": identity, "name": self.name, "arguments": "".join(self.fragments)}
+        return Delta("tool_call", encode_json({name: without_halves(text) for name, text in texts.items()}).decode())
 
 
 Chunk = TypeVar("Chunk")
 
 
 class Decoder:
-    """What the decoders share: the end, and text whose surrogate pairs a provider has cut between two events."""
+    """Decodes one answer; it is used once. Here is what the dialects share: the end, and text whose surrogate pairs a
+    provider has cut between two events.
+
+    `done`: the dialect's own end has come, nothing after it counts. `held_characters`: of tool calls, which are no
+    delta before they are complete; that they grow is a sign of life.
+    """
 
     __slots__ = ("_halves", "_mending", "_provider", "done", "finish_reason", "held_characters", "usage")
 
@@ -1302,7 +1259,16 @@ class Decoder:
         self._halves: dict[str, str] = {}  # by kind: the first half of a pair
         self._mending = False
 
+    def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
+        """Appends what one SSE event brings. Raises ProviderError."""
+        raise NotImplementedError
+
+    def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
+        """The same for an answer that came as one JSON document. Raises ProviderError."""
+        raise NotImplementedError
+
     def end(self, deltas: list[Delta]) -> None:
+        """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
         if self.finish_reason is None:
             raise ProviderTruncated(f"{self._provider.name} ended the stream before the answer was finished")
         deltas.extend(Delta(kind, "\ufffd") for kind in self._halves)
@@ -1313,8 +1279,7 @@ class Decoder:
             document = json.loads(data.decode("utf-8", "replace"))
             chunk = msgspec.convert(document[0] if isinstance(document, list) and document else document, kind)
         except (ValueError, RecursionError, msgspec.ValidationError) as exc:
-            words = shorten(data.decode("utf-8", "replace"), self._provider.key)
-            raise ProviderProtocol(f"{self._provider.name} sent something that cannot be read: {words}") from exc
+            raise no_answer(self._provider, data) from exc
         self._mending = True
         return chunk
 
@@ -1368,12 +1333,12 @@ decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
 
 
 class OpenAIDecoder(Decoder):
-    __slots__ = ("_calls", "_last_reasoning", "_positions")
+    __slots__ = ("_calls", "_calls_by_index", "_last_reasoning")
 
     def __init__(self, provider: Provider) -> None:
         super().__init__(provider)
         self._calls: list[ToolCall] = []  # complete only at the end
-        self._positions: dict[int, int] = {}  # in that list, by the provider's index
+        self._calls_by_index: dict[int, ToolCall] = {}
         self._last_reasoning: str | None = None
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
@@ -1448,19 +1413,16 @@ class OpenAIDecoder(Decoder):
         Without an index (Gemini) a new id, or a name without an id, begins the next call. With one, so does another id
         together with a name: some gateways give every call the index 0.
         """
-        identity, name = str(identity), str(name)
-        indexed = isinstance(index, int)
-        position = self._positions.get(index, -1) if indexed else len(self._calls) - 1
-        call = self._calls[position] if position >= 0 else None
-        if call is not None and indexed:
-            begins = bool(identity and name and call.identity not in ("", identity))
-        else:
-            begins = call is None or (identity != call.identity if identity else bool(name))
+        identity, name, indexed = str(identity), str(name), isinstance(index, int)
+        call = self._calls_by_index.get(index) if indexed else next(reversed(self._calls), None)
+        if call is not None:
+            is_other = identity not in ("", call.identity)
+            begins = is_other and name and call.identity if indexed else is_other or (name and not identity)
         if call is None or begins:
             call = ToolCall()
             self._calls.append(call)
             if indexed:
-                self._positions[index] = len(self._calls) - 1
+                self._calls_by_index[index] = call
         call.identity, call.name = call.identity or identity, call.name or name
         return call
 
@@ -1468,7 +1430,7 @@ class OpenAIDecoder(Decoder):
         """Usage, and what Groq puts beside it."""
         groq = chunk.x_groq if isinstance(chunk.x_groq, dict) else {}
         if groq.get("error"):
-            raise provider_error(self._provider, 500, str(groq["error"]), (), "reported an error")
+            raise in_band_error(self._provider, encode_json(groq))
         self._decode_usage(chunk.usage or groq.get("usage"))
 
     def _decode_usage(self, usage: Any) -> None:
@@ -1486,14 +1448,11 @@ class OpenAIDecoder(Decoder):
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
         self.decode(b"", body, deltas)
         if self.finish_reason is None and not deltas:
-            words, _ = body_words("", body)
-            raise ProviderProtocol(
-                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
-            )
+            raise no_answer(self._provider, body)
 
     def end(self, deltas: list[Delta]) -> None:
         super().end(deltas)
-        deltas.extend(map(tool_call_delta, self._calls))
+        deltas.extend(call.delta() for call in self._calls)
         if self._calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
 
@@ -1514,8 +1473,17 @@ def parts_of(item: Any) -> Iterator[Delta]:
         yield Delta("text", item["text"])
 
 
+# The fields that make a provider take an answer at the end of the messages as the beginning of its own, by quirk.
+PREFILL_FIELDS: dict[str, dict[str, bool]] = {
+    "prefill": {},
+    "prefill_prefix": {"prefix": True},  # Mistral
+    "prefill_partial": {"partial": True},  # Moonshot
+}
+
+
 class OpenAIDialect:
     models_path = "/models"
+    decoder = OpenAIDecoder
 
     def path(self, provider: Provider) -> str:
         return "/chat/completions"
@@ -1527,30 +1495,34 @@ class OpenAIDialect:
             return {"api-key": provider.key}
         return {"authorization": f"Bearer {provider.key}"}
 
+    def prefills(self, quirks: frozenset[str]) -> bool:
+        return "no_prefill" not in quirks and not quirks.isdisjoint(PREFILL_FIELDS)
+
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
-        asked = {name: value for name, value in msgspec.to_builtins(question.parameters).items() if value is not None}
+        turns = alternate(answered(question.turns))
+        if question.continues and not self.prefills(quirks):  # else an answer at the end is the client's business
+            turns = ask_to_continue(turns)
+        messages = [self._message(turn, quirks) for turn in turns]
+        if turns and turns[-1].role == "assistant":
+            for quirk in quirks & PREFILL_FIELDS.keys():
+                messages[-1] |= PREFILL_FIELDS[quirk]
+        system = [{"role": "system", "content": question.system}] if question.system.strip() else []
+        parameters = self._parameters(quirks, question.parameters)
+        return {"model": question.model, "messages": system + messages, "stream": True, **parameters}
+
+    def _parameters(self, quirks: frozenset[str], parameters: Parameters) -> dict[str, Any]:
+        asked: dict[str, Any] = msgspec.to_builtins(parameters)
         if "max_completion_tokens" in quirks and "max_tokens" in asked:
             asked["max_completion_tokens"] = asked.pop("max_tokens")
         if "no_stream_options" not in quirks:
             asked["stream_options"] = {"include_usage": True}
         if "reasoning_split" in quirks:  # MiniMax: thinking beside the content, not inside it
             asked["reasoning_split"] = True
-        if asked.get("tools"):
+        if "tools" in asked:
             asked["tools"] = [openai_tool(tool) for tool in asked["tools"]]
         if "tool_choice_any" in quirks and asked.get("tool_choice") == "required":  # Mistral's word for it
             asked["tool_choice"] = "any"
-        system = [{"role": "system", "content": question.system}] if question.system.strip() else []
-        outgoing = alternate(answered(question.turns))
-        if question.continues and not self.prefills(quirks):  # else an answer at the end is the client's business
-            outgoing = ask_to_continue(outgoing)
-        turns = [self._message(turn, quirks) for turn in outgoing]
-        if turns and turns[-1]["role"] == "assistant":
-            turns[-1] |= {"prefix": True} if "prefill_prefix" in quirks else {}
-            turns[-1] |= {"partial": True} if "prefill_partial" in quirks else {}
-        return {"model": question.model, "messages": system + turns, "stream": True, **asked}
-
-    def prefills(self, quirks: frozenset[str]) -> bool:
-        return bool(quirks & {"prefill", "prefill_prefix", "prefill_partial"}) and "no_prefill" not in quirks
+        return asked
 
     def _message(self, turn: Turn, quirks: frozenset[str]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": text_of(turn.content)}
@@ -1567,9 +1539,6 @@ class OpenAIDialect:
             message["reasoning_content"] = "".join(one.text for one in turn.content if one.kind == "reasoning")
         return message
 
-    def decoder(self, provider: Provider) -> AnswerDecoder:
-        return OpenAIDecoder(provider)
-
 
 def openai_part(delta: Delta) -> dict[str, Any]:
     """A part of list content, which only a message with an image has: some servers take nothing but a string."""
@@ -1579,14 +1548,9 @@ def openai_part(delta: Delta) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:{image['media_type']};base64,{image['data']}"}}
 
 
-def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool of any shape in OpenAI's."""
+def openai_tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = function_of(tool)
-    if function is None or function is tool.get("function"):
-        return tool if function is None else {"type": "function", **tool}
-    named = {name: value for name, value in function.items() if name not in ("type", "input_schema", "cache_control")}
-    schema = {"parameters": function["input_schema"]} if "input_schema" in function else {}
-    return {"type": "function", "function": {**named, **schema}}
+    return tool if function is None else {"type": "function", "function": function}
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
@@ -1615,7 +1579,7 @@ THINKING_TOKENS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384}
 
 
 class BlockDelta(Struct, gc=False):
-    """Any delta of any block; types that are not known have fields of other types, so nothing is typed."""
+    """Any delta of any block, and of the message; types that are not known have fields of other types."""
 
     text: Any = None
     thinking: Any = None
@@ -1630,12 +1594,12 @@ class AnthropicEvent(Struct, gc=False):
     type: str = ""
     index: Any = 0
     delta: BlockDelta | None = None
-    content_block: Any = None
-    message: Any = None
-    usage: Any = None
+    content_block: dict[str, Any] | None = None
+    message: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
     error: Any = None
-    content: Any = None
-    stop_reason: Any = None
+    content: list[dict[str, Any]] | None = None
+    stop_reason: str | None = None
 
 
 decode_anthropic_event = msgspec.json.Decoder(AnthropicEvent).decode
@@ -1661,7 +1625,7 @@ class AnthropicDecoder(Decoder):
         try:
             event = decode_anthropic_event(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            if name and name not in ANTHROPIC_EVENTS:
+            if name and not name.startswith((b"message_", b"content_block_")):  # unknown events are to be ignored
                 return
             event = self._decode_leniently(data, AnthropicEvent)
         if event.error or event.type == "error":
@@ -1671,18 +1635,17 @@ class AnthropicDecoder(Decoder):
             self._mend(deltas, first)
 
     def _decode_event(self, event: AnthropicEvent, deltas: list[Delta]) -> None:
-        if event.type == "content_block_delta" and event.delta is not None:
+        if event.type == "content_block_delta" and event.delta:
             self._decode_delta(event.index, event.delta, deltas)
-        elif event.type == "content_block_start" and isinstance(event.content_block, dict):
+        elif event.type == "content_block_start" and event.content_block:
             self._start_block(event.index, event.content_block, deltas)
         elif event.type == "content_block_stop":
             self._stop_block(event.index, deltas)
-        elif event.type == "message_start" and isinstance(event.message, dict):
+        elif event.type == "message_start" and event.message:
             self._count(event.message.get("usage"))
         elif event.type == "message_delta":
             self._count(event.usage)
-            if event.delta is not None and isinstance(event.delta.stop_reason, str):
-                self.finish_reason = finish_reason_of(event.delta.stop_reason)
+            self._finish(event.delta.stop_reason if event.delta else None)
         elif event.type == "message_stop":
             self.done = True
 
@@ -1691,30 +1654,31 @@ class AnthropicDecoder(Decoder):
             deltas.append(Delta("text", delta.text))
         elif isinstance(delta.thinking, str) and delta.thinking:
             deltas.append(Delta("reasoning", delta.thinking))
-        elif isinstance(delta.signature, str) and delta.signature:
-            deltas.append(self._signature({"signature": delta.signature}))
         elif isinstance(delta.partial_json, str) and index in self._calls:
             self._hold(self._calls[index], delta.partial_json)
+        if isinstance(delta.signature, str) and delta.signature:
+            deltas.append(self._signature({"signature": delta.signature}))
 
     def _start_block(self, index: Any, block: dict[str, Any], deltas: list[Delta]) -> None:
-        """A text block may begin with text; a redacted one is whole already; a tool call is one when it stops."""
-        kind, text = block.get("type"), block.get("text")
+        """A block may begin with content, and in a document has all of it. A tool call is complete when it stops."""
+        kind = block.get("type")
         if kind == "tool_use":
             self._calls[index] = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""))
-            if block.get("input"):  # whole at once, as in a document
+            if block.get("input"):
                 self._hold(self._calls[index], json.dumps(block["input"], ensure_ascii=False))
         elif kind == "redacted_thinking":
             deltas.append(self._signature({"redacted": str(block.get("data") or "")}))
-        elif kind == "thinking" and isinstance(block.get("thinking"), str) and block["thinking"]:
-            deltas.append(Delta("reasoning", block["thinking"]))
-        elif kind == "text" and isinstance(text, str) and text:
-            deltas.append(Delta("text", text))
+        elif kind in ("text", "thinking"):
+            self._decode_delta(index, msgspec.convert(block, BlockDelta), deltas)
 
     def _stop_block(self, index: Any, deltas: list[Delta]) -> None:
-        """A tool call is complete with its block."""
         if (call := self._calls.pop(index, None)) is not None:
             call.fragments = call.fragments if any(call.fragments) else ["{}"]
-            deltas.append(tool_call_delta(call))
+            deltas.append(call.delta())
+
+    def _finish(self, word: Any) -> None:
+        if isinstance(word, str):
+            self.finish_reason = finish_reason_of(word)
 
     def _signature(self, what: dict[str, str]) -> Delta:
         """What must go back with the reasoning before it, and only to the provider that signed it."""
@@ -1738,22 +1702,15 @@ class AnthropicDecoder(Decoder):
         event = self._decode_leniently(body, AnthropicEvent)
         if event.error or event.type == "error":
             raise in_band_error(self._provider, body)
-        if not isinstance(event.content, list):
-            words, _ = body_words("", body)
-            raise ProviderProtocol(
-                f"{self._provider.name} sent JSON that is no answer: {shorten(words, self._provider.key)}"
-            )
+        if event.content is None:
+            raise no_answer(self._provider, body)
         for index, block in enumerate(event.content):
-            if isinstance(block, dict):
-                self._start_block(index, block, deltas)
-                if block.get("type") == "thinking" and block.get("signature"):
-                    deltas.append(self._signature({"signature": str(block["signature"])}))
-                self._stop_block(index, deltas)
+            self._start_block(index, block, deltas)
+            self._stop_block(index, deltas)
         deltas[:] = [Delta(delta.kind, without_halves(delta.text)) for delta in deltas]
         self._mending = False
         self._count(event.usage)
-        if isinstance(event.stop_reason, str):
-            self.finish_reason = finish_reason_of(event.stop_reason)
+        self._finish(event.stop_reason)
 
     def end(self, deltas: list[Delta]) -> None:
         super().end(deltas)
@@ -1761,20 +1718,9 @@ class AnthropicDecoder(Decoder):
             self._stop_block(index, deltas)
 
 
-ANTHROPIC_EVENTS = frozenset(
-    {
-        b"message_start",
-        b"content_block_start",
-        b"content_block_delta",
-        b"content_block_stop",
-        b"message_delta",
-        b"message_stop",
-    }
-)
-
-
 class AnthropicDialect:
     models_path = "/v1/models?limit=1000"
+    decoder = AnthropicDecoder
 
     def path(self, provider: Provider) -> str:
         return "/messages" if provider.base_url.endswith("/v1") else "/v1/messages"
@@ -1789,104 +1735,85 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = [
-            tool_result_turn(signed_turn(turn, provider)) for turn in answered(question.turns) if turn.role != "system"
-        ]
+        turns = [anthropic_turn(turn, provider) for turn in answered(question.turns) if turn.role != "system"]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
         outgoing = alternate(turns) if self.prefills(quirks) else ask_to_continue(alternate(turns))
-        messages = [self._message(turn) for turn in outgoing]
-        prefilled = bool(messages) and messages[-1]["role"] == "assistant"
-        if prefilled and messages[-1]["content"][-1]["type"] == "text":
-            last = messages[-1]["content"][-1]
+        messages: list[dict[str, Any]] = [{"role": turn.role, "content": anthropic_blocks(turn)} for turn in outgoing]
+        prefilled = bool(outgoing) and outgoing[-1].role == "assistant"
+        if prefilled and (last := messages[-1]["content"][-1])["type"] == "text":
             last["text"] = last["text"].rstrip()  # a prefill that ends in white space is refused
-        body: dict[str, Any] = {
+        tool_choice = anthropic_tool_choice(parameters.tool_choice) if parameters.tools else None
+        tools = [anthropic_tool(tool) for tool in parameters.tools or ()]
+        if not tools and (tools := tools_in(messages)):  # a request whose messages hold calls has to define tools
+            tool_choice = {"type": "none"}
+        # Thinking excludes a prefill, a forced tool, a temperature and a top_p, and counts as output.
+        is_forced = isinstance(tool_choice, dict) and tool_choice.get("type") in ("any", "tool")
+        budget = THINKING_TOKENS.get(parameters.reasoning_effort or "", 0)
+        if prefilled or is_forced or not budget or not starts_with_thinking(messages):
+            budget = 0
+            drop_newest_thinking(messages)
+        temperature = parameters.temperature if not budget else None
+        body = {
             "model": question.model,
-            "max_tokens": parameters.max_tokens or ANTHROPIC_MAX_TOKENS,
+            "max_tokens": (parameters.max_tokens or ANTHROPIC_MAX_TOKENS) + budget,
             "messages": messages,
             "stream": True,
+            "system": "\n\n".join(filter(str.strip, systems)) or None,
+            "temperature": temperature and min(temperature, 1.0),
+            "top_p": parameters.top_p if not budget else None,
+            "stop_sequences": parameters.stop or None,
+            "tools": tools or None,
+            "tool_choice": tool_choice,
+            "thinking": {"type": "enabled", "budget_tokens": budget} if budget else None,
         }
-        if any(map(str.strip, systems)):
-            body["system"] = "\n\n".join(filter(str.strip, systems))
-        if parameters.temperature is not None:
-            body["temperature"] = min(parameters.temperature, 1.0)
-        if parameters.top_p is not None:
-            body["top_p"] = parameters.top_p
-        if parameters.stop:
-            body["stop_sequences"] = parameters.stop
-        if parameters.tools:
-            body["tools"] = [anthropic_tool(tool) for tool in parameters.tools]
-            body |= anthropic_tool_choice(parameters.tool_choice)
-        elif called := tools_in(messages):  # a request whose messages hold calls has to define tools
-            body |= {"tools": called, "tool_choice": {"type": "none"}}
-        set_thinking(body, 0 if prefilled else THINKING_TOKENS.get(parameters.reasoning_effort or "", 0))
-        return body
+        return {name: value for name, value in body.items() if value is not None}
 
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        blocks: list[dict[str, Any]] = []
-        reasoning = ""
-        for delta in join_deltas(turn.content):
-            if delta.kind == "text" and delta.text.strip():  # a blank text block is refused
-                blocks.append({"type": "text", "text": delta.text})
-            elif delta.kind == "reasoning":
-                reasoning = delta.text
-            elif delta.kind == "signature":
-                blocks.append(thinking_block(json.loads(delta.text), reasoning))
-                reasoning = ""
-            elif delta.kind == "image":
-                image = json.loads(delta.text)
-                source = {"type": "base64", "media_type": image["media_type"], "data": image["data"]}
-                blocks.append({"type": "image", "source": source})
-            elif delta.kind == "tool_call":
-                call = json.loads(delta.text)
-                name, arguments = tool_name(call["name"]), parse_arguments(call["arguments"])
-                blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": arguments})
-            elif delta.kind == "tool_result":
-                result = json.loads(delta.text)
-                blocks.append({"type": "tool_result", "tool_use_id": result["id"], "content": result["text"]})
-        if not is_thinking(blocks[0]):  # thinking stands first or not at all
-            blocks = [block for block in blocks if not is_thinking(block)]
-        while is_thinking(blocks[-1]):  # and never last, where an answer was stopped
-            blocks.pop()
-        return {"role": turn.role, "content": blocks}
 
-    def decoder(self, provider: Provider) -> AnswerDecoder:
-        return AnthropicDecoder(provider)
-
-
-def tool_result_turn(turn: Turn) -> Turn:
-    """Anthropic has no role `tool`: a result is a part of the user's turn. The kind is known in this dialect only."""
-    if turn.role != "tool":
-        return turn
-    result = encode_json({"id": turn.tool_call_id, "text": text_of(turn.content)}).decode()
-    return Turn("user", (Delta("tool_result", result),))
-
-
-def signed_turn(turn: Turn, provider: Provider) -> Turn:
-    """The turn with only the reasoning that this provider signed: it refuses any other, and whoever signed it, its own
-    without the signature or with reasoning that is not exactly the same."""
+def anthropic_turn(turn: Turn, provider: Provider) -> Turn:
+    """A turn with two kinds of this dialect's own, whose text is their block. `tool_result`: it is a part of the user's
+    turn. `thinking`: the reasoning that this provider signed, just as it was; it refuses any other."""
+    if turn.role == "tool":
+        result = {"type": "tool_result", "tool_use_id": turn.tool_call_id, "content": text_of(turn.content)}
+        return Turn("user", (Delta("tool_result", encode_json(result).decode()),))
     kept: list[Delta] = []
-    reasoning: list[Delta] = []
+    reasoning = ""
     for delta in join_deltas(turn.content):
         if delta.kind == "signature":
-            kept += [*reasoning, delta] if json.loads(delta.text).get("provider") == provider.name else []
+            signed = json.loads(delta.text)
+            block = {"type": "thinking", "thinking": reasoning, "signature": signed.get("signature")}
+            if "redacted" in signed:
+                block = {"type": "redacted_thinking", "data": signed["redacted"]}
+            if signed.get("provider") == provider.name:
+                kept.append(Delta("thinking", encode_json(block).decode()))
         elif delta.kind != "reasoning":
             kept.append(delta)
-        reasoning = [delta] if delta.kind == "reasoning" else []
+        reasoning = delta.text if delta.kind == "reasoning" else ""
     return replace(turn, content=tuple(kept))
-
-
-def thinking_block(signature: Mapping[str, str], reasoning: str) -> dict[str, Any]:
-    """Signed reasoning as a block."""
-    if "redacted" in signature:
-        return {"type": "redacted_thinking", "data": signature["redacted"]}
-    return {"type": "thinking", "thinking": reasoning, "signature": signature["signature"]}
 
 
 def is_thinking(block: Mapping[str, Any]) -> bool:
     return block["type"] in ("thinking", "redacted_thinking")
+
+
+def anthropic_blocks(turn: Turn) -> list[dict[str, Any]]:
+    blocks = []
+    for delta in join_deltas(turn.content):
+        block = {"type": "text", "text": delta.text} if delta.kind == "text" else json.loads(delta.text)
+        if delta.kind == "image":
+            block = {"type": "image", "source": {"type": "base64", **block}}
+        elif delta.kind == "tool_call":
+            arguments = parse_arguments(block["arguments"])
+            block = {"type": "tool_use", "id": block["id"], "name": tool_name(block["name"]), "input": arguments}
+        if delta.kind != "text" or delta.text.strip():  # a blank text is refused
+            blocks.append(block)
+    if not is_thinking(blocks[0]):  # thinking stands first or not at all
+        blocks = [block for block in blocks if not is_thinking(block)]
+    while is_thinking(blocks[-1]):  # and never last, where an answer was stopped
+        blocks.pop()
+    return blocks
 
 
 # To Anthropic, the answers since the last question are one turn, tool calls, their results and all; with thinking on, it
@@ -1913,18 +1840,10 @@ def starts_with_thinking(messages: Sequence[dict[str, Any]]) -> bool:
     return True
 
 
-def set_thinking(body: dict[str, Any], budget: int) -> None:
-    """Turns thinking on where it is wanted and may be on; else takes that of the newest turn out, earlier does no harm."""
-    messages = body["messages"]
-    is_forced = within(body, "tool_choice", "type") in ("any", "tool")
-    if budget and not is_forced and starts_with_thinking(messages):
-        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-        body["max_tokens"] += budget  # the budget counts as output
-        for name in ("temperature", "top_p"):  # may not be set beside thinking
-            body.pop(name, None)
-    else:
-        for message in messages[newest_turn(messages) :]:
-            message["content"] = [block for block in message["content"] if not is_thinking(block)]
+def drop_newest_thinking(messages: Sequence[dict[str, Any]]) -> None:
+    """Takes the thinking out of the newest turn; in earlier ones it does no harm."""
+    for message in messages[newest_turn(messages) :]:
+        message["content"] = [block for block in message["content"] if not is_thinking(block)]
 
 
 def tools_in(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -1934,24 +1853,21 @@ def tools_in(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": name, "input_schema": {"type": "object", "properties": {}}} for name in names]
 
 
-def anthropic_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool of any shape in Anthropic's."""
+def anthropic_tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = function_of(tool)
     if function is None:
         return tool
-    schema = function.get("parameters") or function.get("input_schema") or {"type": "object", "properties": {}}
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
     described = {"description": function["description"]} if function.get("description") else {}
     return {"name": function.get("name", ""), **described, "input_schema": schema}
 
 
-def anthropic_tool_choice(choice: Any) -> dict[str, Any]:
+def anthropic_tool_choice(choice: Any) -> Any:
     """OpenAI's tool_choice, a word or a function's name, as Anthropic's; what has another shape goes out as it is."""
-    if choice is None:
-        return {}
     if isinstance(choice, str):
-        return {"tool_choice": {"type": {"required": "any"}.get(choice, choice)}}
+        return {"type": {"required": "any"}.get(choice, choice)}
     name = within(choice, "function", "name") if isinstance(choice, dict) else None
-    return {"tool_choice": {"type": "tool", "name": name} if name else choice}
+    return {"type": "tool", "name": name} if name else choice
 
 
 DIALECTS: dict[str, Dialect] = {"openai": OpenAIDialect(), "anthropic": AnthropicDialect()}
@@ -2055,11 +1971,11 @@ class RepetitionGuard:
 # While an answer grows, a MarkdownStream parses only its tail. A block that begins after a blank line, and whose first
 # line is complete, neither continues what stands before it nor changes it. So everything before the last such block is
 # settled: sent once, then left alone (a reader may be selecting in it). Two things need care. A reference definition,
-# `[label]: url`, reaches back: each block remembers the labels it asked for and is rendered again when one of them
-# changes. And a code block is highlighted once, when it closes: on every frame would cost the square of its length.
+# `[label]: url`, reaches back: blocks with brackets are rendered again when there is a new one. And a code block is
+# highlighted once, when it closes: on every frame would cost the square of its length.
 #
 # Deliberately absent: raw HTML and footnotes, which reach across blank lines. A new rule must not do so either, nor put
-# content into HTML unescaped; the tests hold every prefix of every document against render_growing(). The libraries are
+# content into HTML unescaped; the tests hold every prefix of every document against a full render. The libraries are
 # imported at first use, so that a service that has nothing to render stays small.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -2117,17 +2033,6 @@ def _lexer(language: str) -> Any:
         return None
 
 
-class _TooSlow(Exception):
-    """Highlighting takes too long."""
-
-
-def _until(deadline: float, clock: Callable[[], float], tokens: Iterable[Any]) -> Iterator[Any]:
-    for token in tokens:
-        if clock() > deadline:
-            raise _TooSlow
-        yield token
-
-
 def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
     """Code as spans with Pygments' classes; as text if its language is unknown, or it is too long or too slow."""
     is_lit = language and len(code) <= HIGHLIGHT_CHARACTERS_MAX and not _SLOW_CODE.search(code)
@@ -2137,11 +2042,13 @@ def _highlight(code: str, language: str, clock: Callable[[], float]) -> str:
     from pygments import format as format_tokens  # type: ignore[import-untyped]
     from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 
-    tokens = _until(clock() + HIGHLIGHT_SECONDS_MAX, clock, lexer.get_tokens(code))
-    try:
-        return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
-    except _TooSlow:
-        return html.escape(code)
+    deadline = clock() + HIGHLIGHT_SECONDS_MAX
+    tokens = []
+    for token in lexer.get_tokens(code):
+        if clock() > deadline:
+            return html.escape(code)
+        tokens.append(token)
+    return str(format_tokens(tokens, HtmlFormatter(nowrap=True)))
 
 
 def _figure(code: str, language: str) -> str:
@@ -2251,27 +2158,23 @@ def _render_table_edge(renderer: Any, tokens: Sequence[Token], index: int, optio
     return f'<div class="table">{tag}' if tokens[index].nesting == 1 else f"{tag}</div>\n"
 
 
-def _alternative(image: Token) -> Iterator[Token]:
-    """The content of an image's alternative text, without the links and images in it."""
-    for token in image.children or ():
-        if token.type == "image":
-            yield from _alternative(token)
-        elif token.type not in ("link_open", "link_close"):
-            yield token
-
-
-def _image_as_link(image: Token) -> list[Token]:
+def _images_as_links(tokens: Iterable[Token]) -> Iterator[Token]:
     from markdown_it.token import Token
 
-    url = str(image.attrs["src"])
-    content = list(_alternative(image)) or [Token("text", "", 0, content=url)]
-    return [Token("link_open", "a", 1, attrs={"class": "image", "href": url}), *content, Token("link_close", "a", -1)]
+    for token in tokens:
+        if token.type != "image":
+            yield token
+            continue
+        url = str(token.attrs["src"])
+        yield Token("link_open", "a", 1, attrs={"class": "image", "href": url})
+        yield from _images_as_links(token.children or [Token("text", "", 0, content=url)])
+        yield Token("link_close", "a", -1)
 
 
 def _finish_inline(tokens: list[Token]) -> Iterator[Token]:
     """Inline tokens whose links open elsewhere, none inside another, and no images: to load one tells who reads."""
     is_shown: list[bool] = []  # of each link that is open
-    for token in itertools.chain.from_iterable(_image_as_link(t) if t.type == "image" else [t] for t in tokens):
+    for token in _images_as_links(tokens):
         if token.type == "link_open":
             is_shown.append(bool(token.attrs["href"]) and not any(is_shown))
             token.attrs |= {"rel": "noopener noreferrer nofollow", "target": "_blank"}
@@ -2292,16 +2195,6 @@ def _finish_tokens(state: StateCore) -> None:
 # The parser
 
 
-class _References(dict[str, Any]):
-    """Reference definitions by label, which remember the labels that were asked for."""
-
-    asked: set[str]
-
-    def get(self, label: Any, default: Any = None, /) -> Any:
-        self.asked.add(label)
-        return super().get(label, default)
-
-
 def _is_too_costly(text: str) -> bool:
     """Whether inline parsing could take the square of the length: what opens something is sought an end for."""
     depth = deepest = 0
@@ -2312,14 +2205,12 @@ def _is_too_costly(text: str) -> bool:
 
 
 def _parse_inlines(state: StateCore) -> None:
-    """Parse the text of each block, unless that is too costly, and note the labels that it asks for."""
+    """Parse the text of each block, unless that is too costly."""
     from markdown_it.token import Token
 
-    references: _References = state.env["references"]
     for token in state.tokens:
         if token.type != "inline":
             continue
-        references.asked = token.meta["labels"] = set()
         token.children = []
         if _is_too_costly(token.content):
             token.children.append(Token("text", "", 0, content=token.content))
@@ -2365,7 +2256,7 @@ def _parser() -> MarkdownIt:
 
 def _environment(definitions: dict[str, Any], clock: Callable[[], float]) -> dict[str, Any]:
     """What the rules above share during one parse."""
-    return {"references": _References(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
+    return {"references": dict(definitions), "highlighted": {}, "no_table_before_line": 0, "clock": clock}
 
 
 def _html(tokens: Sequence[Token], environment: dict[str, Any]) -> str:
@@ -2377,17 +2268,6 @@ def render(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
     """The HTML of a finished answer. Every text has one; what is too costly to parse is shown as text."""
     environment = _environment({}, clock)
     return _html(_parser().parse(text, environment), environment)
-
-
-def render_growing(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
-    """The HTML of an answer that still grows: render(), but with a last fence that has no end yet not highlighted."""
-    text = _RETURN.sub("\n", text)
-    environment = _environment({}, clock) | {"growing_line": _line_count(text)}
-    return _html(_parser().parse(text, environment), environment)
-
-
-def _render_plain(text: str) -> str:
-    return f'<pre class="plain">{html.escape(text)}</pre>\n' if text else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -2403,18 +2283,12 @@ class Frame:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A settled block: its source, which can be parsed alone, and the reference labels that it asks for."""
+class _Block(NamedTuple):
+    """A settled block: its source, which can be parsed alone, and whether a reference definition may change it."""
 
     source: str
-    labels: frozenset[str]
     html: str
-
-
-def _block(source: str, tokens: Sequence[Token], environment: dict[str, Any]) -> _Block:
-    labels = frozenset[str]().union(*(token.meta["labels"] for token in tokens if token.type == "inline"))
-    return _Block(source, labels, _html(tokens, environment))
+    has_brackets: bool
 
 
 def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
@@ -2431,7 +2305,8 @@ def _cuts(text: str, tokens: Sequence[Token]) -> list[tuple[int, int]]:
 
 
 class MarkdownStream:
-    """render_growing(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it.
+    """render(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it, but for a code
+    block at the end that has not closed yet: it is not highlighted.
 
     A frame costs what its open block costs. A caller that pauses for ten times `Frame.seconds` bounds the share of a
     core; an open block that is too slow all the same is plain text, tried again each time it has doubled. Blocks and
@@ -2470,7 +2345,7 @@ class MarkdownStream:
             is_slow = not settled and self._clock() - started > OPEN_BLOCK_SECONDS_MAX
             self._plain_below = 2 * len(self._tail) if is_slow else 0
         if is_slow:
-            self._open = _render_plain(self._tail)
+            self._open = f'<pre class="plain">{html.escape(self._tail)}</pre>\n' if self._tail else ""
         return Frame(tuple(settled), self._open, self._clock() - started)
 
     def finish(self) -> Frame:
@@ -2494,12 +2369,14 @@ class MarkdownStream:
         self, tokens: list[Token], cuts: list[tuple[int, int]], environment: dict[str, Any]
     ) -> list[tuple[int, str]]:
         """Settle what lies between the cuts and keep the rest as the tail; returns the new and the changed blocks."""
-        references: _References = environment["references"]
+        references: dict[str, Any] = environment["references"]
         changed = self._render_again(references)
         for (first, start), (last, end) in itertools.pairwise(cuts):
-            block = _block(self._tail[start:end], tokens[first:last], environment)
-            changed.append((len(self._blocks), block.html))
-            self._blocks.append(block)
+            block_tokens = tokens[first:last]
+            rendered = _html(block_tokens, environment)
+            has_brackets = any(token.type == "inline" and "[" in token.content for token in block_tokens)
+            changed.append((len(self._blocks), rendered))
+            self._blocks.append(_Block(self._tail[start:end], rendered, has_brackets))
         cut = cuts[-1][1]
         if cut:
             cut_line = self._tail.count("\n", 0, cut)
@@ -2508,19 +2385,19 @@ class MarkdownStream:
             self._highlighted.clear()
         return changed
 
-    def _render_again(self, references: _References) -> list[tuple[int, str]]:
-        """The settled blocks that look different because a label they ask for has a new meaning."""
+    def _render_again(self, references: dict[str, Any]) -> list[tuple[int, str]]:
+        """The settled blocks that look different because a reference definition is new or has changed."""
         targets = {label: (made["href"], made["title"]) for label, made in references.items()}
-        labels = {label for label, _ in targets.items() ^ self._targets.items()}
+        changed: list[tuple[int, str]] = []
+        if targets == self._targets:
+            return changed
         self._targets = targets
-        changed = []
-        for number, old in enumerate(self._blocks if labels else ()):
-            if not labels.isdisjoint(old.labels):
+        for number, old in enumerate(self._blocks):
+            if old.has_brackets:
                 environment = _environment(references, self._clock)
-                block = _block(old.source, _parser().parse(old.source, environment), environment)
-                self._blocks[number] = block
-                if block.html != old.html:
-                    changed.append((number, block.html))
+                rendered = _html(_parser().parse(old.source, environment), environment)
+                self._blocks[number] = old._replace(html=rendered)
+                changed += [(number, rendered)] if rendered != old.html else []
         return changed
 
 
@@ -2536,8 +2413,6 @@ class MarkdownStream:
 # demo provider is a transport too, so that a first start without a key takes the very same way.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
-DEMO_PIECE_CHARACTERS = 4
 DEMO_TEXT = """\
 Hello! This answer comes from llmchat's built-in **demo** provider: no key, no network, the same text every time. \
 You wrote:
@@ -2595,42 +2470,51 @@ DEMO_REASONING = (
 )
 
 
-def demo_answer(model: str, question: str) -> list[dict[str, str]]:
-    """The pieces of a demo model's answer as chat deltas."""
-    texts = {
-        "tour": DEMO_TEXT.format(question=shorten(question, None)),
-        "long": "".join(
-            f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)
-        ),
-        "markdown": DEMO_MARKDOWN,
-        "reasoning": "That is how it looks: the reasoning first, then the answer.\n",
-        "loop": "This model goes round in circles. " * 2000,
-        "slow": "One word a second: this is what a large model on a small machine feels like.\n",
-        "fails": "This answer breaks off in the mid",
-    }
-    reasoning = (
-        [{"reasoning_content": word} for word in re.findall(r"\S+\s*", DEMO_REASONING)] if model == "reasoning" else []
-    )
-    pieces = (
-        re.findall(r"\S+\s*", texts[model])
-        if model == "slow"
-        else re.findall(f"(?s).{{1,{DEMO_PIECE_CHARACTERS}}}", texts[model])
-    )
-    return reasoning + [{"content": piece} for piece in pieces]
+class Demo(NamedTuple):
+    """A demo model: its answer, the pause after each piece of it, the pattern of a piece, and what it thinks first."""
+
+    text: str
+    pause_seconds: float = 0.015
+    piece: str = r"(?s).{1,4}"
+    reasoning: str = ""
+
+
+DEMOS = {
+    "tour": Demo(DEMO_TEXT),
+    "slow": Demo("One word a second: this is what a large model on a small machine feels like.\n", 1.0, r"\S+\s*"),
+    "long": Demo(
+        "".join(f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)), 0.005
+    ),
+    "markdown": Demo(DEMO_MARKDOWN),
+    "reasoning": Demo("That is how it looks: the reasoning first, then the answer.\n", reasoning=DEMO_REASONING),
+    "loop": Demo("This model goes round in circles. " * 2000, 0.001),
+    "fails": Demo("This answer breaks off in the mid"),
+}
+assert tuple(DEMOS) == DEMO_MODELS
 
 
 async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
-    """The demo answer as a provider would send it. `fails` breaks off without a finish_reason."""
-    pause = {"slow": 1.0, "long": 0.005, "loop": 0.001}.get(model, 0.015)
-    for delta in demo_answer(model, question):
+    """A demo model's answer as a provider would send it. `fails` breaks off without a finish_reason."""
+    demo = DEMOS[model]
+    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", demo.reasoning)]
+    text = demo.text.replace("{question}", shorten(question, None))
+    deltas += [{"content": piece} for piece in re.findall(demo.piece, text)]
+    for delta in deltas:
         yield b"data: %s\n\n" % encode_json({"choices": [{"index": 0, "delta": delta}]})
-        await asyncio.sleep(pause)
+        await asyncio.sleep(demo.pause_seconds)
     if model != "fails":
         yield b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
         yield b"data: [DONE]\n\n"
 
 
-Batch = tuple[list[Delta], GenerationError | None]  # of one read, and what went wrong in it
+def answer_demo(request: httpx.Request) -> httpx.Response:
+    """Answers a question to DEMO_HOST, without a network."""
+    import httpx
+
+    asked = decode_json(request.content)
+    content = asked["messages"][-1]["content"]
+    question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return httpx.Response(200, content=demo_stream(asked["model"], question))
 
 
 class Target(NamedTuple):
@@ -2834,34 +2718,16 @@ class Answer:
     def _decode_end(self, deltas: list[Delta]) -> GenerationError | None:
         try:
             if self._document is not None:
-                self._decode_document(bytes(self._document), deltas)
+                self.decoder.decode_document(bytes(self._document), deltas)
             with contextlib.suppress(ProviderProtocol):  # half an event: the answer was cut, and `end` says so
                 for name, payload in self._sse.end():
                     self.decoder.decode(name, payload, deltas)
             self.decoder.end(deltas)
         except ProviderTruncated as exc:
-            return self._strange_error(bytes(self._sse.strange)) if self._sse.strange else exc
+            return no_answer(self.provider, bytes(self._sse.strange)) if self._sse.strange else exc
         except GenerationError as exc:
             return exc
         return None
-
-    def _decode_document(self, body: bytes, deltas: list[Delta]) -> None:
-        """A whole answer in one JSON document, although a stream was asked for; a web page is an error."""
-        if body.startswith(b"<"):
-            words, _ = body_words("text/html", body)
-            raise ProviderProtocol(
-                f"{self.provider.name} answered with a web page: {shorten(words, self.provider.key)}"
-            )
-        self.decoder.decode_document(body, deltas)
-
-    def _strange_error(self, body: bytes) -> ProviderError:
-        """For what came in place of events, or after them: a bare error (Gemini), or something else altogether."""
-        if body.lstrip().startswith((b"{", b"[")) and b'"error"' in body:
-            return in_band_error(self.provider, body)
-        words, _ = body_words(self._response.headers.get("content-type", ""), body)
-        return ProviderProtocol(
-            f"{self.provider.name} sent something that is no answer: {shorten(words, self.provider.key)}"
-        )
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -2869,15 +2735,8 @@ def connection_errors() -> tuple[type[Exception], ...]:
     import aiohttp
     import httpx
 
-    return (
-        httpx.HTTPError,
-        httpx.InvalidURL,
-        httpx.StreamError,
-        aiohttp.ClientError,
-        aiohttp.http.HttpProcessingError,
-        OSError,
-        ValueError,
-    )
+    of_httpx = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError)
+    return (*of_httpx, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
 
 
 def connection_error(provider: Provider, exc: Exception) -> ProviderError:
@@ -2885,19 +2744,15 @@ def connection_error(provider: Provider, exc: Exception) -> ProviderError:
     import aiohttp
 
     cause = exc.__cause__ or exc
+    reason = shorten(reason_of(cause), provider.key)
     if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
-        return ProviderProtocol(
-            f"{provider.name} answered with something that is not HTTP: {shorten(reason_of(cause), provider.key)}"
-        )
+        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {reason}")
+    what = "broke the connection before it answered"
     if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
-        inner = getattr(cause, "os_error", None)
-        reason = os.strerror(inner.errno) if isinstance(inner, ConnectionError) and inner.errno else reason_of(cause)
-        return ProviderUnavailable(
-            f"{provider.name} cannot be reached at {provider.base_url}: {reason}", transient=True
-        )
-    return ProviderUnavailable(
-        f"{provider.name} broke the connection before it answered: {reason_of(cause)}", transient=True
-    )
+        what = f"cannot be reached at {provider.base_url}"
+        system = getattr(cause, "os_error", None)
+        reason = os.strerror(system.errno) if isinstance(system, ConnectionError) and system.errno else reason
+    return ProviderUnavailable(f"{provider.name} {what}: {reason}", transient=True)
 
 
 def reason_of(exc: BaseException) -> str:
@@ -2907,21 +2762,16 @@ def reason_of(exc: BaseException) -> str:
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """How long a provider asks to wait, by `retry-after-ms`, or `retry-after` as seconds or an HTTP date."""
-    text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return check_seconds(float(headers.get("retry-after-ms", "")) / 1000)
-    with contextlib.suppress(ValueError):
-        return check_seconds(float(text))
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return check_seconds(email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    readings: tuple[Callable[[], float], ...] = (
+        lambda: float(headers["retry-after-ms"]) / 1000,
+        lambda: float(headers["retry-after"]),
+        lambda: email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(),
+    )
+    for read in readings:
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            if (seconds := read()) == seconds:  # `float` takes "nan"
+                return max(seconds, 0.0)
     return None
-
-
-def check_seconds(seconds: float) -> float:
-    """A wait that is not in the past. Raises ValueError for what is no number (`float` takes "nan")."""
-    if seconds != seconds:
-        raise ValueError("not a number")
-    return max(seconds, 0.0)
 
 
 def retry_delay(error: ProviderError, attempt: int) -> float | None:
@@ -3019,12 +2869,10 @@ class Providers:
 
     async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
         """One request; the response's body is still to be read. Raises ProviderError."""
-        if provider.key and not (provider.key.isascii() and provider.key.isprintable()):
-            raise ProviderAuth(f"{provider.variable} holds characters that no key has; check it")
         import httpx
 
         await self.open()
-        transport = open_demo_transport() if provider.name == DEMO else self._transport
+        transport = httpx.MockTransport(answer_demo) if provider.name == DEMO else self._transport
         headers = {**PROVIDER_HEADERS, **DIALECTS[provider.dialect].headers(provider)}
         try:
             request = httpx.Request(method, url, content=body, headers=headers, extensions=PROVIDER_EXTENSIONS)
@@ -3041,7 +2889,7 @@ class Providers:
                     body += data
                     if len(body) > REQUEST_BYTES_MAX:
                         break
-        words, kinds = body_words(response.headers.get("content-type", ""), body)
+        words, kinds = body_words(body)
         if 300 <= response.status_code < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
         error = provider_error(provider, response.status_code, words, kinds)
@@ -3058,8 +2906,8 @@ class Providers:
     async def list_models(self, provider: Provider, refresh: bool = False) -> ModelList:
         """A provider's models, asked live unless they are given or were asked lately; never raises."""
         known = self._models.get(provider.name)
-        if provider.name == DEMO or provider.models:
-            return ModelList(provider.models or DEMO_MODELS, None, 0.0)
+        if provider.models:
+            return ModelList(provider.models, None, 0.0)
         if known is None or refresh or time.monotonic() - known.asked_at > MODELS_CACHE_SECONDS:
             try:
                 async with asyncio.timeout(MODELS_SECONDS):
@@ -3072,26 +2920,13 @@ class Providers:
         return known
 
     async def _fetch_models(self, provider: Provider) -> tuple[str, ...]:
-        dialect = DIALECTS[provider.dialect]
-        base_url = provider.base_url.removesuffix("/v1") if dialect.models_path.startswith("/v1") else provider.base_url
-        url = provider.models_url or base_url + dialect.models_path
-        models: list[str] = []
-        page: Any = {"has_more": True, "last_id": None}
-        while isinstance(page, dict) and page.get("has_more"):  # only Anthropic's list has pages
-            after = f"&after_id={page['last_id']}" if page.get("last_id") else ""
-            page = await self._fetch_json(provider, url + after)
-            found = models_of(page)
-            models += found
-            if not found:
-                break
-        return tuple(dict.fromkeys(models))
-
-    async def _fetch_json(self, provider: Provider, url: str) -> Any:
-        response = await self._send(provider, "GET", url, None)
+        path = DIALECTS[provider.dialect].models_path
+        base_url = provider.base_url.removesuffix("/v1") if path.startswith("/v1") else provider.base_url
+        response = await self._send(provider, "GET", provider.models_url or base_url + path, None)
         try:
             if response.status_code != 200:
                 raise (await self._refusal(provider, response))[0]
-            return decode_json(await response.aread())
+            return tuple(dict.fromkeys(models_of(decode_json(await response.aread()))))
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
         except connection_errors() as exc:
@@ -3103,38 +2938,39 @@ class Providers:
 
     async def resolve(self, provider_name: str | None, model: str | None, name: str = "model") -> Target:
         """The target that a request means; `name` is the field to blame. Raises InvalidRequest."""
-        if provider_name is not None:
-            provider = self._find(provider_name, "provider")
-            return self._check(Target(provider, model or await self._first_model(provider)), name)
-        if model is None and not self._config.default_model:
-            provider = self._config.providers[0]
-            return Target(provider, await self._first_model(provider))
-        wanted = model if model is not None else self._config.default_model
-        prefix, slash, rest = wanted.partition("/")
-        if slash and rest and self._config.provider(prefix):
-            return self._check(Target(self._find(prefix, name), rest), name)
-        if found := await self._find_by_model(wanted, name):
-            return found
-        if len(self._config.providers) == 1 and prefix not in PROVIDER_FACTS and wanted:
-            return self._check(Target(self._config.providers[0], wanted), name)
-        self._find(prefix if slash else wanted, name)
-        raise ModelNotFound(
-            f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too"
-        )
+        wanted = model or ""
+        provider = self._find(provider_name, "provider") if provider_name is not None else None
+        if provider is None:
+            wanted = wanted or self._config.default_model
+            prefix, _, rest = wanted.partition("/")
+            if rest and (provider := self._config.provider(prefix)):
+                wanted = rest
+            elif wanted:
+                return await self._find_by_model(wanted, name)
+        provider = provider or self._config.providers[0]
+        return self._check(Target(provider, wanted or await self._first_model(provider)), name)
 
-    async def _find_by_model(self, wanted: str, name: str) -> Target | None:
-        """The target of a model without its provider, where only one has it. Raises ModelNotFound.
+    async def _find_by_model(self, wanted: str, name: str) -> Target:
+        """The target of a model without its provider: where only one has it, or there is only one. Raises ModelNotFound.
 
         The lists that the configuration gives come first; only then are the providers asked for theirs.
         """
-        found = [Target(one, wanted) for one in self._config.providers if wanted in one.models]
-        if not found and len(self._config.providers) > 1 and self._config.provider(wanted) is None:
-            listed = await asyncio.gather(*map(self.list_models, self._config.providers))
-            pairs = zip(self._config.providers, listed, strict=True)
-            found = [Target(one, wanted) for one, of_one in pairs if wanted in of_one.models]
-        if len(found) > 1:
+        providers = self._config.providers
+        found = [Target(one, wanted) for one in providers if wanted in one.models]
+        if not found and len(providers) > 1 and self._config.provider(wanted) is None:
+            listed = await asyncio.gather(*map(self.list_models, providers))
+            found = [Target(one, wanted) for one, its in zip(providers, listed, strict=True) if wanted in its.models]
+        prefix = wanted.partition("/")[0]
+        if len(providers) == 1 and prefix not in PROVIDER_FACTS:
+            found = [self._check(Target(providers[0], wanted), name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
             raise ModelNotFound(f"{name}: several providers have {wanted!r}; write one of {', '.join(map(str, found))}")
-        return found[0] if found else None
+        self._find(prefix, name)
+        raise ModelNotFound(
+            f"{name}: {wanted!r} does not say which provider; write provider/model, or name the provider too"
+        )
 
     def _find(self, wanted: str, name: str) -> Provider:
         provider = self._config.provider(wanted)
@@ -3147,7 +2983,7 @@ class Providers:
 
     def _check(self, target: Target, name: str) -> Target:
         """Refuses a model that is known not to be there: where the list is given, not asked."""
-        models = DEMO_MODELS if target.provider.name == DEMO else target.provider.models
+        models = target.provider.models
         if models and target.model not in models:
             raise ModelNotFound(
                 f"{name}: {target.provider.name} has no model {target.model!r}; it has {', '.join(models)}"
@@ -3251,28 +3087,6 @@ def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
         limit=limits.max_connections or 0, keepalive_timeout=limits.keepalive_expiry, ssl=ssl_context
     )
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=bool(getproxies()))
-
-
-def open_demo_transport() -> Any:
-    """Answers for DEMO_HOST as a provider would, without a network."""
-    import httpx
-
-    class DemoStream(httpx.AsyncByteStream):
-        def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-            self._chunks = chunks
-
-        def __aiter__(self) -> AsyncIterator[bytes]:
-            return self._chunks
-
-    class DemoTransport(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            body = decode_json(request.content)
-            content = body["messages"][-1]["content"]
-            question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-            stream = DemoStream(demo_stream(body["model"], question))
-            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=stream)
-
-    return DemoTransport()
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3455,6 +3269,7 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     try:
         for pragma in (
             f"busy_timeout={DATABASE_BUSY_MS}",
+            f"journal_size_limit={WAL_BYTES_MAX}",
             "foreign_keys=ON",
             "synchronous=NORMAL",
             "temp_store=MEMORY",
@@ -4299,12 +4114,7 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
         content = found.setdefault(row["id"], (row, []))[1]
         content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
-        Turn(
-            row["role"],
-            tuple(join_deltas(content)),
-            row["provider"],
-            json.loads(row["params_json"]).get("tool_call_id"),
-        )
+        Turn(row["role"], tuple(join_deltas(content)), json.loads(row["params_json"]).get("tool_call_id"))
         for row, content in found.values()
     )
 
@@ -6861,11 +6671,20 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FORWARDING_HEADERS = frozenset(
     {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"}
 )
+CROSS_ORIGIN_HEADERS = [  # what a listed origin's page may send and read
+    (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+    (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id, x-request-id"),
+    (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
+    (b"access-control-max-age", b"600"),
+    (b"cross-origin-resource-policy", b"cross-origin"),
+    (b"vary", b"origin"),
+]
 FAILURES_FREE = 5  # failed sign-ins of one address before it has to wait
 FAILURES_FREE_IN_ALL = 100  # and of all addresses together
 FAILURE_SECONDS = 10  # for one failure to be forgotten; of all together, a tenth of it
 FAILURES_ADDRESSES_MAX = 10_000  # addresses that are remembered; then the oldest is forgotten
 TOKEN_CHARACTERS_MIN = 8  # of a token that somebody sets
+TOKEN_WORDS = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
 
 
 def hash_secret(secret: str) -> str:
@@ -6877,36 +6696,68 @@ def bind_token(cookie: str, token_hash: str) -> str:
     return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
 
 
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
 def is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    address = parse_address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
-def is_address(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host))
-    return False
-
-
-def host_and_port(netloc: str) -> tuple[str, str]:
-    """('example.org', '8000') of 'example.org:8000'; brackets of IPv6 are taken off."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::([0-9]+))?", netloc)
-    return ((match[1] or match[2] or "").lower(), match[3] or "") if match else ("", "")
+def host_of(netloc: str) -> str:
+    """'example.org' of 'Example.org:8000', '::1' of '[::1]:8000'; empty if it is neither."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::[0-9]+)?", netloc)
+    return (match[1] or match[2] or "").lower() if match else ""
 
 
 def bare_address(text: str) -> str:
     """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
     match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
-    with contextlib.suppress(ValueError):
-        found = "".join(filter(None, match.groups())) if match else ""
-        address = ipaddress.ip_address(found.partition("%")[0])
-        return str(getattr(address, "ipv4_mapped", None) or address)
-    return ""
+    found = "".join(filter(None, match.groups())) if match else ""
+    address = parse_address(found.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address or "")
 
 
-def comma_list(text: str) -> tuple[str, ...]:
-    return tuple(one.strip() for one in text.split(",") if one.strip())
+def header_of(scope: Scope, name: bytes) -> str:
+    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
+    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page, or another port's, made it ask."""
+    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
+
+
+def peer_of(scope: Scope) -> str:
+    """The address at the other end of the connection; empty if it has none."""
+    return bare_address(scope["client"][0]) if scope.get("client") else ""
+
+
+def cookie_of(scope: Scope) -> str:
+    return HTTPConnection(scope).cookies.get(SESSION_COOKIE, "")
+
+
+def comma_list(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",") if one.strip()]
+
+
+def checked_list(setting: str, text: str, pattern: str, example: str) -> list[str]:
+    """A setting's comma list. Raises StartError for an entry that does not fit."""
+    for one in comma_list(text):
+        if not re.fullmatch(pattern, one):
+            raise StartError(f"{setting}: {one[:60]!r} is not accepted; it is a list such as {example}")
+    return comma_list(text)
+
+
+def parse_networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    try:
+        return [ipaddress.ip_network(one, strict=False) for one in comma_list(text)]
+    except ValueError as exc:
+        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
 
 
 def token_path(config: Config) -> str:
@@ -6919,30 +6770,20 @@ def with_token(config: Config) -> tuple[Config, bool]:
         return config, False
     path = Path(token_path(config))
     try:
-        if path.exists():
-            if is_open_to_others(path):
-                path.chmod(0o600)
-                log.warning(f"{path} was open to others and is not any more; delete it for a new token")
-            return replace(config, token=read_token(path)), False
-        token = secrets.token_urlsafe(24)
-        with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(token + "\n")
-        os.replace(f"{path}.new", path)  # a file that is half written would be a token that is half guessed
+        is_new = not path.exists()
+        if is_new:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(24) + "\n")
+        elif is_open_to_others(path):
+            path.chmod(0o600)
+            log.warning(f"{path} was open to others and is not any more; delete it for a new token")
+        token = path.read_text("latin-1").strip()
     except OSError as exc:
-        raise StartError(
-            f"{path}: a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}"
-        ) from exc
-    return replace(config, token=token), True
-
-
-def read_token(path: Path) -> str:
-    """The token in a file. Raises StartError, also when there is none in it: nobody may come in without one."""
-    token = path.read_text("latin-1").strip()
+        reason = f"a token is needed to listen on {config.host}, and cannot be kept: {exc.strerror}"
+        raise StartError(f"{path}: {reason}") from exc
     if not is_token(token):
-        raise StartError(
-            f"{path}: holds no token of at least {TOKEN_CHARACTERS_MIN} characters; delete it for a new one"
-        )
-    return token
+        raise StartError(f"{path}: holds no token, which is {TOKEN_WORDS}; delete it for a new one")
+    return replace(config, token=token), is_new
 
 
 def is_token(text: str) -> bool:
@@ -6953,52 +6794,18 @@ def is_token(text: str) -> bool:
 def token_owners(config: Config) -> dict[str, str]:
     """Owner by hash of token. Raises StartError; no message of it shows an entry, since a token may be at any place."""
     owners = {hash_secret(config.token): LOCAL_OWNER} if config.token else {}
-    what = f"at least {TOKEN_CHARACTERS_MIN} printable ASCII characters without a space"
     if config.token and not is_token(config.token):
-        raise StartError(f"LLMCHAT_TOKEN: the token, of {len(config.token)} characters, is not accepted; it is {what}")
+        raise StartError(f"LLMCHAT_TOKEN: has {len(config.token)} characters; it is {TOKEN_WORDS}")
     for number, pair in enumerate(comma_list(config.users), 1):
         name, _, token = pair.partition(":")
         if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name) or not is_token(token):
-            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, the token {what}")
+            raise StartError(f"LLMCHAT_USERS: entry {number} is not accepted; it is name:token, {TOKEN_WORDS}")
         if hash_secret(token) in owners or name in owners.values():
             raise StartError(f"LLMCHAT_USERS: the name or the token of entry {number} is there twice")
         owners[hash_secret(token)] = name
     if not owners and (config.users or not is_loopback(config.host)):
         raise StartError(f"LLMCHAT_USERS: has no entry, and nobody may come in without a token on {config.host!r}")
     return owners
-
-
-def parse_networks(config: Config) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    try:
-        return tuple(ipaddress.ip_network(one, strict=False) for one in comma_list(config.trusted_proxies))
-    except ValueError as exc:
-        raise StartError(f"LLMCHAT_TRUSTED_PROXIES: {reason_of(exc)}; it is a list of addresses and networks") from exc
-
-
-def parse_hosts(config: Config) -> Iterator[str]:
-    """The names of LLMCHAT_HOSTS, whatever port they are given with. Raises StartError."""
-    for one in comma_list(config.hosts):
-        name, _ = host_and_port(one)
-        if not (one == "*" or re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name)):
-            raise StartError(
-                f"LLMCHAT_HOSTS: {one[:60]!r} is not accepted; it is a list of names such as chat.example.org"
-            )
-        yield name
-
-
-def parse_origins(config: Config) -> frozenset[str]:
-    """The origins of LLMCHAT_CORS_ORIGINS as browsers send them. Raises StartError: `null` and `*` are everybody."""
-    for one in comma_list(config.cors_origins):
-        if not re.fullmatch(r"https?://[a-z0-9_.:\[\]-]+", one):
-            raise StartError(
-                f"LLMCHAT_CORS_ORIGINS: {one[:60]!r} is not accepted; it is a list such as https://app.example.org"
-            )
-    return frozenset(comma_list(config.cors_origins))
-
-
-def header_of(scope: Scope, name: bytes) -> str:
-    """A request header; of one that came several times all, joined as RFC 9110 says; empty if there is none."""
-    return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
 class Throttle:
@@ -7010,51 +6817,51 @@ class Throttle:
     """
 
     def __init__(self) -> None:
-        self._failures: dict[str, tuple[float, float]] = {}  # address: how many, as of when
+        self._failures: dict[str, tuple[float, float]] = {}  # address, or "" for all: how many, as of when
         self._known: dict[str, None] = {}  # addresses that were let in, the newest last
 
     def wait_seconds(self, address: str) -> float:
         """How long this address has to wait before it may try again; 0: not at all."""
         key = self._key(address)
-        common = 0.0 if key in self._known else self._excess("", FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
-        return max(self._excess(key, FAILURES_FREE, FAILURE_SECONDS), common)
+        return max(self._wait(key), 0.0 if key in self._known else self._wait(""))
 
     def fail(self, address: str) -> None:
-        for key, seconds in ((self._key(address), FAILURE_SECONDS), ("", FAILURE_SECONDS / 10)):
-            count, now = self._count(key, seconds), time.monotonic()
-            self._failures.pop(key, None)
-            self._failures[key] = (count + 1, now)
-        if len(self._failures) > FAILURES_ADDRESSES_MAX:
-            self._failures.pop(next(iter(self._failures)))
+        for key in (self._key(address), ""):
+            self._remember(self._failures, key, (self._count(key) + 1, time.monotonic()))
 
     def succeed(self, address: str) -> None:
-        key = self._key(address)
-        self._known.pop(key, None)
-        self._known[key] = None
-        if len(self._known) > FAILURES_ADDRESSES_MAX:
-            self._known.pop(next(iter(self._known)))
+        self._remember(self._known, self._key(address), None)
 
     def _key(self, address: str) -> str:
         return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address or "-"
 
-    def _count(self, key: str, seconds: float) -> float:
-        count, at = self._failures.get(key, (0.0, 0.0))
-        return max(count - (time.monotonic() - at) / seconds, 0.0)
+    def _remember(self, table: dict[str, T], key: str, value: T) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > FAILURES_ADDRESSES_MAX:
+            del table[next(iter(table))]
 
-    def _excess(self, key: str, free: int, seconds: float) -> float:
-        return max(self._count(key, seconds) - free + 1, 0.0) * seconds
+    def _count(self, key: str) -> float:
+        count, at = self._failures.get(key, (0.0, 0.0))
+        return max(count - (time.monotonic() - at) / (FAILURE_SECONDS if key else FAILURE_SECONDS / 10), 0.0)
+
+    def _wait(self, key: str) -> float:
+        free, seconds = (FAILURES_FREE, FAILURE_SECONDS) if key else (FAILURES_FREE_IN_ALL, FAILURE_SECONDS / 10)
+        return max(self._count(key) - free + 1, 0.0) * seconds
 
 
 class Gate:
     """Admits requests: sets scope["owner"], or raises what section 2 has for it."""
 
     def __init__(self, config: Config, store: Store) -> None:
-        self._config = config
+        names = checked_list("LLMCHAT_HOSTS", config.hosts, r"\*|[A-Za-z0-9_.-]+(:[0-9]+)?", "chat.example.org")
+        pattern, example = r"https?://[a-z0-9_.:\[\]-]+", "https://app.example.org"
         self._store = store
         self._owners = token_owners(config)
-        self._proxies = parse_networks(config)
-        self._hosts = {"localhost", config.host.lower(), *parse_hosts(config)}
-        self._origins = parse_origins(config)
+        self._proxies = parse_networks(config.trusted_proxies)
+        self._hosts = {"localhost", config.host.lower(), *(one.partition(":")[0].lower() for one in names)}
+        self._origins = set(checked_list("LLMCHAT_CORS_ORIGINS", config.cors_origins, pattern, example))
+        self._session_seconds = config.session_days * 86_400
         self._sessions: dict[str, Session] = {}
         self._throttle = Throttle()
 
@@ -7077,8 +6884,9 @@ class Gate:
 
     def _check_host(self, scope: Scope) -> None:
         netloc = header_of(scope, b"host")
-        host, _ = host_and_port(netloc)
-        if not (host in self._hosts or is_address(host) or host.endswith(".localhost") or "*" in self._hosts):
+        host = host_of(netloc)
+        is_ours = host in self._hosts or host.endswith(".localhost") or "*" in self._hosts
+        if not is_ours and parse_address(host) is None:
             raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
 
     def _check_origin(self, scope: Scope) -> None:
@@ -7088,25 +6896,19 @@ class Gate:
         even if the page is not shown what came.
         """
         origin = header_of(scope, b"origin")
-        if origin in self._origins:
-            return
         if scope["method"] in SAFE_METHODS:
             refused = is_foreign(scope) and header_of(scope, b"sec-fetch-mode") not in ("", "navigate")
         else:
             same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
             refused = is_foreign(scope) or not same
-        if refused:
-            raise Forbidden(
-                f"origin: {origin[:200] or 'another site'!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may"
-            )
+        if refused and origin not in self._origins:
+            shown = origin[:200] or "another site"
+            raise Forbidden(f"origin: {shown!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
 
     def _check_forwarded(self, scope: Scope) -> None:
         """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
-        if (
-            self.is_open
-            and not self._is_proxy(peer_of(scope))
-            and any(name in FORWARDING_HEADERS for name, _ in scope["headers"])
-        ):
+        is_forwarded = any(name in FORWARDING_HEADERS for name, _ in scope["headers"])
+        if is_forwarded and self.is_open and not self._is_proxy(peer_of(scope)):
             raise Forbidden(
                 "a proxy has passed this request on, and nobody needs a token here: set LLMCHAT_TOKEN, or"
                 " LLMCHAT_TRUSTED_PROXIES if the proxy itself decides who may come in"
@@ -7117,18 +6919,7 @@ class Gate:
         origin = header_of(scope, b"origin")
         if origin not in self._origins:
             return []
-        return [
-            (b"access-control-allow-origin", origin.encode("latin-1")),
-            (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
-            (
-                b"access-control-allow-headers",
-                b"authorization, content-type, idempotency-key, last-event-id, x-request-id",
-            ),
-            (b"access-control-expose-headers", b"x-request-id, retry-after, location"),
-            (b"access-control-max-age", b"600"),
-            (b"cross-origin-resource-policy", b"cross-origin"),
-            (b"vary", b"origin"),
-        ]
+        return [(b"access-control-allow-origin", origin.encode()), *CROSS_ORIGIN_HEADERS]
 
     def _find_owner(self, scope: Scope) -> str | None:
         scheme, _, token = header_of(scope, b"authorization").partition(" ")
@@ -7146,16 +6937,14 @@ class Gate:
         address = self.address_of(scope)
         if wait := self._throttle.wait_seconds(address):
             raise RateLimited(f"too many failed sign-ins; wait {math.ceil(wait)} s", retry_after_seconds=wait)
-        shown, owner = hash_secret(token), None
-        for known, name in self._owners.items():
-            if hmac.compare_digest(known, shown):
-                owner = name
-        if owner is None:
+        shown = hash_secret(token)
+        found = [name for known, name in self._owners.items() if hmac.compare_digest(known, shown)]
+        if not found:
             self._throttle.fail(address)
             log.warning("sign-in failed", extra={"fields": {"address": address, "request_id": scope["request_id"]}})
             raise Unauthorized("the token is not right")
         self._throttle.succeed(address)
-        return owner
+        return found[0]
 
     def address_of(self, scope: Scope) -> str:
         """The client's address: the newest that no trusted proxy vouches for."""
@@ -7179,12 +6968,12 @@ class Gate:
         """A new session for whoever has this token; returns its cookie. Raises Unauthorized, RateLimited."""
         owner = self.owner_of_token(scope, token)
         cookie = secrets.token_urlsafe(32)
-        expires_at_ms = now_ms() + self._config.session_days * 86_400_000
+        expires_at_ms = now_ms() + self._session_seconds * 1000
         session = Session(hash_secret(cookie), owner, bind_token(cookie, hash_secret(token)), expires_at_ms)
         await self._store.write(insert_session, session, durable=True)
         self._sessions[session.cookie_hash] = session
-        attributes = f"Max-Age={self._config.session_days * 86_400}; Path=/; HttpOnly; SameSite=Lax"
-        return f"{SESSION_COOKIE}={cookie}; {attributes}" + ("; Secure" if self.is_encrypted(scope) else "")
+        secure = "; Secure" if self.is_encrypted(scope) else ""
+        return f"{SESSION_COOKIE}={cookie}; Max-Age={self._session_seconds}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
     async def sign_out(self, scope: Scope) -> str:
         """Ends the session; returns the cookie that takes the old one away."""
@@ -7192,25 +6981,6 @@ class Gate:
         await self._store.write(delete_session, cookie_hash, durable=True)
         self._sessions.pop(cookie_hash, None)
         return f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
-
-
-def is_foreign(scope: Scope) -> bool:
-    """Whether a browser says that another site's page, or another port's, made it ask."""
-    return header_of(scope, b"sec-fetch-site") in ("cross-site", "same-site")
-
-
-def peer_of(scope: Scope) -> str:
-    """The address at the other end of the connection; empty if it has none."""
-    return bare_address(scope["client"][0]) if scope.get("client") else ""
-
-
-def cookie_of(scope: Scope) -> str:
-    """The session cookie's value; empty if there is none."""
-    for pair in header_of(scope, b"cookie").split(";"):
-        name, _, value = pair.strip().partition("=")
-        if name == SESSION_COOKIE:
-            return value
-    return ""
 
 
 def owner_of(request: Request) -> str:
@@ -7225,15 +6995,18 @@ def owner_of(request: Request) -> str:
 #
 # A handler parses, authorises, calls and renders; what it can raise is in section 2, and one renderer turns that into
 # the error shape. ENDPOINTS is the API: the routes, /openapi.json, /docs and `help` are all read off it, so none of
-# them can say something else. Bodies are decoded into the types that also make the schema; what they refuse is told
-# with the field, what was expected and the value that came. A stream is sent past Starlette's response classes,
-# straight to the server: one send per wake-up. The envelope around everything gives a request its id and its error.
+# them can say something else. Bodies and query strings are converted to the types that also make the schema; what they
+# refuse is told with the field, what was expected and the value that came. A stream is sent past Starlette's response
+# classes, straight to the server: one send per wake-up. The envelope around everything gives a request its id and its
+# headers, and turns what was raised into a response.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Characters = Annotated[str, Meta(min_length=1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 MaxTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high"]
+RowId = Annotated[int, Meta(ge=1, le=2**53)]
+SystemPrompt = Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200, description="`provider/model`")]
 
 
@@ -7257,40 +7030,6 @@ class ToolResultPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="
     text: str
 
 
-class Asked(Struct, forbid_unknown_fields=True):
-    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
-
-    model: ModelName | None = None
-    provider: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
-    temperature: Temperature | None = None
-    max_tokens: MaxTokens | None = None
-    reasoning_effort: ReasoningEffort | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    tool_choice: Any = None
-    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
-    stream: bool = True
-    background: bool = False
-
-
-class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
-    """A question. Null is the same as absent, but for parent_id."""
-
-    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
-    conversation_id: Annotated[int, Meta(ge=1, le=2**53, description="absent: a new conversation")] | None = None
-    parent_id: (
-        Annotated[int, Meta(ge=1, le=2**53, description="absent: the newest leaf; null: a new first message")]
-        | UnsetType
-        | None
-    ) = UNSET
-    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX, description="kept with the conversation")] | None = (
-        None
-    )
-
-
-class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
-    """Another answer to the same question; what is absent is as it was for the first."""
-
-
 class ContinueRequest(Struct, forbid_unknown_fields=True):
     """How the rest of an answer is to come."""
 
@@ -7300,14 +7039,73 @@ class ContinueRequest(Struct, forbid_unknown_fields=True):
     background: bool = False
 
 
+class Asked(ContinueRequest, kw_only=True, forbid_unknown_fields=True):
+    """What every request for an answer may say; absent or null is the conversation's, or the provider's, default."""
+
+    temperature: Temperature | None = None
+    max_tokens: MaxTokens | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Any = None
+    fallbacks: Annotated[list[ModelName], Meta(max_length=FALLBACKS_MAX)] | None = None
+
+
+class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """A question. Null is the same as absent, but for parent_id."""
+
+    message: Characters | Annotated[list[TextPart | ImagePart | ToolResultPart], Meta(max_length=64)]
+    conversation_id: Annotated[RowId, Meta(description="absent: a new conversation")] | None = None
+    parent_id: (
+        Annotated[RowId, Meta(description="absent: the newest leaf; null: a new first message")] | UnsetType | None
+    ) = UNSET
+    system: Annotated[SystemPrompt, Meta(description="kept with the conversation")] | None = None
+
+
+class RegenerateRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """Another answer to the same question; what is absent is as it was for the first."""
+
+
 class ConversationChanges(Struct, forbid_unknown_fields=True):
     """What of a conversation can be set; absent fields stay as they are. A parameter that is null is unset again."""
 
-    title: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
-    system: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | UnsetType = UNSET
+    title: Annotated[str, Meta(max_length=200, pattern=r"\S")] | UnsetType = UNSET
+    system: SystemPrompt | UnsetType = UNSET
     temperature: Temperature | UnsetType | None = UNSET
     max_tokens: MaxTokens | UnsetType | None = UNSET
     reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
+
+
+class RenderQuery(Struct):
+    render: Annotated[Literal["html"], Meta(description="answers as HTML too")] | UnsetType = UNSET
+
+
+class StreamQuery(RenderQuery):
+    after: Annotated[int, Meta(ge=0, le=2**53, description="the cursor; a Last-Event-ID header wins over it")] = 0
+
+
+class ConversationsQuery(Struct):
+    query: Annotated[str, Meta(max_length=QUERY_CHARACTERS_MAX, description="words, each matched as a prefix")] = ""
+    limit: Annotated[int, Meta(ge=1, le=LIST_LIMIT_MAX)] = 50
+    before: (
+        Annotated[str, Meta(pattern="^[0-9]{1,15}-[0-9]{1,15}$", description="the next_before of the page before")]
+        | UnsetType
+    ) = UNSET
+
+
+class UsageQuery(Struct):
+    days: Annotated[int, Meta(ge=1, le=3660, description="how far back")] = 30
+
+
+class ExportQuery(Struct):
+    format: Annotated[Literal["json", "markdown"], Meta(description="complete, or to read")] = "json"
+
+
+class HelpQuery(Struct):
+    refresh: Annotated[bool, Meta(description="ask the providers for their models now")] = False
+
+
+class LastEventId(Struct):
+    offset: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(name="Last-Event-ID")
 
 
 class ErrorDetail(Struct):
@@ -7427,35 +7225,39 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 async def read_json(request: Request, kind: type[T], bytes_max: int = REQUEST_BYTES_MAX) -> tuple[T, bytes]:
-    """The request's body as a value of this type, and as it came. Raises InvalidRequest, TooLarge."""
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise InvalidRequest(f"content-type: {content_type or 'none'!r} is not accepted; send application/json")
+    """The body as a value of this type (none is an empty object), and as it came. Raises InvalidRequest, TooLarge."""
     body = await read_body(request, bytes_max)
+    if body:
+        check_content_type(request, "application/json")
     try:
-        value = msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(explain(exc, body, kind)) from exc
-    refuse_unstorable(value)
-    return value, body
+        document = json.loads(body.decode() or "{}")
+    except RecursionError as exc:
+        raise InvalidRequest(f"body: is nested deeper than {NESTING_MAX} levels, the limit") from exc
+    except ValueError as exc:
+        raise InvalidRequest(f"body: is not JSON in UTF-8: {exc}") from exc
+    refuse_unstorable(document)
+    return convert(document, kind), body
+
+
+def check_content_type(request: Request, *accepted: str) -> None:
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() not in accepted:
+        raise InvalidRequest(f"content-type: {given or 'none'!r} is not accepted; send {' or '.join(accepted)}")
 
 
 async def read_body(request: Request, bytes_max: int) -> bytes:
-    body = bytearray()
-    async for data in body_pieces(request, bytes_max):
-        body += data
-    return bytes(body)
+    return b"".join([data async for data in body_pieces(request, bytes_max)])
 
 
 async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
     """The body as it comes. Raises TooLarge, and InvalidRequest for one that comes too slowly or not to its end."""
     loop, pieces, size = asyncio.get_running_loop(), aiter(request.stream()), 0
-    slowest = loop.time() + BODY_STALL_SECONDS
+    started = loop.time()
     while True:
+        now = loop.time()
+        deadline = BODY_STALL_SECONDS + min(now, started + size / BODY_BYTES_PER_SECOND)
         try:
-            async with asyncio.timeout_at(
-                min(loop.time() + BODY_STALL_SECONDS, slowest + size / BODY_BYTES_PER_SECOND)
-            ):
+            async with asyncio.timeout_at(deadline):
                 data = await anext(pieces, None)
         except ClientDisconnect as exc:
             raise InvalidRequest("body: the connection was closed before it was whole") from exc
@@ -7470,125 +7272,67 @@ async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
         yield data
 
 
-def explain(error: Exception, body: bytes, kind: Any) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
+def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
+    """Raises InvalidRequest, with its place, for what something on the way could not hold.
+
+    At a NUL C code ends, SQLite's own functions among it; half of a surrogate pair is no UTF-8; other parsers have
+    limits of their own on nesting and numbers.
+    """
+    trouble = None
+    if isinstance(value, str) and ("\0" in value or (not value.isascii() and re.search("[\ud800-\udfff]", value))):
+        trouble = "has a NUL character or half of a surrogate pair, which is not accepted"
+    elif isinstance(value, float) and not math.isfinite(value):
+        trouble = f"{value} is not accepted; it is a number within the range of 64-bit floats"
+    elif isinstance(value, dict | list) and depth > NESTING_MAX:
+        trouble = f"is nested deeper than {NESTING_MAX} levels, the limit"
+    if trouble:
+        raise InvalidRequest(f"{printable(path, 60) or 'body'}: {trouble}")
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        place = f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
+        if isinstance(key, str):
+            refuse_unstorable(key, place)
+        refuse_unstorable(one, place, depth + 1)
+
+
+def convert(value: Any, kind: type[T], strict: bool = True) -> T:
+    """A value of this type from JSON's; `strict=False`: from a query string's texts. Raises InvalidRequest."""
     try:
-        document = parse_strictly(body)
-        if not isinstance(error, msgspec.ValidationError | RecursionError):
-            name = find_surrogate(document, "") or "body"
-            return f"{printable(name)}: has half of a surrogate pair, which no text can hold"
-        return explain_validation(error, document, kind)
-    except RecursionError:
-        return f"body: is nested deeper than {NESTING_MAX} levels, the limit"
-    except UnicodeDecodeError as exc:
-        return f"body: is not UTF-8: {exc.reason} at byte {exc.start}"
-    except ValueError as exc:
-        return f"body: is not JSON: {printable(str(exc))}"
-
-
-def parse_strictly(body: bytes) -> Any:
-    """The body as Python's own parser sees it, which says where it is wrong; a number too long for it stays text."""
-
-    def refuse_constant(word: str) -> None:
-        raise ValueError(f"{word} is no value that JSON has")
-
-    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in members:
-                raise ValueError(f"{json.dumps(name)} is given twice in one object")
-            members[name] = value
-        return members
-
-    return json.loads(
-        body.decode(),
-        parse_constant=refuse_constant,
-        object_pairs_hook=refuse_repeats,
-        parse_int=lambda digits: int(digits) if len(digits) <= 20 else digits,
-    )
-
-
-JSON_WORDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}  # for Python's
+        return msgspec.convert(value, kind, strict=strict)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(explain_validation(exc, value, kind)) from exc
 
 
 def explain_validation(error: Exception, document: Any, kind: Any) -> str:
-    """What the decoder says is wrong with a document that is JSON, in JSON's words."""
-    if isinstance(error, RecursionError):
-        raise error
-    complaint, _, path = str(error).rpartition(" - at `$") if " - at `$" in str(error) else (str(error), "", "")
-    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
-    name = ".".join(key or index for key, index in steps)
-    for clue, words in (("unknown", "is not a field of this request"), ("missing required", "is required")):
-        if found := re.search(f"(?s){clue} field `(.*)`", complaint):
-            return f"{printable('.'.join(filter(None, [name, found[1]])))}: {words}"
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
+    match = re.fullmatch(r"(?s)(.*) - at `\$(.*)`", str(error))
+    complaint, path = match.groups() if match else (str(error), "")
+    names = re.findall(r"[\w-]+", path)
+    if found := re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", complaint):
+        words = "is required" if found[1] == "missing required" else "is not a field of this request"
+        return f"{printable('.'.join([*names, found[2]]))}: {words}"
     value = document
-    for key, index in steps:
-        value = value[key] if key else value[int(index)]
+    for name in names:
+        value = value[int(name) if isinstance(value, list) else name]
     shown = json.dumps(value)
     if len(shown) > 60:
-        length = f" ({len(value):,} long)" if isinstance(value, str | list) else ""
-        shown = f"{shown[:57]}…{length}"
+        shown = f"{shown[:57]}… ({len(shown):,} characters)"
     expected = complaint[:1].lower() + complaint[1:].partition(", got")[0]
-    expected = re.sub(r"\b(str|int|float|bool)\b", lambda word: JSON_WORDS[word[0]], expected)
-    if expected.startswith("invalid") and (accepted := accepted_values(kind, steps[-1][0])):
-        expected = f"expected {' | '.join(accepted)}"
-    return f"{name or 'body'}: {expected}, got {shown}"
+    if expected.startswith("invalid") and (choices := choices_of(kind, names[-1])):
+        expected = f"expected {' | '.join(choices)}"
+    return f"{'.'.join(names) or 'body'}: {expected}, got {shown}"
 
 
-def accepted_values(kind: Any, name: str) -> list[str]:
-    """The choices of a field, wherever in the type it is."""
-    found: list[str] = []
-
-    def look(schema: Any) -> None:
-        for key, below in schema.items() if isinstance(schema, dict) else enumerate(schema):
-            if key == name and isinstance(below, dict):
-                found.extend(word for one in (below, *below.get("anyOf", ())) for word in one.get("enum", ()) if word)
-            if isinstance(below, dict | list):
-                look(below)
-
-    look(msgspec.json.schema(kind))
-    return found
+def choices_of(kind: Any, name: str) -> list[str]:
+    """The words of which a field is one, wherever in the type it is."""
+    types = msgspec.json.schema_components([kind])[1].values()
+    found = [one["properties"][name] for one in types if name in one.get("properties", {})]
+    return [word for schema in found for one in (schema, *schema.get("anyOf", ())) for word in one.get("enum", ())]
 
 
 def printable(text: str, most: int = 200) -> str:
     """A client's own words in a form that any log and any JSON can hold."""
     shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[:most])
     return shown if len(text) <= most else f"{shown}…"
-
-
-def place_in(path: str, key: str | int) -> str:
-    """The path of a member. A long name is cut: it may stand before ten thousand others."""
-    return f"{path}.{key!s:.60}" if path else f"{key!s:.60}"
-
-
-def find_surrogate(value: Any, path: str) -> str | None:
-    """The path of the first text with a lone surrogate; a name may have it too."""
-    if isinstance(value, str):
-        return path if re.search("[\ud800-\udfff]", value) else None
-    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        place = place_in(path, key)
-        found = find_surrogate(str(key), place) or find_surrogate(one, place)
-        if found:
-            return found
-    return None
-
-
-def refuse_unstorable(value: Any, path: str = "", depth: int = 1) -> None:
-    """Raises InvalidRequest for a NUL in any text, because C code on the way, SQLite's own functions among it, ends
-    there; and for nesting that some parser on the way upstream would not take."""
-    if isinstance(value, str) and "\0" in value:
-        raise InvalidRequest(f"{printable(path)}: has a NUL character at {value.index(chr(0))}, which is not accepted")
-    if isinstance(value, Struct):
-        value = {name: getattr(value, name) for name in value.__struct_fields__}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if items and depth > NESTING_MAX:
-        raise InvalidRequest(f"{printable(path, 60)}: is nested deeper than {NESTING_MAX} levels, the limit")
-    for key, one in items:
-        place = place_in(path, key)
-        if isinstance(key, str) and "\0" in key:
-            raise InvalidRequest(f"{printable(place)}: has a NUL character in its name, which is not accepted")
-        if isinstance(one, str | list | dict | Struct):
-            refuse_unstorable(one, place, depth + 1)
 
 
 def path_id(request: Request, name: str) -> int:
@@ -7599,26 +7343,22 @@ def path_id(request: Request, name: str) -> int:
     return int(text)
 
 
-def query_integer(request: Request, name: str, default: int, least: int, most: int) -> int:
-    """A whole number of the query string. Raises InvalidRequest."""
-    return parse_integer(name, request.query_params.get(name), default, least, most)
-
-
-def parse_integer(name: str, text: str | None, default: int, least: int, most: int) -> int:
-    if text is None:
-        return default
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) or not least <= int(text) <= most:
-        raise InvalidRequest(f"{name}: {text[:40]!r} is not accepted; it is a whole number from {least:,} to {most:,}")
-    return int(text)
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query string as a value of this type. Raises InvalidRequest."""
+    return convert(dict(request.query_params), kind, strict=False)
 
 
 def cursor_of(request: Request) -> tuple[int, str]:
-    """Where a stream begins, and the name under which the request says so: `after`, or what a browser sends when it
-    comes back. Raises InvalidRequest."""
-    after, last = request.query_params.get("after"), request.headers.get("last-event-id")
-    if after is not None and not last:  # an empty id is what a browser has before the first event
-        return parse_integer("after", after, 0, 0, 2**53), "after"
-    return parse_integer("Last-Event-ID", last or None, 0, 0, 2**53), "Last-Event-ID"
+    """Where a stream begins, and the name under which the request says so: what a browser sends when it comes back,
+    else `after`. Raises InvalidRequest."""
+    last = request.headers.get("last-event-id")  # empty is what a browser has before the first event
+    if last:
+        return convert({"Last-Event-ID": last}, LastEventId, strict=False).offset, "Last-Event-ID"
+    return read_query(request, StreamQuery).after, "after"
+
+
+def wants_html(request: Request) -> bool:
+    return read_query(request, RenderQuery).render is not UNSET
 
 
 # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7638,6 +7378,12 @@ def error_headers(error: LlmchatError) -> dict[str, str]:
     if error.status == 503 or error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds or 1)))
     return headers
+
+
+async def watch_client(receive: Receive) -> None:
+    """Returns once the client is gone, or the response is complete: the server says so only to who asks."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def direct_write(send: Send) -> Callable[[bytes], bool] | None:
@@ -7681,8 +7427,7 @@ class EventStream(Response):
             stream.write = direct_write(send)
             sending = asyncio.create_task(self._send(stream, send), name="stream")
             try:
-                while (await receive())["type"] != "http.disconnect":
-                    """The server says so when the client is gone, and when the response is complete."""
+                await watch_client(receive)
             finally:
                 stream.close()
                 await sending
@@ -7693,27 +7438,23 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class Download(Response):
+class Download(StreamingResponse):
     """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
 
     def __init__(
         self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        sized = {} if length is None else {"Content-Length": str(length)}
+        super().__init__(frames, 200, {"Content-Disposition": attachment(file_name), **sized}, media_type)
         self._frames = frames
         self._close = close
-        self._fields = [
-            (b"content-type", media_type.encode()),
-            (b"content-disposition", attachment(file_name)),
-            (b"cache-control", b"no-store"),
-        ]
-        self._fields += [] if length is None else [(b"content-length", b"%d" % length)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(self._watch_client(receive))
+        gone = asyncio.ensure_future(watch_client(receive))
         try:
             async with contextlib.aclosing(self._frames) as frames:
-                await send({"type": "http.response.start", "status": 200, "headers": self._fields})
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 async for data in frames:
                     if scope["method"] == "HEAD" or gone.done():
                         break
@@ -7723,15 +7464,11 @@ class Download(Response):
             gone.cancel()
             self._close()
 
-    async def _watch_client(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
-
-def attachment(file_name: str) -> bytes:
+def attachment(file_name: str) -> str:
     """A Content-Disposition: the name in UTF-8 for whoever knows RFC 6266 and 5987, and in ASCII for everybody else."""
     plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", file_name)
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}".encode()
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}"
 
 
 async def read_chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
@@ -7750,6 +7487,13 @@ SECURITY_HEADERS = {
 }
 
 
+def routing_error(error: HTTPException, scope: Scope) -> LlmchatError:
+    """No such path, or not with this method."""
+    if error.headers and "Allow" in error.headers:
+        return InvalidRequest(f"method: {scope['method']} is not accepted here; use {error.headers['Allow']}")
+    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
+
+
 class Envelope:
     """The outermost layer: a request's id and owner, the headers of every response, and what becomes of an exception."""
 
@@ -7762,109 +7506,106 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        envelope = EnvelopedSend(scope, send)
+        scope["request_id"], scope["server_send"] = find_request_id(scope), send
+        envelope = EnvelopedSend(scope["request_id"], send, self._gate.cross_origin_headers(scope))
         try:
-            envelope.headers += self._gate.cross_origin_headers(scope)
-            if scope["method"] == "OPTIONS" and envelope.headers:
+            if scope["method"] == "OPTIONS" and envelope.cross_origin:
                 response = Response(status_code=204)
             else:
                 self._gate.admit(scope)
                 await self._app(scope, receive, envelope)
                 return
-        except Unauthorized as exc:
-            response = self._render_error(exc, scope)
-            if wants_page(scope):
-                response = redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
-        except LlmchatError as exc:
-            response = self._render_error(exc, scope)
-        except HTTPException as exc:
-            response = self._render_error(routing_error(exc, scope), scope)
-        except Exception:
-            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
-            internal = InternalError("an error of llmchat's own; its log says more under this request id")
-            response = self._render_error(internal, scope)
+        except Exception as exc:
+            response = self._refuse(exc, scope)
         if not envelope.started:
             await response(scope, receive, envelope)
+
+    def _refuse(self, error: Exception, scope: Scope) -> Response:
+        if isinstance(error, Unauthorized) and wants_page(scope):
+            return redirect(f"/sign-in?next={urllib.parse.quote(scope['path'])}")
+        if isinstance(error, HTTPException):
+            response = self._render_error(routing_error(error, scope), scope)
+            response.status_code = error.status_code
+            response.headers.update(error.headers or {})
+            return response
+        if not isinstance(error, LlmchatError):
+            log.exception("request broke", extra={"fields": {"request_id": scope["request_id"], "path": scope["path"]}})
+            error = InternalError("an error of llmchat's own; its log says more under this request id")
+        return self._render_error(error, scope)
 
 
 class EnvelopedSend:
     """The server's `send`, with the headers that every response gets."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, request_id: str, send: Send, cross_origin: list[tuple[bytes, bytes]]) -> None:
         self.started = False
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.cross_origin = cross_origin
+        self._request_id = request_id.encode()
         self._send = send
-        self._request_id = scope["request_id"] = find_request_id(scope)
-        scope["server_send"] = send
 
     async def __call__(self, message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            given = [*message["headers"], *self.headers]
-            names = {name for name, _ in given}
-            security = [(name, value) for name, value in SECURITY_HEADERS.items() if name not in names]
-            own = [(b"x-request-id", self._request_id.encode()), (b"date", http_date())]
-            message["headers"] = given + security + own
+            own = [(b"x-request-id", self._request_id), (b"date", http_date())]
+            given = dict([*message["headers"], *self.cross_origin])
+            security = [pair for pair in SECURITY_HEADERS.items() if pair[0] not in given]
+            message["headers"] = [*message["headers"], *self.cross_origin, *security, *own]
         await self._send(message)
 
 
 def find_request_id(scope: Scope) -> str:
     """The client's X-Request-ID if it is one that can be logged, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and len(value) <= HEADER_BYTES_MAX and re.fullmatch(rb"[A-Za-z0-9._:/+=-]+", value):
-            return cast(str, value.decode())
-    return f"{random.getrandbits(64):016x}"
+    given = header_of(scope, b"x-request-id")
+    is_plain = len(given) <= HEADER_BYTES_MAX and re.fullmatch(r"[A-Za-z0-9._:/+=-]+", given)
+    return given if is_plain else f"{random.getrandbits(64):016x}"
 
 
 def http_date() -> bytes:
     return email.utils.formatdate(usegmt=True).encode()
 
 
-def routing_error(exc: HTTPException, scope: Scope) -> LlmchatError:
-    """No such path, or not with this method."""
-    if exc.status_code == 405:
-        allowed = ", ".join(sorted((exc.headers or {}).get("Allow", "").split(", ")))
-        return InvalidRequest(f"method: {scope['method']} is not accepted here; use {allowed}")
-    return NotFound(f"path: there is nothing at {printable(scope['path'])}; GET /api/v1/help lists what there is")
-
-
 # ── handlers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def chat(request: Request) -> Response:
-    service, owner = service_of(request), owner_of(request)
+    service = service_of(request)
     asked, body = await read_json(request, ChatRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
     turns = turns_of(asked.message)
     refuse_large(body, turns)
     new = await new_message(request, asked, body, turns)
-    is_new = asked.conversation_id is None
-    system = asked.system if asked.system is not None or not is_new else service.config.system or None
+    system = asked.system
+    if system is None and asked.conversation_id is None:
+        system = service.config.system or None
     new = replace(new, conversation_id=asked.conversation_id, parent_id=asked.parent_id, system=system)
-    return await answer_started(request, asked, await service.generations.start(new), owner)
+    return await answer_started(request, asked, await service.generations.start(new))
 
 
 async def regenerate(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, body = await read_json_or_nothing(request, RegenerateRequest)
-    check_answer(request, asked)
-    message = await service.store.read(load_message, owner, message_id)
-    if asked.model is None and asked.provider is None and message.model:
-        asked.provider, asked.model = message.provider, message.model
+    message_id = path_id(request, "message_id")
+    asked, body = await read_again(request, RegenerateRequest, message_id)
     new = await new_message(request, asked, body + str(message_id).encode(), ())
-    return await answer_started(request, asked, await service.generations.regenerate(message_id, new), owner)
+    started = await service_of(request).generations.regenerate(message_id, new)
+    return await answer_started(request, asked, started)
 
 
 async def continue_answer(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    asked, _ = await read_json_or_nothing(request, ContinueRequest)
+    service, message_id = service_of(request), path_id(request, "message_id")
+    asked, _ = await read_again(request, ContinueRequest, message_id)
+    target = await service.providers.resolve(asked.provider, asked.model)
+    started = await service.generations.go_on(owner_of(request), message_id, target)
+    return await answer_started(request, asked, started)
+
+
+async def read_again(request: Request, kind: type[T], message_id: int) -> tuple[T, bytes]:
+    """What is asked of an answer that is there; without another model, of its own."""
+    value, body = await read_json(request, kind)
+    asked: Any = value
     check_answer(request, asked)
-    message = await service.store.read(load_message, owner, message_id)
+    message = await service_of(request).store.read(load_message, owner_of(request), message_id)
     if asked.model is None and asked.provider is None and message.model:
         asked.provider, asked.model = message.provider, message.model
-    target = await service.providers.resolve(asked.provider, asked.model)
-    started = await service.generations.go_on(owner, message_id, target)
-    return await answer_started(request, asked, started, owner)
+    return value, body
 
 
 def check_answer(request: Request, asked: Any) -> None:
@@ -7873,21 +7614,88 @@ def check_answer(request: Request, asked: Any) -> None:
         service_of(request).generations.check_streams(owner_of(request))
 
 
-async def answer_started(request: Request, asked: Asked | ContinueRequest, started: Started, owner: str) -> Response:
-    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
-    if asked.background:
-        answer = StartedAnswer(started.conversation_id, started.message_id, started.parent_id, started.status)
-        return json_response(answer, 202, {"Location": f"/api/v1/messages/{started.message_id}"})
-    if asked.stream:
-        cursor = sum(len(delta.text) for delta in started.content)
-        return EventStream(await service_of(request).generations.subscribe(owner, started.message_id, cursor))
-    return await finished_message(request, started.message_id)
-
-
 def refuse_large(body: bytes, turns: Sequence[Turn]) -> None:
     """Raises TooLarge for a body that only images may fill."""
     if len(body) > REQUEST_BYTES_MAX and not any(delta.kind == "image" for turn in turns for delta in turn.content):
         raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
+
+
+async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
+    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
+    service, key = service_of(request), idempotency_key(request)
+    names = asked.fallbacks if asked.fallbacks is not None else comma_list(service.config.fallbacks)
+    target = await service.providers.resolve(asked.provider, asked.model)
+    return NewMessage(
+        owner=owner_of(request),
+        conversation_id=None,
+        parent_id=UNSET,
+        turns=turns,
+        system=None,
+        targets=(target, *[await service.providers.resolve(None, name, "fallbacks") for name in names]),
+        parameters=msgspec.convert(asked, Parameters, from_attributes=True),
+        idempotency_key=key,
+        request_hash=hashlib.sha256(body).hexdigest() if key else None,
+    )
+
+
+def idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
+        limit = f"1 to {HEADER_BYTES_MAX} printable ASCII characters"
+        raise InvalidRequest(f"Idempotency-Key: has {len(key)} characters; it is {limit}")
+    return key
+
+
+def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
+    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
+    results, content = [], []
+    for index, part in enumerate([TextPart(message)] if isinstance(message, str) else message):
+        if isinstance(part, ImagePart):
+            content.append(image_of(part, f"message.{index}"))
+        elif isinstance(part, TextPart):
+            content.append(Delta("text", part.text))
+        else:
+            text = (Delta("text", part.text),) if part.text else ()
+            results.append(Turn("tool", text, tool_call_id=part.tool_call_id))
+    turns = (*results, Turn("user", tuple(content))) if content else tuple(results)
+    if not any(map(says_something, turns)):
+        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
+    return turns
+
+
+def image_of(part: ImagePart, name: str) -> Delta:
+    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
+    head, comma, rest = part.data.partition(",")
+    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError as exc:
+        words = "is neither base64 nor a data URL with base64; an address is not fetched"
+        raise InvalidRequest(f"{name}.data: {words}") from exc
+    if len(data) > IMAGE_BYTES_MAX:
+        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
+    found = image_type(data)
+    if found is None or part.media_type not in (None, found):
+        words = f"is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type"
+        raise InvalidRequest(f"{name}.data: {words}")
+    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
+
+
+async def answer_started(request: Request, asked: ContinueRequest, started: Started) -> Response:
+    """A generation in the form that its request asked for: at once, as a stream from its start, or whole."""
+    message_id = started.message_id
+    if asked.background:
+        answer = StartedAnswer(started.conversation_id, message_id, started.parent_id, started.status)
+        return json_response(answer, 202, {"Location": f"/api/v1/messages/{message_id}"})
+    if asked.stream:
+        cursor = sum(len(delta.text) for delta in started.content)
+        return EventStream(await service_of(request).generations.subscribe(owner_of(request), message_id, cursor))
+    message, error = await ended_message(request, message_id)
+    if error is None:
+        return json_response(message)
+    status = ERROR_STATUSES.get(error["code"], 500)
+    answer_error = ErrorAnswer(ErrorDetail(**error, request_id=request.scope["request_id"]), message_id)
+    return json_response(answer_error, status, {"Retry-After": "1"} if status == 503 else None)
 
 
 async def ended_message(request: Request, message_id: int) -> tuple[Message, dict[str, Any] | None]:
@@ -7897,63 +7705,52 @@ async def ended_message(request: Request, message_id: int) -> tuple[Message, dic
     if generation is not None:
         await generation.ended.wait()
     message = await service.store.read(load_message, owner, message_id)
+    if generation is not None and generation.ending is not None:
+        return message, generation.ending.error
     if generation is None and message.status == "running":  # a repeat, a moment before what it repeats is known here
         await asyncio.sleep(STARTED_WAIT_SECONDS)
         return await ended_message(request, message_id)
-    return (
-        message,
-        generation.ending.error if generation is not None and generation.ending is not None else message.error,
-    )
-
-
-async def finished_message(request: Request, message_id: int) -> Response:
-    """The message once it has ended; a failed one as its error."""
-    message, error = await ended_message(request, message_id)
-    if error is None:
-        return json_response(message)
-    detail = ErrorDetail(error["code"], error["message"], error["retryable"], request.scope["request_id"])
-    status = ERROR_STATUSES.get(error["code"], 500)
-    return json_response(ErrorAnswer(detail, message_id), status, {"Retry-After": "1"} if status == 503 else None)
+    return message, message.error
 
 
 async def get_message(request: Request) -> Response:
     message = await service_of(request).store.read(load_message, owner_of(request), path_id(request, "message_id"))
-    if wants_html(request):
-        await add_html(request, [message])
+    await add_html(request, message)
     return json_response(message)
 
 
-def wants_html(request: Request) -> bool:
-    """Whether `?render=html` was asked for. Raises InvalidRequest for any other rendering."""
-    wanted = request.query_params.get("render")
-    if wanted not in (None, "html"):
-        raise InvalidRequest(f"render: {wanted[:40]!r} is not accepted; there is html")
-    return wanted is not None
-
-
-async def add_html(request: Request, messages: Iterable[Message]) -> None:
-    """Gives ended answers their HTML; a running one has a stream for it."""
-    for message in messages:
+async def add_html(request: Request, *messages: Message) -> None:
+    """Gives ended answers their HTML, if it was asked for; a running one has a stream for it."""
+    for message in messages if wants_html(request) else ():
         if message.role == "assistant" and message.status != "running":
             message.html = await service_of(request).generations.render_message(message)
 
 
 async def stream_message(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
+    generations, owner, message_id = service_of(request).generations, owner_of(request), path_id(request, "message_id")
     if wants_html(request):
-        return EventStream(await service.generations.subscribe_to_html(owner, message_id))
-    return EventStream(await service.generations.subscribe(owner, message_id, *cursor_of(request)))
+        return EventStream(await generations.subscribe_to_html(owner, message_id))
+    return EventStream(await generations.subscribe(owner, message_id, *cursor_of(request)))
 
 
 async def stop_message(request: Request) -> Response:
-    service, owner, message_id = service_of(request), owner_of(request), path_id(request, "message_id")
-    await service.generations.stop(owner, message_id)
-    message = await service.store.read(load_message, owner, message_id)
-    return json_response(StatusAnswer(message_id, message.status))
+    message = await stopped_message(request, path_id(request, "message_id"))
+    return json_response(StatusAnswer(message.id, message.status))
+
+
+async def stopped_message(request: Request, message_id: int) -> Message:
+    """The message, which has ended. One that is stored as running and about to be launched is waited for."""
+    service, owner = service_of(request), owner_of(request)
+    while True:
+        await service.generations.stop(owner, message_id)
+        message = await service.store.read(load_message, owner, message_id)
+        if message.status != "running":
+            return message
+        await asyncio.sleep(STARTED_WAIT_SECONDS)
 
 
 async def list_generations(request: Request) -> Response:
-    service, owner = service_of(request), owner_of(request)
+    running = [one for one in service_of(request).generations.running.values() if one.owner == owner_of(request)]
     generations = [
         RunningGeneration(
             message_id=one.message_id,
@@ -7964,34 +7761,28 @@ async def list_generations(request: Request) -> Response:
             seconds=round(time.monotonic() - one.started_at, 3),
             subscribers=len(one.subscribers),
         )
-        for one in service.generations.running.values()
-        if one.owner == owner
+        for one in running
     ]
     return json_response(GenerationList(generations))
 
 
 async def get_usage(request: Request) -> Response:
-    days = query_integer(request, "days", 30, 1, 3660)
+    days = read_query(request, UsageQuery).days
     return json_response(UsageAnswer(await service_of(request).store.read(sum_usage, owner_of(request), days)))
 
 
 async def get_conversations(request: Request) -> Response:
-    limit = query_integer(request, "limit", 50, 1, LIST_LIMIT_MAX)
-    before = before_of(request.query_params.get("before"))
-    query = request.query_params.get("query", "")
-    if query.strip():
-        if len(query) > QUERY_CHARACTERS_MAX:
-            raise InvalidRequest(f"query: has {len(query):,} characters; the limit is {QUERY_CHARACTERS_MAX}")
-        store = service_of(request).store
-        return json_response(await store.read(search_conversations, owner_of(request), query, limit))
-    return json_response(await service_of(request).store.read(list_conversations, owner_of(request), limit, before))
+    store, owner, asked = service_of(request).store, owner_of(request), read_query(request, ConversationsQuery)
+    if asked.query.strip():
+        return json_response(await store.read(search_conversations, owner, asked.query, asked.limit))
+    before = None if asked.before is UNSET else tuple(map(int, asked.before.split("-")))
+    return json_response(await store.read(list_conversations, owner, asked.limit, before))
 
 
 async def get_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     conversation = await service_of(request).store.read(load_conversation, owner_of(request), conversation_id)
-    if wants_html(request):
-        await add_html(request, conversation.messages)
+    await add_html(request, *conversation.messages)
     return json_response(conversation)
 
 
@@ -7999,8 +7790,6 @@ async def patch_conversation(request: Request) -> Response:
     conversation_id = path_id(request, "conversation_id")
     asked, _ = await read_json(request, ConversationChanges)
     changes = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not UNSET}
-    if not changes.get("title", "x").strip():
-        raise InvalidRequest("title: is empty; it has at least one character that is not a space")
     store, owner = service_of(request).store, owner_of(request)
     return json_response(await store.write(update_conversation, owner, conversation_id, changes, durable=True))
 
@@ -8014,57 +7803,40 @@ async def remove_conversation(request: Request) -> Response:
 
 
 async def get_health(request: Request) -> Response:
-    service = service_of(request)
+    service, is_known = service_of(request), request.scope["owner"] is not None
     generations = service.generations
-    is_known = request.scope["owner"] is not None
     writable = await service.store.is_writable(0 if is_known else HEALTH_SECONDS)
-    status = "store_unavailable" if not writable else "draining" if generations.draining else "ok"
-    answer = HealthAnswer(
-        status=status,
-        version=__version__,
-        database_writable=writable,
-        running_generations=len(generations.running),
-        subscribers=sum(generations.streams.values()),
-        last_flush_ms=round(generations.flush_ms, 3),
-        uptime_seconds=round(time.monotonic() - service.started_at, 3),
-    )
-    return json_response(
-        answer if is_known else HealthAnswer(status),
-        200 if status == "ok" else 503,
-        None if status == "ok" else {"Retry-After": "1"},
-    )
+    answer = HealthAnswer("store_unavailable" if not writable else "draining" if generations.draining else "ok")
+    if is_known:
+        answer.version = __version__
+        answer.database_writable = writable
+        answer.running_generations = len(generations.running)
+        answer.subscribers = sum(generations.streams.values())
+        answer.last_flush_ms = round(generations.flush_ms, 3)
+        answer.uptime_seconds = round(time.monotonic() - service.started_at, 3)
+    return json_response(answer) if answer.status == "ok" else json_response(answer, 503, {"Retry-After": "1"})
 
 
 async def get_help(request: Request) -> Response:
-    service = service_of(request)
-    refresh = request.query_params.get("refresh", "0") not in ("0", "")
+    service, refresh = service_of(request), read_query(request, HelpQuery).refresh
     listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
-    default = service.config.default_model or next(
-        (f"{one.name}/{one.models[0]}" for one in listed if one.models), None
-    )
-    return json_response(
-        HelpAnswer(
-            __version__, not service.gate.is_open, default, endpoints, listed, list(service.config.unusable_keys)
-        )
-    )
+    first = next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
+    default, unusable = service.config.default_model or first, list(service.config.unusable_keys)
+    return json_response(HelpAnswer(__version__, not service.gate.is_open, default, endpoints, listed, unusable))
 
 
 async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:
     models = await service.providers.list_models(provider, refresh)
-    key: Literal["found", "missing", "rejected", "not needed"] = "found"
+    key: Literal["found", "missing", "rejected", "not needed"] = "found" if provider.key else "not needed"
     if provider.name in service.providers.rejected:
         key = "rejected" if provider.key else "missing"
-    elif not provider.key:
-        key = "not needed"
     return ProviderHelp(provider.name, provider.dialect, provider.base_url, key, list(models.models), models.error)
 
 
 async def export_conversation(request: Request) -> Response:
     service, owner, conversation_id = service_of(request), owner_of(request), path_id(request, "conversation_id")
-    form = request.query_params.get("format", "json")
-    if form not in ("json", "markdown"):
-        raise InvalidRequest(f"format: {form[:40]!r} is not accepted; there are json and markdown")
+    form = read_query(request, ExportQuery).format
     conversation, path, others = await service.store.read(load_outline, owner, conversation_id)
     name = safe_file_name(conversation.title, f"conversation {conversation_id}")
     if form == "json":
@@ -8075,8 +7847,12 @@ async def export_conversation(request: Request) -> Response:
 
 async def export_all(request: Request) -> Response:
     store, owner = service_of(request).store, owner_of(request)
-    name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.json", time.gmtime())
-    return Download(archive_frames(store, owner, await store.read(list_ids, owner)), "application/json", name)
+    frames = archive_frames(store, owner, await store.read(list_ids, owner))
+    return Download(frames, "application/json", file_name_of_now("json"))
+
+
+def file_name_of_now(ending: str) -> str:
+    return time.strftime(f"llmchat-%Y-%m-%d-%H%M%S.{ending}", time.gmtime())
 
 
 ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compressed")
@@ -8084,10 +7860,7 @@ ARCHIVE_TYPES = ("application/json", "application/zip", "application/x-zip-compr
 
 async def import_conversations(request: Request) -> Response:
     service = service_of(request)
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() not in ARCHIVE_TYPES:
-        shown = content_type or "none"
-        raise InvalidRequest(f"content-type: {shown!r} is not accepted; send application/json or application/zip")
+    check_content_type(request, *ARCHIVE_TYPES)
     with alone(service, "import"):
         async with spool(request, service.config.db) as file:
             return json_response(await import_archive(service.store, owner_of(request), file))
@@ -8156,9 +7929,8 @@ async def get_backup(request: Request) -> Response:
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(service, "backup"))
         file = stack.enter_context(await service.store.open_copy())
-        name = time.strftime("llmchat-%Y-%m-%d-%H%M%S.db", time.gmtime())
-        close = stack.pop_all().close  # the download does it now
-    return Download(read_chunks(file), "application/vnd.sqlite3", name, os.fstat(file.fileno()).st_size, close)
+        size, close = os.fstat(file.fileno()).st_size, stack.pop_all().close  # the download closes now
+    return Download(read_chunks(file), "application/vnd.sqlite3", file_name_of_now("db"), size, close)
 
 
 async def get_openapi(request: Request) -> Response:
@@ -8190,157 +7962,56 @@ PAGE_POLICY = (
 )
 
 
-def html_page(body: str, status: int = 200) -> Response:
-    """A page without a script and without another file."""
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+def html_page(body: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A page without a script and without another file. With no-referrer a browser posts a form with `Origin: null`."""
     document = (
-        f'<!doctype html><html lang="en">{head}<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>llmchat</title><style>{PAGE_STYLE}</style><body>{body}</html>"
     )
-    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store", "Referrer-Policy": "same-origin"}
-    return HTMLResponse(document, status, headers)  # with no-referrer a browser posts the form with `Origin: null`
+    own = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "same-origin"}
+    return HTMLResponse(document, status, {**own, **(headers or {})})
 
 
-async def get_sign_in(request: Request) -> Response:
-    """The form; or, with the token in the link that the first start printed, the sign-in itself."""
-    gate = service_of(request).gate
+async def sign_in(request: Request) -> Response:
+    """The form; with a token, from the form or from the link that the first start printed, the sign-in itself."""
+    gate, is_link = service_of(request).gate, request.method != "POST"
+    form = "" if is_link else (await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace")
+    given = request.query_params if is_link else dict(urllib.parse.parse_qsl(form))
+    next_path = given.get("next", "/")
     if gate.is_open:
         return redirect("/")
-    if "token" in request.query_params and not is_foreign(request.scope):
-        return await sign_in_with(request, request.query_params["token"])
-    return sign_in_form(request.query_params.get("next", "/"))
-
-
-async def post_sign_in(request: Request) -> Response:
-    form = urllib.parse.parse_qs((await read_body(request, SIGN_IN_BYTES_MAX)).decode("utf-8", "replace"))
-    return await sign_in_with(request, form.get("token", [""])[0].strip(), form.get("next", ["/"])[0])
-
-
-async def sign_in_with(request: Request, token: str, next_path: str = "/") -> Response:
+    if "token" not in given or (is_link and is_foreign(request.scope)):
+        return sign_in_form(next_path)
     try:
-        cookie = await service_of(request).gate.sign_in(request.scope, token)
+        cookie = await gate.sign_in(request.scope, given["token"].strip())
     except LlmchatError as exc:
         return sign_in_form(next_path, exc)
     return redirect(next_path, {"Set-Cookie": cookie})
 
 
-async def post_sign_out(request: Request) -> Response:
+async def sign_out(request: Request) -> Response:
     return redirect("/sign-in", {"Set-Cookie": await service_of(request).gate.sign_out(request.scope)})
 
 
 def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     said = f'<p class="error" role="alert">{html.escape(error.message)}' if error is not None else ""
-    page = html_page(
+    form = (
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
-        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
-        error.status if error is not None else 200,
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>'
     )
-    page.headers.update(error_headers(error) if error is not None else {})
-    return page
+    return html_page(form) if error is None else html_page(form, error.status, error_headers(error))
 
 
 def redirect(path: str, headers: Mapping[str, str] | None = None) -> Response:
     """303 to a path of ours; anything that a browser could take for another site becomes `/`."""
     safe = path if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) else "/"
-    return Response(status_code=303, headers={"Location": safe, "Cache-Control": "no-store", **(headers or {})})
+    return Response(status_code=303, headers={"Location": safe, **(headers or {})})
 
 
 def wants_page(scope: Scope) -> bool:
     """Whether a browser asks, to show the answer."""
     return scope["method"] == "GET" and "text/html" in header_of(scope, b"accept")
-
-
-async def read_json_or_nothing(request: Request, kind: type[T]) -> tuple[T, bytes]:
-    """The body as `read_json` gives it, or the type's defaults when there is none."""
-    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
-        return kind(), b""
-    return await read_json(request, kind)
-
-
-async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
-    """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
-    service = service_of(request)
-    names = asked.fallbacks
-    if names is None:
-        names = [one.strip() for one in service.config.fallbacks.split(",") if one.strip()]
-    target = await service.providers.resolve(asked.provider, asked.model)
-    fallbacks = [await service.providers.resolve(None, name, "fallbacks") for name in names]
-    parameters = Parameters(
-        temperature=asked.temperature,
-        max_tokens=asked.max_tokens,
-        reasoning_effort=asked.reasoning_effort,
-        tools=asked.tools,
-        tool_choice=asked.tool_choice,
-    )
-    key = idempotency_key(request)
-    return NewMessage(
-        owner=owner_of(request),
-        conversation_id=None,
-        parent_id=UNSET,
-        turns=turns,
-        system=None,
-        targets=(target, *fallbacks),
-        parameters=parameters,
-        idempotency_key=key,
-        request_hash=hashlib.sha256(body).hexdigest() if key else None,
-    )
-
-
-def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tuple[Turn, ...]:
-    """A request's message as turns: the results of tools each in one of its own, then what the user says."""
-    parts = [TextPart(message)] if isinstance(message, str) else message
-    results = [
-        Turn("tool", (Delta("text", part.text),) if part.text else (), tool_call_id=part.tool_call_id)
-        for part in parts
-        if isinstance(part, ToolResultPart)
-    ]
-    content = tuple(
-        Delta("text", part.text) if isinstance(part, TextPart) else image_of(part, f"message.{index}")
-        for index, part in enumerate(parts)
-        if not isinstance(part, ToolResultPart)
-    )
-    if not results and not any(delta.kind == "image" or delta.text.strip() for delta in content):
-        raise InvalidRequest("message: is empty; it has at least one character that is not a space")
-    return (*results, Turn("user", content)) if content else tuple(results)
-
-
-def image_of(part: ImagePart, name: str) -> Delta:
-    """An image as content. Raises InvalidRequest, TooLarge; its bytes say what it is, whatever its label does."""
-    head, comma, rest = part.data.partition(",")
-    encoded = rest if comma and head.startswith("data:") and head.endswith(";base64") else part.data
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except ValueError as exc:
-        raise InvalidRequest(
-            f"{name}.data: is neither base64 nor a data URL with base64; an address is not fetched"
-        ) from exc
-    if len(data) > IMAGE_BYTES_MAX:
-        raise TooLarge(f"{name}.data: has {len(data):,} bytes; the limit is {IMAGE_BYTES_MAX:,}")
-    found = image_type(data)
-    if found is None or (part.media_type is not None and part.media_type != found):
-        raise InvalidRequest(
-            f"{name}.data: is {found or 'no image'}; accepted are PNG, JPEG, GIF and WebP under their own media_type"
-        )
-    return Delta("image", encode_json({"media_type": found, "data": encoded}).decode())
-
-
-def idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not (0 < len(key) <= HEADER_BYTES_MAX and key.isascii() and key.isprintable()):
-        raise InvalidRequest(
-            f"Idempotency-Key: has {len(key)} characters; it is 1 to {HEADER_BYTES_MAX} printable ASCII characters"
-        )
-    return key
-
-
-def before_of(text: str | None) -> tuple[int, int] | None:
-    """The `before` of a list: what its `next_before` said. Raises InvalidRequest."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})", text)
-    if match is None:
-        raise InvalidRequest(f"before: {text[:40]!r} is not accepted; it is the next_before of the page before")
-    return int(match[1]), int(match[2])
 
 
 # ── the page ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8363,13 +8034,12 @@ PAGE_HEADERS = {  # of every file of the page; same-origin, not no-referrer: tha
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
+    "Vary": "Accept, Accept-Encoding",
 }
 
 
 class WebFile(NamedTuple):
-    """A file of the page as it goes out; `packed` is gzip, or empty where that gains nothing."""
+    """A file of the page as it goes out, plain and with gzip."""
 
     content: bytes
     packed: bytes
@@ -8379,19 +8049,18 @@ class WebFile(NamedTuple):
 
 def load_web_files(folder: Path) -> dict[str, WebFile]:
     """The page's files by name, each one's mentions of the others with their hash."""
-    sources = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
     files: dict[str, WebFile] = {}
-    for name, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0] == "index.html")):
-        content = re.sub(rb"/web/([\w.-]+)", lambda found: named_with_hash(found, files), source)
-        packed = b"" if name.endswith(".png") else gzip.compress(content, 9, mtime=0)
+
+    def with_hash(mention: re.Match[bytes]) -> bytes:
+        file = files.get(mention[1].decode())
+        return mention[0] if file is None else mention[0] + b"?v=" + file.digest.encode()
+
+    sources = {path: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in WEB_TYPES}
+    for path, source in sorted(sources.items(), key=lambda pair: (b"/web/" in pair[1], pair[0].name == "index.html")):
+        content = re.sub(rb"/web/([\w.-]+)", with_hash, source)
         digest = hashlib.sha256(content).hexdigest()[:16]
-        files[name] = WebFile(content, packed, WEB_TYPES[Path(name).suffix], digest)
+        files[path.name] = WebFile(content, gzip.compress(content, mtime=0), WEB_TYPES[path.suffix], digest)
     return files
-
-
-def named_with_hash(found: re.Match[bytes], files: Mapping[str, WebFile]) -> bytes:
-    file = files.get(found[1].decode())
-    return found[0] if file is None else found[0] + b"?v=" + file.digest.encode()
 
 
 def web_response(request: Request, name: str) -> Response:
@@ -8403,15 +8072,11 @@ def web_response(request: Request, name: str) -> Response:
     if file is None:
         raise NotFound(f"path: there is no file {printable(name, 60)!r} of the page")
     forever = request.query_params.get("v") == file.digest
-    headers = {
-        **PAGE_HEADERS,
-        "Cache-Control": "public, max-age=31536000, immutable" if forever else "no-cache",
-        "ETag": f'W/"{file.digest}"',
-        "Vary": "Accept, Accept-Encoding",
-    }
+    cached = "public, max-age=31536000, immutable" if forever else "no-cache"
+    headers = {**PAGE_HEADERS, "Cache-Control": cached, "ETag": f'W/"{file.digest}"'}
     if file.digest in request.headers.get("if-none-match", ""):
         return Response(None, 304, headers)
-    if file.packed and re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
+    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
         return Response(file.packed, 200, {**headers, "Content-Encoding": "gzip"}, file.media_type)
     return Response(file.content, 200, headers, file.media_type)
 
@@ -8436,20 +8101,22 @@ async def get_root(request: Request) -> Response:
 # ── the table of endpoints, and what is read off it ─────────────────────────────────────────────────────────────────
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """One call of the API. `query` is (name, schema, meaning) each; `curl` is what follows the URL in its example."""
+    """One call of the API. `answer`, `body` and `query` are types; `curl` is what follows the URL in its example."""
 
     method: str
     path: str
-    handler: Callable[[Request], Awaitable[Response]]
+    handler: Handler
     summary: str
     answer: Any = None
     body: Any = None
-    status: int = 200
+    query: Any = None
     streams: bool = False
-    query: tuple[tuple[str, dict[str, Any], str], ...] = ()
-    errors: tuple[int, ...] = ()
+    errors: tuple[int, ...] = ()  # statuses that do not follow from the rest
     curl: str = ""
     media: tuple[str, ...] = ()  # of an answer, beside the JSON that `answer` describes
     accepts: tuple[str, ...] = ()  # media types of a body that no type describes
@@ -8462,178 +8129,137 @@ class Endpoint:
         """The path without the router's own notation."""
         return self.path.replace(":path}", "}")
 
+    @property
+    def statuses(self) -> list[int]:
+        """Of every error that it can answer with."""
+        statuses = {*self.errors, 401, 403, 429, 500}
+        statuses |= {400} if self.query else {400, 413} if self.body or self.accepts else set()
+        return sorted(statuses | ({404} if "{id}" in self.shown_path else set()))
 
-WHOLE_NUMBER = {"type": "integer", "minimum": 0}
-AFTER = ("after", WHOLE_NUMBER, "the cursor: content from this offset on; a Last-Event-ID header wins over it")
-RENDER = ("render", {"type": "string", "enum": ["html"]}, "html: answers as HTML too")
-LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": LIST_LIMIT_MAX, "default": 50}, "how many at most")
-BEFORE = ("before", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}, "the next_before of the page before")
-QUERY = ("query", {"type": "string", "maxLength": QUERY_CHARACTERS_MAX}, "full text: words, each matched as a prefix")
-DAYS = ("days", {"type": "integer", "minimum": 1, "maximum": 3660, "default": 30}, "how far back")
-FORMAT = ("format", {"type": "string", "enum": ["json", "markdown"], "default": "json"}, "complete, or to read")
-REFRESH = ("refresh", {"type": "string"}, "1: ask the providers for their models now")
+
 JSON_CURL = "-H 'Content-Type: application/json' -d "
+OF_ANSWERS = (404, 409, 422, 502, 503, 504)  # what a question can end in
 
 ENDPOINTS = (
     Endpoint("GET", "/", get_root, "the page to a browser, the state of the service to everybody else", HealthAnswer, errors=(503,)),
     Endpoint("GET", "/api/v1/health", get_health, "whether the service can do its work", HealthAnswer, errors=(503,)),
-    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=(REFRESH,)),
+    Endpoint("GET", "/api/v1/help", get_help, "what can be done, with which providers and models", HelpAnswer, query=HelpQuery),
     Endpoint(
         "POST", "/api/v1/chat", chat, "asks a question: streams the answer, or gives it whole, or starts it in the background",
-        Message, ChatRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
-        curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
+        Message, ChatRequest, streams=True, errors=OF_ANSWERS, curl="-N " + JSON_CURL + """'{"message": "Hello"}'""",
     ),
-    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=(RENDER,), errors=(400, 404)),
+    Endpoint("GET", "/api/v1/messages/{id}", get_message, "a message: content, status, error, usage, timing", Message, query=RenderQuery),
     Endpoint(
         "GET", "/api/v1/messages/{id}/stream", stream_message, "a message's content from the cursor on, live or long finished",
-        streams=True, query=(AFTER, RENDER), errors=(400, 404, 503), curl="-N -H 'Last-Event-ID: 5'",
+        query=StreamQuery, streams=True, errors=(503,), curl="-N -H 'Last-Event-ID: 5'",
     ),
-    Endpoint(
-        "POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept",
-        StatusAnswer, errors=(404, 503), curl="-X POST",
-    ),
+    Endpoint("POST", "/api/v1/messages/{id}/stop", stop_message, "ends a running answer; what is there of it is kept", StatusAnswer, errors=(503,)),
     Endpoint(
         "POST", "/api/v1/messages/{id}/regenerate", regenerate, "another answer to the same question, beside this one",
-        Message, RegenerateRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504),
-        curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
+        Message, RegenerateRequest, streams=True, errors=OF_ANSWERS, curl="-N " + JSON_CURL + """'{"temperature": 1}'""",
     ),
     Endpoint(
         "POST", "/api/v1/messages/{id}/continue", continue_answer, "goes on with an answer that broke off, in place",
-        Message, ContinueRequest, streams=True, errors=(400, 404, 409, 413, 422, 502, 503, 504), curl="-N -X POST",
+        Message, ContinueRequest, streams=True, errors=OF_ANSWERS, curl="-N -X POST",
     ),
     Endpoint("GET", "/api/v1/generations", list_generations, "what is running now", GenerationList),
-    Endpoint(
-        "GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first",
-        ConversationList, query=(QUERY, LIMIT, BEFORE), errors=(400,),
-    ),
-    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=(RENDER,), errors=(400, 404)),
+    Endpoint("GET", "/api/v1/conversations", get_conversations, "conversations, newest activity first", ConversationList, query=ConversationsQuery),
+    Endpoint("GET", "/api/v1/conversations/{id}", get_conversation, "a conversation with its tree of messages", Conversation, query=RenderQuery),
     Endpoint(
         "PATCH", "/api/v1/conversations/{id}", patch_conversation, "sets a conversation's title, system prompt or parameters",
-        ConversationSummary, ConversationChanges, errors=(400, 404, 413), curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
+        ConversationSummary, ConversationChanges, curl="-X PATCH " + JSON_CURL + """'{"title": "Greetings"}'""",
     ),
-    Endpoint(
-        "DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it",
-        DeletedAnswer, errors=(404,), curl="-X DELETE",
-    ),
+    Endpoint("DELETE", "/api/v1/conversations/{id}", remove_conversation, "deletes a conversation with everything in it", DeletedAnswer),
     Endpoint(
         "GET", "/api/v1/conversations/{id}/export", export_conversation,
         "a conversation as a file, complete but for keys, ids and what /v1/responses repeats of its requests",
-        Archive, query=(FORMAT,), errors=(400, 404), curl="-OJ", media=("text/markdown",),
+        Archive, query=ExportQuery, curl="-OJ", media=("text/markdown",),
     ),
     Endpoint(
-        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's",
-        ImportAnswer, errors=(400, 413, 503), accepts=ARCHIVE_TYPES[:2],
-        curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
+        "POST", "/api/v1/import", import_conversations, "brings in an export: llmchat's, ChatGPT's or Claude's", ImportAnswer,
+        errors=(503,), accepts=ARCHIVE_TYPES[:2], curl="-H 'Content-Type: application/json' --data-binary @conversations.json",
     ),
     Endpoint("GET", "/api/v1/export", export_all, "all conversations as one file", Archive, curl="-OJ"),
     Endpoint(
         "GET", "/api/v1/backup", get_backup, "a copy of the whole database, to start on with --db",
-        errors=(403, 503), curl="-OJ", media=("application/vnd.sqlite3",),
+        errors=(503,), curl="-OJ", media=("application/vnd.sqlite3",),
     ),
-    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=(DAYS,), errors=(400,)),
+    Endpoint("GET", "/api/v1/usage", get_usage, "tokens by day and model", UsageAnswer, query=UsageQuery),
     Endpoint("GET", "/openapi.json", get_openapi, "this API as OpenAPI 3.1"),
     Endpoint("GET", "/docs", get_docs, "this API, to read", media=("text/html",)),
 )  # fmt: skip
 
 
-async def sign_in(request: Request) -> Response:
-    return await (post_sign_in if request.method == "POST" else get_sign_in)(request)
+def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
+    """One route per path, so that a wrong method is told all that are right."""
+    by_path: dict[str, dict[str, Handler]] = {}
+    for one in endpoints:
+        by_path.setdefault(one.path, {})[one.method] = one.handler
+    return [Route(path, partial(dispatch, handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+
+
+async def dispatch(handlers: Mapping[str, Handler], request: Request) -> Response:
+    return await handlers["GET" if request.method == "HEAD" else request.method](request)
 
 
 PAGE_ROUTES = [
     Route("/c/{id}", get_page, methods=["GET"]),
     Route("/web/{name}", get_web_file, methods=["GET"]),
     Route("/sign-in", sign_in, methods=["GET", "POST"]),
-    Route("/sign-out", post_sign_out, methods=["POST"]),
+    Route("/sign-out", sign_out, methods=["POST"]),
 ]
 
 
-def routes_of(endpoints: Iterable[Endpoint]) -> list[Route]:
-    """One route per path, so that a wrong method is told all that are right."""
-    by_path: dict[str, dict[str, Endpoint]] = {}
-    for one in endpoints:
-        by_path.setdefault(one.path, {})[one.method] = one
-    return [Route(path, dispatch(methods), methods=list(methods)) for path, methods in by_path.items()]
-
-
-def dispatch(methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
-    if len(methods) == 1:
-        return next(iter(methods.values())).handler
-
-    async def by_method(request: Request) -> Response:
-        return await methods["GET" if request.method == "HEAD" else request.method].handler(request)
-
-    return by_method
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The schemas of a type's fields; of None there are none."""
+    return cast(dict[str, Any], msgspec.json.schema_components([kind])[1][kind.__name__]["properties"]) if kind else {}
 
 
 def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """OpenAPI 3.1, from the types that validate the requests and encode the answers."""
-    types = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind is not None} | {
-        StartedAnswer
-    }
-    ordered = sorted(types, key=lambda kind: cast(str, kind.__name__))
-    schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
-    references = dict(zip(ordered, schemas, strict=True))
+    named = {kind for one in endpoints for kind in (one.body, one.answer, one.error) if kind} | {StartedAnswer}
+    types = sorted(named, key=lambda kind: cast(str, kind.__name__))
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    references = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for one in endpoints:
         paths.setdefault(one.shown_path, {})[one.method.lower()] = operation_of(one, references)
+    words = "Answers that survive: streamed, stored, resumed."
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "llmchat",
-            "version": __version__,
-            "description": "Answers that survive: streamed, stored, resumed.",
-        },
+        "info": {"title": "llmchat", "version": __version__, "description": words},
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],  # on this machine alone none is needed
     }
 
 
-# Of each event of a stream, as tools read a schema of text/event-stream before OpenAPI 3.2 has a word for it.
-EVENT_SCHEMA = {
-    "type": "object",
-    "required": ["data"],
-    "properties": {
-        "event": {"type": "string", "description": "start, delta, html, heartbeat, notice, reset or end"},
-        "data": {"type": "string", "description": "JSON"},
-        "id": {"type": "string", "pattern": "^[0-9]*$", "description": "the offset after the event"},
-        "retry": {"type": "integer"},
-    },
-}
-
-
 def operation_of(one: Endpoint, references: Mapping[Any, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": references[one.answer]}} if one.answer else {}
-    if one.error is not ErrorAnswer:  # an OpenAI endpoint, whose answers OpenAI describes
-        content = {"application/json": {"schema": {"type": "object"}}}
-    if one.streams:
-        content["text/event-stream"] = {"schema": EVENT_SCHEMA}
-    content.update({media: {"schema": {"type": "string"}} for media in one.media})
-    responses = {str(one.status): {"description": one.summary, **({"content": content} if content else {})}}
-    if one.body is not None and one.streams and one.error is ErrorAnswer:
+    answer: Any = {"type": "object"} if one.error is not ErrorAnswer else references.get(one.answer)  # OpenAI's own
+    content = {"application/json": {"schema": answer}} if answer else {}
+    content |= {"text/event-stream": {}} if one.streams else {}
+    content |= {media: {} for media in one.media}
+    responses = {"200": {"description": one.summary, "content": content}}
+    if one.streams and one.body and one.answer:
         started = {"application/json": {"schema": references[StartedAnswer]}}
         responses["202"] = {"description": "started in the background", "content": started}
-    for status in sorted({*one.errors, 401, 403, 429, 500}):
+    for status in one.statuses:
         shape = references[HealthAnswer if one.answer is HealthAnswer and status == 503 else one.error]
         responses[str(status)] = {"description": "an error", "content": {"application/json": {"schema": shape}}}
-    parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in one.query
-    ]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in fields_of(one.query).items()]
     if "{id}" in one.shown_path:
         parameters.append({"name": "id", "in": "path", "required": True, "schema": one.id_schema})
     operation: dict[str, Any] = {"summary": one.summary, "operationId": one.handler.__name__, "parameters": parameters}
-    if one.body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": references[one.body]}}}
-    if one.accepts:
-        operation["requestBody"] = {"required": True, "content": {media: {} for media in one.accepts}}
+    accepted: dict[str, Any] = {media: {} for media in one.accepts}
+    accepted |= {"application/json": {"schema": references[one.body]}} if one.body else {}
+    if accepted:
+        operation["requestBody"] = {"required": True, "content": accepted}
     return {**operation, "responses": responses}
 
 
 def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     """The API as a page that needs nothing else: no script, no other file."""
-    document = openapi_document(endpoints)
-    sections = "".join(docs_section(one, base_url, document) for one in endpoints)
+    sections = "".join(docs_section(one, base_url) for one in endpoints)
     codes = "".join(f"<tr><td><code>{code}</code><td>{status}" for code, status in ERROR_STATUSES.items())
     return (
         f"<h1>llmchat {__version__}</h1>"
@@ -8644,42 +8270,29 @@ def docs_page(endpoints: Sequence[Endpoint], base_url: str) -> str:
     )
 
 
-def docs_section(one: Endpoint, base_url: str, document: Mapping[str, Any]) -> str:
-    schema = document["components"]["schemas"].get(one.body.__name__, {}) if one.body is not None else {}
-    fields_of_body = [(name, describe_schema(value)) for name, value in schema.get("properties", {}).items()]
-    fields_of_query = [(f"?{name}=", f"{describe_schema(value)}: {meaning}") for name, value, meaning in one.query]
+def docs_section(one: Endpoint, base_url: str) -> str:
+    fields = {f"?{name}=": schema for name, schema in fields_of(one.query).items()} | fields_of(one.body)
     rows = "".join(
-        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}"
-        for name, text in fields_of_body + fields_of_query
+        f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(describe_schema(schema))}"
+        for name, schema in fields.items()
     )
     url = base_url + one.shown_path.replace("{id}", one.example_id or ("2" if "messages" in one.path else "1"))
-    curl = html.escape(" ".join(filter(None, ["curl", url, one.curl])))
+    options = one.curl or ("" if one.method == "GET" else f"-X {one.method}")
     return (
-        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2><p>{html.escape(one.summary)}'
-        f"<pre>{curl}</pre>{f'<table>{rows}</table>' if rows else ''}"
+        f'<h2><code><span class="method">{one.method}</span>{html.escape(one.shown_path)}</code></h2>'
+        f"<p>{html.escape(one.summary)}<pre>{html.escape(f'curl {url} {options}'.strip())}</pre><table>{rows}</table>"
     )
 
 
 def describe_schema(schema: Mapping[str, Any]) -> str:
-    """A property in a few words: its type, its bounds, its default, its meaning."""
+    """A field in a few words: its type, its bounds, its default, its meaning."""
     if "anyOf" in schema:
-        text = " or ".join(dict.fromkeys(describe_schema(one) for one in schema["anyOf"]))
-    elif "$ref" in schema:
-        text = cast(str, schema["$ref"].rpartition("/")[2])
-    elif "enum" in schema:
-        text = " | ".join(map(str, schema["enum"]))
-    else:
-        text = str(schema.get("type", "anything"))
-    names = {
-        "minimum": "at least",
-        "maximum": "at most",
-        "minLength": "at least, characters:",
-        "maxLength": "at most, characters:",
-    }
-    text += "".join(f", {words} {schema[key]:,}" for key, words in names.items() if key in schema)
-    if schema.get("default") is not None:
-        text += f", default {json.dumps(schema['default'])}"
-    return text + (f" ({schema['description']})" if schema.get("description") and "$ref" not in schema else "")
+        return " or ".join(dict.fromkeys(describe_schema(one) for one in schema["anyOf"]))
+    kinds = schema.get("enum") or [schema.get("$ref", schema.get("type", "anything")).rpartition("/")[2]]
+    bounds = [f"{name} {schema[name]:,}" for name in ("minimum", "maximum", "minLength", "maxLength") if name in schema]
+    default = [f"default {json.dumps(schema['default'])}"] if schema.get("default") is not None else []
+    meaning = f" ({schema['description']})" if "description" in schema else ""
+    return ", ".join([" | ".join(kinds), *bounds, *default]) + meaning
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -9466,6 +9079,17 @@ def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
 # ── handlers: responses and models ──────────────────────────────────────────────────────────────────────────────────
 
 
+class ResponseQuery(Struct):
+    stream: Annotated[bool, Meta(description="the events, live or long finished")] = False
+    starting_after: Annotated[int, Meta(ge=-1, le=2**53, description="events with a greater sequence_number")] = -1
+
+
+class InputItemsQuery(Struct):
+    limit: Annotated[int, Meta(ge=1, le=INPUT_ITEMS_MAX)] = 20
+    order: Annotated[Literal["asc", "desc"], Meta(description="by age")] = "desc"
+    after: Annotated[str, Meta(description="the last_id of the page before")] | UnsetType = UNSET
+
+
 async def create_response(request: Request) -> Response:
     asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
@@ -9505,15 +9129,15 @@ def response_of_path(request: Request) -> int:
 
 async def get_response(request: Request) -> Response:
     message_id = response_of_path(request)
-    after = query_integer(request, "starting_after", -1, -1, 2**53)
-    if request.query_params.get("stream", "false").lower() in ("true", "1"):
-        return await stream_response(request, message_id, after)
+    asked = read_query(request, ResponseQuery)
+    if asked.stream:
+        return await stream_response(request, message_id, asked.starting_after)
     return await answer_response(request, message_id)
 
 
 async def cancel_response(request: Request) -> Response:
     message_id = response_of_path(request)
-    await service_of(request).generations.stop(owner_of(request), message_id)
+    await stopped_message(request, message_id)
     return await answer_response(request, message_id)
 
 
@@ -9549,20 +9173,17 @@ def input_part(delta: Delta) -> dict[str, Any]:
 
 async def list_input_items(request: Request) -> Response:
     """A page of what a response was asked with, newest first unless `order=asc`."""
-    limit = query_integer(request, "limit", 20, 1, INPUT_ITEMS_MAX)
-    order, after = request.query_params.get("order", "desc"), request.query_params.get("after")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest(f"order: {printable(order, 40)!r} is not accepted; there is asc and desc")
+    asked = read_query(request, InputItemsQuery)
     turns = await service_of(request).store.read(load_input, owner_of(request), response_of_path(request))
     items = [item for message_id, turn in turns for item in input_items_of(message_id, turn)]
-    ordered = items if order == "asc" else items[::-1]
+    ordered = items if asked.order == "asc" else items[::-1]
     ids = [item["id"] for item in ordered]
-    if after is not None and after not in ids:
-        raise InvalidRequest(f"after: there is no item {printable(after, 60)!r} in this response's input")
-    first = 0 if after is None else ids.index(after) + 1
-    page = ordered[first : first + limit]
+    if asked.after is not UNSET and asked.after not in ids:
+        raise InvalidRequest(f"after: there is no item {printable(asked.after, 60)!r} in this response's input")
+    first = 0 if asked.after is UNSET else ids.index(asked.after) + 1
+    page = ordered[first : first + asked.limit]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-    return json_response({"object": "list", "data": page, **ends, "has_more": first + limit < len(items)})
+    return json_response({"object": "list", "data": page, **ends, "has_more": first + asked.limit < len(items)})
 
 
 async def list_openai_models(request: Request) -> Response:
@@ -9589,11 +9210,6 @@ def openai_model(target: Target) -> dict[str, Any]:
 # ── the table of these endpoints ────────────────────────────────────────────────────────────────────────────────────
 
 RESPONSE_ID = {"type": "string", "pattern": "^resp_[0-9]+$"}
-STREAM = ("stream", {"type": "boolean", "default": False}, "true: the events, live or long finished")
-STARTING_AFTER = ("starting_after", WHOLE_NUMBER, "only events with a greater sequence_number")
-ITEMS_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": INPUT_ITEMS_MAX, "default": 20}, "at most so many")
-ITEMS_ORDER = ("order", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}, "by age")
-ITEMS_AFTER = ("after", {"type": "string"}, "the last_id of the page before")
 OpenAIEndpoint = partial(Endpoint, error=OpenAIErrorAnswer)
 OfResponse = partial(OpenAIEndpoint, id_schema=RESPONSE_ID, example_id="resp_2")
 
@@ -9615,7 +9231,7 @@ OPENAI_ENDPOINTS = (
     ),
     OfResponse(
         "GET", "/v1/responses/{id}", get_response, "a response, or its events once more", streams=True,
-        query=(STREAM, STARTING_AFTER), errors=(400, 404, 503),
+        query=ResponseQuery, errors=(400, 404, 503),
     ),
     OfResponse(
         "DELETE", "/v1/responses/{id}", remove_response, "deletes a response and what it was asked with",
@@ -9626,7 +9242,7 @@ OPENAI_ENDPOINTS = (
     ),
     OfResponse(
         "GET", "/v1/responses/{id}/input_items", list_input_items, "what a response was asked with",
-        query=(ITEMS_LIMIT, ITEMS_ORDER, ITEMS_AFTER), errors=(400, 404),
+        query=InputItemsQuery, errors=(400, 404),
     ),
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -26,7 +26,7 @@ START_SECONDS = 20
 
 
 class Server:
-    """One llmchat process on a free port. Its environment holds nothing but what the test gives."""
+    """One llmchat process on a free port, ended by `close` or `with`. Its environment holds what the test gives."""
 
     program: tuple[str, ...] = (str(ROOT / "llmchat.py"),)  # what Python runs
 
@@ -37,6 +37,12 @@ class Server:
         self.environment = {**inherited, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error", **settings}
         self.arguments = arguments
         self.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def start(self) -> None:
         """Starts the process, again after an end; returns once it listens. Raises AssertionError with its output."""
@@ -58,7 +64,7 @@ class Server:
         match = re.search(r"http://\S+", "".join(self.output))
         assert match, f"did not start: {self.output} {self.log}"
         self.url = match[0]
-        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.client = open_client(self.url)
 
     def _collect(self, pipe: Any, lines: list[str]) -> None:
         with pipe:
@@ -136,7 +142,12 @@ class Server:
         self._reap()
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10) -> None:
+def open_client(url: str, **headers: str) -> httpx.Client:
+    """A client for a server on loopback. It loads no certificates, which takes longer than most requests."""
+    return httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False, verify=False)
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20) -> None:
     """Looks again and again until the condition holds. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -144,30 +155,39 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10) -> 
         time.sleep(0.01)
 
 
-@pytest.fixture
-def provider() -> Iterator[Provider]:
+def settings_for(provider: Provider) -> dict[str, str]:
+    """The environment in which the provider `openai` is this one."""
+    return {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "sk-test", "OPENAI_MODELS": "m,n"}
+
+
+@pytest.fixture(scope="module")
+def shared_provider() -> Iterator[Provider]:
+    """The provider of a module, for its servers to ask. A test takes `provider`, which is the same."""
     with Provider() as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def forgetful(request: pytest.FixtureRequest) -> None:
+    """No test meets what an earlier one scripted, asked or set: of a shared provider nothing is left but its address."""
+    if "shared_provider" in request.fixturenames:
+        request.getfixturevalue("shared_provider").forget()
+
+
+@pytest.fixture
+def provider(shared_provider: Provider) -> Provider:
+    return shared_provider
 
 
 @pytest.fixture
 def serve(tmp_path: Path, provider: Provider) -> Iterator[Callable[..., Server]]:
     """Starts servers whose provider `openai` is the test's; settings as keywords, flags as arguments."""
-    servers: list[Server] = []
+    with contextlib.ExitStack() as servers:
 
-    def start(*arguments: str, folder: Path = tmp_path, **settings: str) -> Server:
-        settings = {
-            "OPENAI_BASE_URL": provider.base_url,
-            "OPENAI_API_KEY": "sk-test",
-            "OPENAI_MODELS": "m,n",
-            **settings,
-        }
-        servers.append(Server(folder, *arguments, **settings))
-        return servers[-1]
+        def start(*arguments: str, folder: Path = tmp_path, **settings: str) -> Server:
+            return servers.enter_context(Server(folder, *arguments, **{**settings_for(provider), **settings}))
 
-    yield start
-    for server in servers:
-        server.close()
+        yield start
 
 
 @pytest.fixture
@@ -178,6 +198,5 @@ def server(serve: Callable[..., Server]) -> Server:
 @pytest.fixture
 def demo_server(tmp_path: Path) -> Iterator[Server]:
     """A server as a first start has it: nothing configured."""
-    running = Server(tmp_path)
-    yield running
-    running.close()
+    with Server(tmp_path) as running:
+        yield running

@@ -8,15 +8,14 @@ with places where it dies.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.client import EventStream, Reader
-from tests.conftest import ROOT, Server
+from tests.conftest import ROOT, Server, settings_for
 from tests.provider import Provider, Send, Step, WaitFor, openai_chunk, openai_end
 
 PROGRAM = """
@@ -102,17 +101,8 @@ class Tuned(Server):
         return sum(line == "lagging\n" for line in list(self.log))
 
 
-def settings_for(provider: Provider) -> dict[str, str]:
-    return {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "sk-test", "OPENAI_MODELS": "m,n"}
-
-
-@contextlib.contextmanager
-def running_server(folder: Path, provider: Provider, **settings: str) -> Iterator[Server]:
-    server = Server(folder, **settings_for(provider), **settings)
-    try:
-        yield server
-    finally:
-        server.close()
+def running_server(folder: Path, provider: Provider, **settings: str) -> Server:
+    return Server(folder, **settings_for(provider), **settings)
 
 
 gate_numbers = itertools.count()

@@ -334,7 +334,9 @@ def test_a_big_database_is_checked_without_its_indexes_and_no_check_is_waited_fo
         llmchat.check_database(connection, path)
         assert said == ["PRAGMA integrity_check(1)", "PRAGMA quick_check(1)"]
         connection.execute("CREATE TABLE filler (x)")
+        connection.execute("BEGIN")
         connection.executemany("INSERT INTO filler VALUES (?)", [(number,) for number in range(300_000)])
+        connection.execute("COMMIT")
         monkeypatch.setattr(llmchat, "CHECK_SECONDS_MAX", 0)
         llmchat.check_database(connection, path)
         assert connection.execute("SELECT count(*) FROM filler").fetchone()[0] == 300_000, "the handler is gone"

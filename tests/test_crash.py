@@ -130,7 +130,7 @@ def test_a_kill_at_the_first_flush_shows_nobody_what_is_not_stored(
     provider: Provider, tmp_path: Path, die: str, kept: str
 ) -> None:
     server = Tuned(tmp_path, provider, die=die)  # type: ignore[arg-type]
-    with contextlib.closing(server):
+    with server:
         provider.script([*texts(["one two"]), Hang()])
         watcher = Watcher(server, "Hello")
         watcher.join(20)
@@ -209,8 +209,7 @@ def test_a_database_that_was_copied_in_the_middle_of_streams_is_whole(
     source, copy = (sqlite3.connect(location, uri=True) for location in locations)
     with contextlib.closing(source), contextlib.closing(copy):
         source.backup(copy)
-    second = Server(folder, **settings_for(provider))
-    with contextlib.closing(second):
+    with Server(folder, **settings_for(provider)) as second:
         content = second.content(watcher.message_id)
         assert second.message(watcher.message_id)["status"] == "interrupted"
         assert len(content) >= 1000

@@ -13,9 +13,8 @@ from tests.conftest import Server
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("demo"))
-    yield server
-    server.close()
+    with Server(tmp_path_factory.mktemp("demo"), LLMCHAT_DRAIN_SECONDS="0") as server:
+        yield server
 
 
 def read(demo: Server, model: str) -> Reader:

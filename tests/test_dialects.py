@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,13 +39,12 @@ def user(*content: str | Delta) -> Turn:
     return Turn("user", tuple(part if isinstance(part, Delta) else Delta("text", part) for part in content))
 
 
-def assistant(*content: str | Delta, provider: str = "openai") -> Turn:
-    parts = tuple(part if isinstance(part, Delta) else Delta("text", part) for part in content)
-    return Turn("assistant", parts, provider)
+def assistant(*content: str | Delta) -> Turn:
+    return replace(user(*content), role="assistant")
 
 
 def result(text: str, identity: str = "call_1") -> Turn:
-    return Turn("tool", (Delta("text", text),) if text else (), None, identity)
+    return Turn("tool", (Delta("text", text),) if text else (), identity)
 
 
 def signature(provider: str = "anthropic", **what: str) -> Delta:
@@ -108,7 +108,7 @@ def test_a_history_with_a_gap_becomes_one_question(provider: Provider, name: str
 
 @pytest.mark.parametrize("provider", [OPENAI, ANTHROPIC], ids=lambda one: one.dialect)
 def test_two_answers_in_a_row_become_one(provider: Provider) -> None:
-    found = messages(user("a"), assistant("b"), assistant("c", provider="anthropic"), user("d"), provider=provider)
+    found = messages(user("a"), assistant("b"), assistant("c"), user("d"), provider=provider)
     assert [message["role"] for message in found] == ["user", "assistant", "user"]
     assert "b\\n\\nc" in json.dumps(found[1]["content"])
 
@@ -229,7 +229,7 @@ def test_tool_choice_is_translated_for_anthropic(choice: Any, expected: Any) -> 
 
 
 def test_signed_thinking_goes_back_only_to_the_provider_that_signed_it() -> None:
-    answer = assistant(reasoning("Hm"), signature("anthropic"), "Yes", provider="anthropic")
+    answer = assistant(reasoning("Hm"), signature("anthropic"), "Yes")
     mine = messages(user("a"), answer, user("b"), provider=ANTHROPIC)[1]["content"]
     assert mine == [{"type": "thinking", "thinking": "Hm", "signature": "c2ln"}, {"type": "text", "text": "Yes"}]
     another = Provider("minimax", "anthropic", "https://minimax.test/anthropic", "k", "MINIMAX_API_KEY")
@@ -238,9 +238,7 @@ def test_signed_thinking_goes_back_only_to_the_provider_that_signed_it() -> None
 
 
 def test_redacted_thinking_goes_back_and_thinking_without_text_does_not_get_anothers() -> None:
-    answer = assistant(
-        reasoning("Hm"), signature(), signature(redacted="xyz"), signature(signature="two"), "Yes", provider="anthropic"
-    )
+    answer = assistant(reasoning("Hm"), signature(), signature(redacted="xyz"), signature(signature="two"), "Yes")
     blocks = messages(user("a"), answer, user("b"), provider=ANTHROPIC)[1]["content"]
     assert blocks[:-1] == [
         {"type": "thinking", "thinking": "Hm", "signature": "c2ln"},
@@ -252,9 +250,9 @@ def test_redacted_thinking_goes_back_and_thinking_without_text_does_not_get_anot
 def test_reasoning_of_another_provider_is_not_taken_for_what_was_signed() -> None:
     turns = [
         user("a"),
-        assistant(reasoning("Theirs"), provider="deepseek"),
-        assistant("Cut", reasoning("Also theirs"), provider="deepseek"),
-        assistant(reasoning("Mine"), signature(), "Yes", provider="anthropic"),
+        assistant(reasoning("Theirs")),
+        assistant("Cut", reasoning("Also theirs")),
+        assistant(reasoning("Mine"), signature(), "Yes"),
         user("b"),
     ]
     blocks = messages(*turns, provider=ANTHROPIC)[1]["content"]
@@ -647,7 +645,7 @@ def test_what_was_decoded_goes_back_as_it_came() -> None:
         stop(1),
         *ended("tool_use"),
     )
-    answer = Turn("assistant", tuple(decoded.deltas), "anthropic")
+    answer = Turn("assistant", tuple(decoded.deltas))
     found = messages(user("a"), answer, result("r", "t1"), provider=ANTHROPIC, reasoning_effort="low")
     assert found[1]["content"] == [
         {"type": "thinking", "thinking": "Hm", "signature": "c2ln"},
@@ -739,6 +737,11 @@ def test_every_type_of_error_in_a_stream_has_its_code(kind: str, code: str) -> N
     assert decoded.error is not None and decoded.error.code == code
 
 
+def test_a_code_beside_an_error_counts_where_there_is_none_in_it() -> None:
+    decoded = Decoded(ANTHROPIC, {"type": "error", "code": 429, "error": {"message": "no"}})
+    assert decoded.error is not None and decoded.error.code == "provider_rate_limited"
+
+
 def test_an_event_of_an_unknown_name_is_read_over_and_one_of_a_known_name_is_not() -> None:
     decoder = DIALECTS["anthropic"].decoder(ANTHROPIC)
     decoder.decode(b"future_event", b"not json", [])
@@ -760,7 +763,6 @@ def test_a_whole_message_is_read_as_its_blocks_in_order() -> None:
         {"type": "text", "text": "Yes \ud83d"},
         {"type": "tool_use", "id": "t", "name": "f", "input": {"a": "é"}},
         {"type": "future"},
-        "x",
     ]
     document = {"type": "message", "content": blocks, "stop_reason": "tool_use", "usage": {"output_tokens": 3}}
     decoder.decode_document(json.dumps(document).encode(), found)

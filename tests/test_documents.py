@@ -26,12 +26,10 @@ ENDPOINTS = [(one.method, one.shown_path) for one in ALL_ENDPOINTS]
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server as a first start has it, with one finished conversation."""
-    server = Server(tmp_path_factory.mktemp("documents"))
-    assert (
-        server.post("/api/v1/chat", {"message": "Hello", "model": "demo/reasoning", "stream": False}).status_code == 200
-    )
-    yield server
-    server.close()
+    with Server(tmp_path_factory.mktemp("documents")) as server:
+        asked = {"message": "Hello", "model": "demo/reasoning", "stream": False}
+        assert server.post("/api/v1/chat", asked).status_code == 200
+        yield server
 
 
 @pytest.fixture(scope="module")

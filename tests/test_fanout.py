@@ -21,7 +21,6 @@ from tests.guarantees import (
     gated,
     read_all,
     running_server,
-    settings_for,
     texts,
     varied_text,
 )
@@ -32,18 +31,6 @@ ANSWER_CHARACTERS = 4_000_000  # some 7 MB in UTF-8
 # A subscriber that does not keep up holds two copies of one send (ours and the transport's), each of at most 320 KiB:
 # 50 of them make 33 MB, whatever the answer's length. What is on its way is another 10 MB, and malloc keeps some.
 GROWTH_BYTES_MAX = 60_000_000
-
-
-@pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_script_is_left(provider: Provider) -> Iterator[None]:
-    yield
-    provider._queues[None].clear()
 
 
 def memory_bytes(server: Server, field: str) -> int:
@@ -150,10 +137,10 @@ def test_a_shutdown_does_not_wait_for_clients_that_never_read(provider: Provider
 
 
 @pytest.fixture(scope="module")
-def small(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def small(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of three subscribers a message and two generations."""
     limits = {"LLMCHAT_SUBSCRIBERS_MAX": "3", "LLMCHAT_GENERATIONS_MAX": "2"}
-    with running_server(tmp_path_factory.mktemp("small"), provider, **limits) as running:
+    with running_server(tmp_path_factory.mktemp("small"), shared_provider, **limits) as running:
         yield running
 
 
@@ -189,16 +176,22 @@ def test_one_subscriber_too_many_is_refused_until_another_leaves(small: Server, 
     assert read_all(others[0]).content == read_all(stream, reader).content == "first last"
 
 
-@pytest.mark.usefixtures("stop_all")
-def test_the_limit_of_subscribers_holds_for_finished_messages_too(small: Server, provider: Provider) -> None:
+def long_answer(server: Server, provider: Provider) -> tuple[int, str]:
+    """A finished message that no kernel takes whole for a client that does not read: its id and its content."""
     content = varied_text(900_000)
     provider.script([*texts([content[start : start + 9000] for start in range(0, len(content), 9000)]), *openai_end()])
-    message_id = small.start_chat("Hello")
-    small.wait_ended(message_id)
+    message_id = server.start_chat("Hello")
+    assert server.wait_ended(message_id)["text"] == content
+    return message_id, content
+
+
+@pytest.mark.usefixtures("stop_all")
+def test_the_limit_of_subscribers_holds_for_finished_messages_too(small: Server, provider: Provider) -> None:
+    message_id, content = long_answer(small, provider)
     path = f"/api/v1/messages/{message_id}/stream"
     with contextlib.ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(EventStream(small.url, "GET", path, receive_bytes=4096))
+            stack.enter_context(stalled_stream(small, path))
         with small.resume(message_id) as refused:
             assert_overloaded(refused.status, refused.headers, refused.error, "3 streams")
     wait_until(lambda: small.get("/api/v1/health").json()["subscribers"] == 0, "the end of the streams")
@@ -210,10 +203,7 @@ def count_rows(server: Server) -> list[int]:
 
 
 def test_the_limit_of_subscribers_holds_for_requests_at_the_same_time(small: Server, provider: Provider) -> None:
-    content = varied_text(900_000)
-    provider.script([*texts([content[start : start + 9000] for start in range(0, len(content), 9000)]), *openai_end()])
-    message_id = small.start_chat("Hello")
-    small.wait_ended(message_id)
+    message_id, _ = long_answer(small, provider)
     path = f"/api/v1/messages/{message_id}/stream"
     together = threading.Barrier(24)
 
@@ -272,7 +262,7 @@ def test_a_full_house_is_seen_in_the_lists_and_empties_again(small: Server, prov
 
 def test_a_failing_start_does_not_eat_a_place(serve: Callable[..., Server], provider: Provider) -> None:
     """Twenty refused questions, then as many generations as ever."""
-    server = serve(**settings_for(provider), LLMCHAT_GENERATIONS_MAX="1")
+    server = serve(LLMCHAT_GENERATIONS_MAX="1")
     for _ in range(20):
         assert server.post("/api/v1/chat", {"message": "Hello", "conversation_id": 99}).status_code == 404
     assert server.wait_ended(server.start_chat("Hello"))["status"] == "completed"

@@ -385,12 +385,12 @@ for word in ("error", "network_error"):
     )
 
 
-@case("HTTP 200 with a page", "provider_protocol", "answered with a web page: Oh no Bad Gateway")
+@case("HTTP 200 with a page", "provider_protocol", "something that is no answer: Oh no Bad Gateway")
 def _(dialect: str) -> Script:
     return page(200, PAGE)
 
 
-@case("a page that says it is a stream", "provider_protocol", "answered with a web page: Oh no Bad Gateway")
+@case("a page that says it is a stream", "provider_protocol", "something that is no answer: Oh no Bad Gateway")
 def _(dialect: str) -> Script:
     return page(200, PAGE, "text/event-stream")
 
@@ -400,12 +400,12 @@ def _(dialect: str) -> Script:
     return json_answer({"error": {"message": "Slow down: insufficient_quota", "code": "429"}})
 
 
-@case("JSON that is no answer", "provider_protocol", 'sent JSON that is no answer: {"status": "ok"}')
+@case("JSON that is no answer", "provider_protocol", 'something that is no answer: {"status":"ok"}')
 def _(dialect: str) -> Script:
     return json_answer({"status": "ok"})
 
 
-@case("JSON cut in the middle", "provider_protocol", 'cannot be read: {"choi')
+@case("JSON cut in the middle", "provider_protocol", 'something that is no answer: {"choi')
 def _(dialect: str) -> Script:
     return page(200, '{"choices": [{"mess', "application/json")
 
@@ -420,12 +420,12 @@ def _(dialect: str) -> Script:
     return page(200, bytes(range(128, 256)) * 20 + b"\n\n", "text/event-stream")
 
 
-@case("an event that is no JSON", "provider_protocol", "cannot be read: not json", content=WHOLE)
+@case("an event that is no JSON", "provider_protocol", "something that is no answer: not json", content=WHOLE)
 def _(dialect: str) -> Script:
     return [*text(dialect, end=False), sse("not json")]
 
 
-@case("an event nested 100,000 deep", "provider_protocol", "cannot be read: {", content=WHOLE)
+@case("an event nested 100,000 deep", "provider_protocol", "something that is no answer: {", content=WHOLE)
 def _(dialect: str) -> Script:
     return [*text(dialect, end=False), sse('{"usage":' + "[" * 100_000)]
 
@@ -590,7 +590,7 @@ def _(dialect: str) -> Script:
     return [*steps[:2], *pauses, *steps[2:]]
 
 
-@case("past the deadline", "deadline_exceeded", "ran for 2 s, the limit", content=None, server="hurried")
+@case("past the deadline", "deadline_exceeded", "ran for 4 s, the limit", content=None, server="hurried")
 def _(dialect: str) -> Script:
     return [*opening(dialect), SendForever(lambda number: _delta(dialect, f"{number} "), 0.05)]
 
@@ -598,7 +598,7 @@ def _(dialect: str) -> Script:
 @case(
     "past the deadline while waiting for a retry",
     "deadline_exceeded",
-    "ran for 2 s, the limit",
+    "ran for 4 s, the limit",
     server="hurried",
     attempt_code="provider_unavailable",
     notices=1,
@@ -655,7 +655,7 @@ SERVERS: dict[str, dict[str, str]] = {
         "LLMCHAT_KEEPALIVE_SECONDS": "4",
         "LLMCHAT_ANSWER_CHARACTERS_MAX": "2000",
     },
-    "hurried": {"LLMCHAT_GENERATION_TIMEOUT_SECONDS": "2"},
+    "hurried": {"LLMCHAT_GENERATION_TIMEOUT_SECONDS": "4"},
     "closed": {},
 }
 
@@ -704,8 +704,9 @@ class Table:
                 "ANTHROPIC_API_KEY": KEY,
             }
             self.servers[name] = Server(self._folder / name, **settings, **SERVERS[name])
+            # The first one loads the HTTP client.
             warm_up = {"message": "Hello", "model": "openai/warm-up", "stream": False}
-            self.servers[name].post("/api/v1/chat", warm_up, timeout=WAIT_SECONDS)  # the first one loads the HTTP client
+            self.servers[name].post("/api/v1/chat", warm_up, timeout=WAIT_SECONDS)
         for run in self.runs.values():
             self.provider.script(*run.case.script(run.dialect), model=run.model)
             self.provider.script(*run.case.script(run.dialect), model=run.model + " (document)")

@@ -14,8 +14,8 @@ import pytest
 
 import llmchat
 from tests.client import Reader, parse_event
-from tests.conftest import wait_until
-from tests.guarantees import Tuned, chat_to_the_gate, gated, read_all, reader_at, settings_for, texts
+from tests.conftest import settings_for, wait_until
+from tests.guarantees import Tuned, chat_to_the_gate, gated, read_all, reader_at, texts
 from tests.provider import Hang, Provider, Script, Send, openai_end, page
 
 PARTS = [["one "], ["two 日本 "], ["three"]]
@@ -23,23 +23,11 @@ WHOLE = "one two 日本 three"
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_script_is_left(provider: Provider) -> Iterator[None]:
-    yield
-    provider._queues[None].clear()
-
-
-@pytest.fixture(scope="module")
-def server(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
+def server(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
     """A server that waits a second for its database, not ten."""
     constants = {"FLUSH_PATIENCE_SECONDS": 1.0, "FLUSH_RETRY_SECONDS": 0.05, "DATABASE_BUSY_MS": 50}
     folder = tmp_path_factory.mktemp("generations")
-    with contextlib.closing(Tuned(folder, provider, constants=constants, LLMCHAT_HEARTBEAT_SECONDS="0.1")) as tuned:
+    with Tuned(folder, shared_provider, constants=constants, LLMCHAT_HEARTBEAT_SECONDS="0.1") as tuned:
         yield tuned
 
 
@@ -271,7 +259,7 @@ def test_a_generation_that_is_stopped_at_any_step_ends_stopped_and_closes_its_co
     async def work(generations: llmchat.Generations) -> None:
         before = len(provider.connections)
         for steps in STEPS:
-            provider._queues[None].clear()
+            provider.unscript()
             provider.script([*texts(["one ", "two"]), Hang()])
             started = await generations.start(question(generations))
             reader = Reader()
@@ -332,7 +320,7 @@ def test_a_service_that_closes_at_any_step_interrupts_what_runs(provider: Provid
             assert message.status == "interrupted" and "one two".startswith(message.text)
 
         run_engine(folder, provider, work)
-        provider._queues[None].clear()
+        provider.unscript()
 
 
 def test_a_flush_that_breaks_in_an_unforeseen_way_ends_one_generation_only(

@@ -119,9 +119,7 @@ parameters = some.builds(
     top_p=some.sampled_from([None, 0.5]),
     max_tokens=some.sampled_from([None, 1, 5_000]),
 )
-results = some.lists(
-    some.builds(lambda one: Turn("tool", (Delta("text", "r"),), None, one), some.sampled_from(CALL_IDS))
-)
+results = some.lists(some.builds(lambda one: Turn("tool", (Delta("text", "r"),), one), some.sampled_from(CALL_IDS)))
 question = some.sampled_from(
     [(), (Delta("text", "Well?"),), (Delta("image", json.dumps({"media_type": "image/png", "data": PNG})),)]
 )

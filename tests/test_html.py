@@ -110,7 +110,7 @@ def test_a_stopped_answer_ends_its_html(server: Server, provider: Provider) -> N
 def test_another_rendering_is_refused(server: Server) -> None:
     server.post("/api/v1/chat", {"message": "Hi", "stream": False})
     response = server.get("/api/v1/messages/2?render=pdf")
-    assert response.status_code == 400 and "render: 'pdf'" in response.json()["error"]["message"]
+    assert response.status_code == 400 and "render: expected html" in response.json()["error"]["message"]
 
 
 def test_a_retry_is_announced_on_a_stream_of_html_too(server: Server, provider: Provider) -> None:

@@ -907,9 +907,8 @@ def test_what_is_no_json_is_refused_with_the_place(server_of_module: Server, bod
 
 @pytest.fixture(scope="module")
 def server_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("import"))
-    yield server
-    server.close()
+    with Server(tmp_path_factory.mktemp("import")) as server:
+        yield server
 
 
 def test_a_file_that_breaks_off_keeps_what_was_whole_says_so_and_goes_on_when_it_is_mended(server: Server) -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import llmchat as markdown
-from llmchat import MarkdownStream, render, render_growing
+from llmchat import MarkdownStream, render
 
 
 class Page:
@@ -49,6 +49,13 @@ class Clock:
     def __call__(self) -> float:
         self.now += self.step_seconds
         return self.now
+
+
+def render_growing(text: str) -> str:
+    """What a growing answer looks like: render(), but with a last fence that has no end yet not highlighted."""
+    text = re.sub(r"\r\n?", "\n", text)
+    environment = markdown._environment({}, Clock()) | {"growing_line": markdown._line_count(text)}
+    return markdown._html(markdown._parser().parse(text, environment), environment)
 
 
 def stream_of(text: str) -> MarkdownStream:

@@ -258,7 +258,8 @@ def run_app(path: Path, scenario: Callable[[Any], Any]) -> None:
 
 
 async def answer_of_demo(service: Any) -> int:
-    target = await service.providers.resolve(None, None)
+    """A finished answer of some dozen rows."""
+    target = await service.providers.resolve("demo", "reasoning")
     turns = (llmchat.Turn("user", (Delta("text", "Hello"),)),)
     new = llmchat.NewMessage("local", None, llmchat.UNSET, turns, None, (target,), llmchat.Parameters())
     started = await service.generations.start(new)

@@ -32,7 +32,6 @@ from tests.provider import (
     anthropic_tool_use,
     openai_error,
     openai_error_event,
-    openai_models,
     openai_reasoning,
     openai_text,
     openai_tool_calls,
@@ -50,9 +49,8 @@ PAUSE = 0.06  # seconds between two deltas of the provider that are to be two ro
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        running.models = openai_models("live")
+def shared_provider() -> Iterator[Provider]:
+    with Provider(model="live") as running:
         yield running
 
 
@@ -65,26 +63,17 @@ def settings(provider: Provider, **more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def server(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("openai"), **settings(provider))
-    yield running
-    running.close()
+def server(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("openai"), **settings(shared_provider)) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def impatient(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def impatient(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that forgets early: in its ring is one event, and what nobody stored goes after a second."""
     more = {"LLMCHAT_RING_EVENTS": "1", "LLMCHAT_UNSTORED_SECONDS": "1"}
-    running = Server(tmp_path_factory.mktemp("impatient"), **settings(provider, **more))
-    yield running
-    running.close()
-
-
-@pytest.fixture(autouse=True)
-def nothing_scripted(provider: Provider) -> Iterator[None]:
-    yield
-    for queue in provider._queues.values():
-        queue.clear()
+    with Server(tmp_path_factory.mktemp("impatient"), **settings(shared_provider, **more)) as running:
+        yield running
 
 
 # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────────────────

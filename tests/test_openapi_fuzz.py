@@ -45,10 +45,11 @@ OPERATIONS = [f"{method.upper()} {path}" for path, methods in SCHEMA.raw_schema[
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Alice's server, whose provider answers in three words, so that nothing waits."""
     with Provider(words=3) as provider:
-        running = walk.start_server(tmp_path_factory.mktemp("openapi"), provider, LLMCHAT_HEARTBEAT_SECONDS="0.05")
-        running.post(f"/api/v1/messages/{walk.RUNNING}/stop")
-        yield running
-        running.close()
+        folder = tmp_path_factory.mktemp("openapi")
+        settings = {"LLMCHAT_HEARTBEAT_SECONDS": "0.05", "LLMCHAT_DRAIN_SECONDS": "0"}
+        with walk.start_server(folder, provider, **settings) as running:
+            running.post(f"/api/v1/messages/{walk.RUNNING}/stop")
+            yield running
         assert "Traceback" not in "".join(running.log)
 
 

@@ -132,21 +132,6 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-@pytest.fixture(scope="module")
-def shared_provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
-@pytest.fixture
-def provider(shared_provider: Provider) -> Provider:
-    for queue in shared_provider._queues.values():
-        queue.clear()
-    shared_provider.delay = 0
-    shared_provider.requests.clear()
-    return shared_provider
-
-
 def start_server(folder: Path, provider: Provider, **settings: str) -> Server:
     return Server(
         folder, OPENAI_BASE_URL=provider.base_url, OPENAI_API_KEY="sk-test", OPENAI_MODELS="m,n,tiny", **settings
@@ -155,9 +140,8 @@ def start_server(folder: Path, provider: Provider, **settings: str) -> Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, shared_provider: Provider) -> Iterator[Server]:
-    running = start_server(tmp_path_factory.mktemp("page"), shared_provider)
-    yield running
-    running.close()
+    with start_server(tmp_path_factory.mktemp("page"), shared_provider) as running:
+        yield running
 
 
 class Device:

@@ -79,20 +79,14 @@ endings = some.sampled_from(["completed", "completed", "failed", "cut", "stopped
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
+def server(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
     """Rings of four events, queues of three, sockets that hold little: everyone lags who does not read at once."""
     tuned = Tuned(
-        tmp_path_factory.mktemp("property"), provider, send_bytes=2048, constants={"QUEUE_EVENTS_MAX": 3},
+        tmp_path_factory.mktemp("property"), shared_provider, send_bytes=2048, constants={"QUEUE_EVENTS_MAX": 3},
         LLMCHAT_RING_EVENTS="4", LLMCHAT_FLUSH_INTERVAL_MS="1", LLMCHAT_HEARTBEAT_SECONDS="0.05",
         LLMCHAT_REPETITION_COUNT="0",
     )  # fmt: skip
-    with contextlib.closing(tuned):
+    with tuned:
         yield tuned
 
 

@@ -32,28 +32,22 @@ FIRST, REST = HARD[:25], HARD[25:]
 SETTINGS = {"LLMCHAT_HEARTBEAT_SECONDS": "0.2"}
 
 
-@pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
 @pytest.fixture(scope="module", params=["1024", "3"], ids=["ring of 1024", "ring of 3"])
 def server(
-    request: pytest.FixtureRequest, provider: Provider, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("resume")
-    with running_server(folder, provider, LLMCHAT_RING_EVENTS=request.param, **SETTINGS) as running:
+    with running_server(folder, shared_provider, LLMCHAT_RING_EVENTS=request.param, **SETTINGS) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def finished(server: Server, provider: Provider) -> tuple[int, str]:
+def finished(server: Server, shared_provider: Provider) -> tuple[int, str]:
     """A completed message of many rows: its id and its content."""
-    provider.delay = 0.012
+    shared_provider.delay = 0.012
     with server.chat("a text that is hard on every layer") as stream:
         reader = read_all(stream)
-    provider.delay = 0.0
+    shared_provider.delay = 0.0
     message_id = server.rows("SELECT max(id) FROM message")[0][0]
     assert server.rows("SELECT count(*) FROM delta WHERE message_id = ?", message_id)[0][0] > 10
     return message_id, reader.content
@@ -196,7 +190,6 @@ NO_CURSORS = [
     "x",
     "-1",
     "1.5",
-    "1e3",
     "0x10",
     "+",
     "%D9%A3",
@@ -365,7 +358,7 @@ def test_a_client_that_holds_more_than_the_database_is_reset(interrupted: tuple[
 def test_a_subscriber_that_lags_starts_again_at_its_cursor(provider: Provider, tmp_path: Path) -> None:
     """Queues of two events, a ring of two, and a client that reads nothing while forty events pass."""
     server = Tuned(tmp_path, provider, send_bytes=4096, constants={"QUEUE_EVENTS_MAX": 2}, LLMCHAT_RING_EVENTS="2")
-    with contextlib.closing(server):
+    with server:
         parts = [[varied_text(3000, f"{number}.")] for number in range(40)]
         stream, reader, message_id, gates = chat_to_the_gate(server, provider, *parts)
         slow = EventStream(server.url, "GET", f"/api/v1/messages/{message_id}/stream", receive_bytes=2048)

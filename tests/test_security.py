@@ -23,8 +23,8 @@ import pytest
 import llmchat
 from tests import walk
 from tests.client import EventStream
-from tests.conftest import Server, wait_until
-from tests.guarantees import Tuned
+from tests.conftest import Server, open_client, wait_until
+from tests.guarantees import Tuned, running_server
 from tests.provider import Hang, Provider, openai_error, openai_text, redirect
 
 ALICE, BOB, CAROL = walk.TOKENS.values()
@@ -37,7 +37,7 @@ def ask(
     """One request on a connection of its own, with exactly these headers beside httpx's."""
     given = [*(headers.items() if isinstance(headers, dict) else headers or ())]
     given += [("Authorization", f"Bearer {token}")] if token is not None else []
-    with httpx.Client(base_url=server.url, timeout=SECONDS, trust_env=False) as client:
+    with open_client(server.url) as client:
         return client.request(method, path, headers=given, **more)
 
 
@@ -81,13 +81,7 @@ def statuses(received: bytes) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def users(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def users(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Alice's and Bob's server behind a trusted proxy; what Alice has is in tests/walk.py."""
     settings = {
         "LLMCHAT_TRUSTED_PROXIES": "127.0.0.0/8",
@@ -95,27 +89,24 @@ def users(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "LLMCHAT_HOSTS": "chat.example.org",
         "LLMCHAT_DRAIN_SECONDS": "0",
     }
-    server = walk.start_server(tmp_path_factory.mktemp("users"), provider, **settings)
-    yield server
-    server.close()
+    with walk.start_server(tmp_path_factory.mktemp("users"), shared_provider, **settings) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def local(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def local(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server as it is on a laptop: no token."""
-    settings = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "sk-test"}
-    server = Server(tmp_path_factory.mktemp("local"), **settings)
-    yield server
-    server.close()
+    with running_server(tmp_path_factory.mktemp("local"), shared_provider) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def hasty(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def hasty(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a token that waits half a second where others wait half a minute."""
     constants = {"HEAD_SECONDS": 0.5, "BODY_STALL_SECONDS": 0.5, "BODY_BYTES_PER_SECOND": 1_000_000}
-    server = Tuned(tmp_path_factory.mktemp("hasty"), provider, constants=constants, LLMCHAT_TOKEN=ALICE)
-    yield server
-    server.close()
+    folder = tmp_path_factory.mktemp("hasty")
+    with Tuned(folder, shared_provider, constants=constants, LLMCHAT_TOKEN=ALICE) as server:
+        yield server
 
 
 # ── who may come in ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1183,25 +1174,6 @@ def limited(serve: Callable[..., Server]) -> Server:
     )
 
 
-@pytest.fixture
-def serve(tmp_path: Path, provider: Provider) -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-
-    def start(*arguments: str, **settings: str) -> Server:
-        settings = {
-            "OPENAI_BASE_URL": provider.base_url,
-            "OPENAI_API_KEY": "sk-test",
-            "OPENAI_MODELS": "m,n",
-            **settings,
-        }
-        servers.append(Server(tmp_path, *arguments, **settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
 def start_many(server: Server, token: str, count: int) -> list[httpx.Response]:
     """So many chats at the same moment, in the background."""
     with ThreadPoolExecutor(count) as pool:
@@ -1280,7 +1252,11 @@ def test_a_key_is_nowhere_but_at_its_provider(serve: Callable[..., Server], prov
     chat = {"message": "Hi", "stream": False, "model": "openai/m"}
     seen = [ask(server, "POST", "/api/v1/chat", json=chat) for _ in range(5)]
     paths = [route.removeprefix("GET ") for route in walk.routes() if route.startswith("GET ")]
-    seen += [ask(server, "GET", path.replace("{id}", str(one))) for path in paths for one in range(1, 11)]
+    seen += [
+        ask(server, "GET", path.replace("{id}", str(one)))
+        for path in paths
+        for one in (range(1, 11) if "{id}" in path else (0,))
+    ]
     assert [response.status_code for response in seen[:5]] == [200, 502, 422, 502, 502]
     assert provider.chats[-1].headers["authorization"] == f"Bearer {KEY}"
     for response in seen:

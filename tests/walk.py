@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 import llmchat
-from tests.conftest import Server
+from tests.conftest import Server, open_client
 from tests.provider import Hang, Provider, openai_text
 
 SECRET = "Rosebud-4711"  # in everything that Alice has
@@ -122,6 +122,7 @@ def start_server(folder: Path, provider: Provider, **settings: str) -> Server:
     asked = {"message": f"Is it {SECRET}?", "system": SECRET, "stream": False}
     assert server.post("/api/v1/chat", asked, headers={"Idempotency-Key": SECRET}).json()["id"] == COMPLETED
     assert server.start_chat(f"And {SECRET}?") == RUNNING
+    provider.wait_chats(2)
     return server
 
 
@@ -136,7 +137,7 @@ def paths_of(path: str) -> Iterator[str]:
 
 def walk(server: Server, who: str, headers: dict[str, str]) -> Iterator[Visit]:
     """Every route as this one asks for it. Raises AssertionError for a route without a rule."""
-    with httpx.Client(base_url=server.url, headers=headers, timeout=20, trust_env=False) as client:
+    with open_client(server.url, **headers) as client:
         for route in routes():
             assert route in RULES, (
                 f"{route} has no rule in tests/walk.py: what may a stranger and another owner get of it?"
@@ -184,15 +185,15 @@ def table(visits: list[Visit]) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, Provider() as provider:
-        server = start_server(Path(folder), provider)
-        try:
-            visits = [
-                *walk(server, "stranger", {}),
-                *walk(server, "carol", {"Authorization": f"Bearer {TOKENS['carol']}"}),
-            ]
-        finally:
-            server.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Provider() as provider,
+        start_server(Path(folder), provider) as server,
+    ):
+        visits = [
+            *walk(server, "stranger", {}),
+            *walk(server, "carol", {"Authorization": f"Bearer {TOKENS['carol']}"}),
+        ]
     print(table(visits))
 
 
