@@ -9000,8 +9000,12 @@ decode_delta = msgspec.json.Decoder(Delta).decode
 decode_end = msgspec.json.Decoder(EndData).decode
 
 
-class OpenAIView:
+class OpenAIView(Protocol):
     """A format of OpenAI's for our events: what each of them becomes."""
+
+    def start(self, start: Mapping[str, Any]) -> bytes: ...
+    def take(self, delta: Delta) -> bytes: ...
+    def end(self, end: EndData) -> bytes: ...
 
     def translate(self, name: bytes, data: bytes) -> bytes:
         if name == b"delta":
@@ -9011,15 +9015,6 @@ class OpenAIView:
         if name == b"start":
             return self.start(decode_json(data))
         return self.end(decode_end(data)) if name == b"end" else b""
-
-    def start(self, start: Mapping[str, Any]) -> bytes:
-        raise NotImplementedError
-
-    def take(self, delta: Delta) -> bytes:
-        raise NotImplementedError
-
-    def end(self, end: EndData) -> bytes:
-        raise NotImplementedError
 
 
 async def stream_view(request: Request, message_id: int, view: OpenAIView) -> Response:
@@ -9615,14 +9610,13 @@ OPENAI_ENDPOINTS = (
 # service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-SWITCH_SECONDS = (
-    0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
-)
+SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms add up per statement
 CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
 
 
 class LogFormatter(logging.Formatter):
-    """One line per event: `time level message key=value …`, or the same as JSON."""
+    """One line per event: `time level message key=value …`, or the same as JSON, whose ASCII has no character that a
+    terminal obeys or a log's reader takes for the end of a line."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -9634,26 +9628,20 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
             line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
-            return printable_json({**line, "trace": trace} if trace else line)
+            return json.dumps({**line, "trace": trace} if trace else line, default=str)
         pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
         return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
 
     def _quote(self, value: Any) -> str:
         text = str(value)
-        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else printable_json(text)
-
-
-def printable_json(value: Any) -> str:
-    """JSON without any character that a terminal obeys or a log's reader takes for the end of a line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if text.isprintable() else json.dumps(value, default=str)
+        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else json.dumps(text)
 
 
 def open_log(config: Config) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(config.log_format))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
+    for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
@@ -9707,29 +9695,21 @@ def warn_of_network(path: str) -> None:
 
 
 def open_socket(config: Config) -> socket.socket:
-    """A listening socket. Raises StartError with one line if the address cannot be had."""
+    """A listening socket; on `::` also for IPv4. Raises StartError with one line if the address cannot be had."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as exc:
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as exc:
-        listener.close()
-        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
-    return listener
 
 
 def refusal(is_too_large: bool) -> bytes:
     """The whole response to what is no request."""
     status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
     if is_too_large:
-        status, error = (
-            431,
-            TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit"),
-        )
+        error = TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+        status = 431
     request_id = f"{random.getrandbits(64):016x}"
     response = error_response(error, request_id)
     own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
@@ -9910,6 +9890,14 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
     return parsed
 
 
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -9931,14 +9919,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # Windows has none
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 if __name__ == "__main__":
