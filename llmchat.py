@@ -9273,8 +9273,15 @@ async def new_response(request: Request, asked: ResponseRequest, body: bytes) ->
 
 # ── responses: output ───────────────────────────────────────────────────────────────────────────────────────────────
 
-UNFINISHED = {"status": "in_progress", "completed_at": None, "error": None, "incomplete_details": None, "usage": None}
-RESPONSE_STATUSES = {"completed": "completed", "stopped": "cancelled", "failed": "failed", "interrupted": "failed"}
+RUNNING = EndData("running", None, None, NO_TIMING, None)
+RESPONSE_STATUSES = {
+    "running": "in_progress",
+    "completed": "completed",
+    "stopped": "cancelled",
+    "failed": "failed",
+    "interrupted": "failed",
+}
+ITEM_STATUSES = {"in_progress": "in_progress", "completed": "completed"}  # of the last item; else incomplete
 INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 RESPONSE_ERROR_CODES = {"provider_rate_limited": "rate_limit_exceeded", "provider_rejected": "invalid_prompt"}
 TERMINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed"}  # else response.incomplete
@@ -9295,7 +9302,7 @@ def response_shape(stored: StoredResponse) -> dict[str, Any]:
 
 
 def response_outcome(created_at: int, end: EndData | Message) -> dict[str, Any]:
-    """Everything of a response object that its end decides."""
+    """Everything of a response object that its end decides, once it has come."""
     status, error, incomplete = RESPONSE_STATUSES[end.status], end.error, None
     if status == "completed" and end.finish_reason in INCOMPLETE_REASONS:
         status, incomplete = "incomplete", {"reason": INCOMPLETE_REASONS[end.finish_reason]}
@@ -9354,7 +9361,7 @@ class ResponseView(OpenAIView):
         self._texts: list[str] = []  # of the open item
 
     def start(self, start: Mapping[str, Any]) -> bytes:
-        begun = {**self._shape, **UNFINISHED, "output": []}
+        begun = {**self._shape, **response_outcome(self._shape["created_at"], RUNNING), "output": []}
         return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
 
     def take(self, delta: Delta) -> bytes:
@@ -9410,15 +9417,12 @@ class ResponseView(OpenAIView):
         """The response object of a message as it is now."""
         for delta in message.content:
             self.take(delta)
-        if message.status != "running":
-            return self._finish(message)[1]
-        self.close("in_progress")
-        return {**self._shape, **UNFINISHED, "output": self.items}
+        return self._finish(message)[1]
 
     def _finish(self, end: EndData | Message) -> tuple[bytes, dict[str, Any]]:
-        """The events that end the last item, and the response object at its end."""
+        """The events that end the last item, and the response object."""
         outcome = response_outcome(self._shape["created_at"], end)
-        events = self.close("completed" if outcome["status"] == "completed" else "incomplete")
+        events = self.close(ITEM_STATUSES.get(outcome["status"], "incomplete"))
         return events, {**self._shape, **outcome, "output": self.items}
 
     def _item_event(self, kind: str, **fields: Any) -> bytes:
@@ -9722,13 +9726,12 @@ class Connection(HttpToolsProtocol):
 
     The timer runs whenever a head is awaited: from the connection's start, from a request's first byte, and from any
     byte after an answer (blank lines, the rest of a body that nobody read), for uvicorn's own timer ends with such a
-    byte. `_head_bytes` counts what the parser has reported of the head, and of trailers, which are dropped: nothing
-    that comes after a body may pass for a header. `_silent_bytes` counts what it keeps to itself: one endless line.
+    byte. `_head_bytes` is what came since a request or a piece of a body began, and the whole head when it is complete;
+    so it bounds one endless line too, and trailers, which are dropped: nothing after a body may pass for a header.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
-    _silent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -9737,32 +9740,30 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.cycle is None or self.cycle.response_complete:
             self._await_head()
-        self._silent_bytes += len(data)
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._silent_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+        if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             self.send_400_response("")
 
     def on_message_begin(self) -> None:
-        self._head_bytes = self._silent_bytes = 0
+        self._head_bytes = 0
         self._await_head()
         super().on_message_begin()
 
-    def on_url(self, url: bytes) -> None:
-        self._count_head(len(url))
-        super().on_url(url)
-
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count_head(len(name) + len(value) + len(": \r\n"))
         if self._head_timer is not None:  # else it is a trailer
             super().on_header(name, value)
 
-    def on_body(self, body: bytes) -> None:
-        self._silent_bytes = 0
-        super().on_body(body)
-
     def on_headers_complete(self) -> None:
         self._end_head()
+        self._head_bytes = len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise TooLarge("the parser hands this on as an error of its own")
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
@@ -9772,27 +9773,20 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
 
-    def _count_head(self, size: int) -> None:
-        self._head_bytes += size
-        self._silent_bytes = 0
-        if self._head_bytes > HEAD_BYTES_MAX:
-            raise TooLarge("the parser hands this on as an error of its own")
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
         running = self.cycle is not None and not self.cycle.response_complete
         if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
-            self.transport.write(refusal(max(self._head_bytes, self._silent_bytes) > HEAD_BYTES_MAX))
+            self.transport.write(refusal(self._head_bytes > HEAD_BYTES_MAX))
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing is upgraded here, and anybody could fill the log with it."""
-
-    def _end_head(self) -> None:
-        self._silent_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
 
 
 class Server(uvicorn.Server):
