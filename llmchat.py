@@ -8785,11 +8785,11 @@ class OpenAIText(Struct, tag_field="type", tag="text"):
 
 
 class InputText(OpenAIText, tag="input_text"):
-    """A response's name for it."""
+    """A text in a response's input."""
 
 
 class OutputText(OpenAIText, tag="output_text"):
-    """A response's name for what an assistant said."""
+    """A text in a response's output, given back."""
 
 
 class OpenAIRefusal(OpenAIText, tag="refusal"):
@@ -8805,7 +8805,7 @@ class OpenAIImage(Struct, tag_field="type", tag="image_url"):
 
 
 class InputImage(OpenAIImage, tag="input_image"):
-    """A response's name for it."""
+    """An image in a response's input."""
 
 
 Texts = str | list[OpenAIText | InputText | OutputText | OpenAIRefusal]
@@ -8848,7 +8848,7 @@ class SystemMessage(Struct, tag_field="role", tag="system"):
 
 
 class DeveloperMessage(SystemMessage, tag="developer"):
-    """The newer name for it."""
+    """The newer name of a system message."""
 
 
 class UserMessage(Struct, tag_field="role", tag="user"):
@@ -9609,9 +9609,10 @@ OPENAI_ENDPOINTS = (
 # 14. main
 #
 # `create_app` builds everything from a Config and opens it in its lifespan, whose end is the one place that says in
-# which order things close. The server is uvicorn's with three changes: a signal drains first, while requests are still
-# answered; a second signal exits at once; and it waits for an event instead of looking ten times a second, so an idle
-# service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
+# which order things close. The server is uvicorn's with four changes: a signal drains first, while requests are still
+# answered; a second signal exits at once; it waits for an event instead of looking ten times a second, so an idle
+# service sleeps; and a request's head is bounded in size and time (Connection). Its shutdown would otherwise wait for
+# ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms add up per statement
@@ -9784,9 +9785,6 @@ class Connection(HttpToolsProtocol):
         if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
             self.transport.write(refusal(self._head_bytes > HEAD_BYTES_MAX))
         self.transport.close()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Nothing is upgraded here, and anybody could fill the log with it."""
 
 
 class Server(uvicorn.Server):
