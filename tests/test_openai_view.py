@@ -810,7 +810,9 @@ def test_a_shutdown_is_an_error_to_whom_it_leaves_without_the_rest(provider: Pro
         body = {"model": "m", "messages": USER, "input": "Hi"}
         raws = [stack.enter_context(Raw(server, "POST", path, {**body, "stream": one})) for path, one in asked]
         provider.wait_chats(before + 4)
-        wait_until(lambda: server.rows("SELECT count(*) FROM delta WHERE text = 'Half'") == [(4,)], "the first deltas")
+        wait_until(lambda: server.rows("SELECT count(*) FROM delta WHERE text = 'Half'") == [(4,)], "the deltas", 30)
+        for raw in (raws[0], raws[2]):
+            raw.read_until(b'"Half"')
         assert server.terminate() == 0
         chat_stream, chat_whole, response_stream, response_whole = (raw.read_to_end() for raw in raws)
     assert b'"error":{' in chat_stream and b"[DONE]" in chat_stream and b'"finish_reason":"stop"' not in chat_stream
