@@ -181,7 +181,7 @@ const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byt
 // object stays the same object for as long as the conversation is shown: turns hang on it.
 
 let localId = 0;
-const TURNS_AT_ONCE = 30; // a long conversation is drawn from its end, a few turns per task, so that nothing stutters
+const TURNS_AT_ONCE = 10; // a long conversation is drawn from its end, a few turns per task, so that nothing stutters
 
 class Conversation {
   constructor() {
@@ -341,10 +341,12 @@ class AnswerBody {
   /** A new connection begins. */
   begin() {
     this.isFresh = true;
+    this.element.classList.remove("whole");
   }
 
   show(html) {
-    this.begin();
+    if (this.isEmpty) this.element.classList.add("whole");
+    this.isFresh = true;
     this.apply([[0, html]], "");
   }
 
@@ -787,6 +789,8 @@ async function onCopyCode(event) {
   setTimeout(() => (button.textContent = "Copy"), 1600);
 }
 
+let drawTimer = 0;
+
 /** Draws the conversation that is shown, as far as it changed. */
 function renderConversation() {
   const { conversation } = state;
@@ -798,7 +802,8 @@ function renderConversation() {
     const siblings = children.get(message.parent_id);
     return turnOf(message).update({ siblings, index: siblings.indexOf(message), isLeaf: message === last, isBusy });
   });
-  if (conversation.drawn < path.length) setTimeout(() => drawMore(conversation));
+  clearTimeout(drawTimer);
+  if (conversation.drawn < path.length) drawTimer = setTimeout(() => drawMore(conversation));
   place($("turns"), conversation.loaded ? elements : [skeleton()]);
   const isEmpty = conversation.loaded && path.length === 0;
   document.body.classList.toggle("empty", isEmpty);
