@@ -732,6 +732,7 @@ class Timing(Struct, frozen=True):
 
     first_delta_ms: int | None
     total_ms: int | None
+    first_text_ms: int | None = None  # later than first_delta_ms by as long as the model thought
 
 
 NO_TIMING = Timing(None, None)
@@ -3320,6 +3321,7 @@ class Outcome:
     attempts: tuple[dict[str, Any], ...]
     first_delta_ms: int | None
     total_ms: int
+    first_text_ms: int | None = None
 
 
 class Page(NamedTuple):
@@ -3852,7 +3854,8 @@ def touch(connection: sqlite3.Connection) -> None:
 def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
     joined = join_deltas(content)
     elapsed = [
-        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
+        None if at is None else at - row["created_at_ms"]
+        for at in (row["first_delta_at_ms"], row["ended_at_ms"], row["first_text_at_ms"])
     ]
     return Message(
         id=row["id"],
@@ -4097,11 +4100,12 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
         ending = outcome.ending
         connection.execute(
             "UPDATE message SET status = ?, finish_reason = ?, error_json = ?, usage_json = ?, attempts_json = ?, provider = ?,"
-            " model = ?, first_delta_at_ms = created_at_ms + ?, ended_at_ms = created_at_ms + ? WHERE id = ? AND status = 'running'",
+            " model = ?, first_delta_at_ms = created_at_ms + ?, first_text_at_ms = created_at_ms + ?, ended_at_ms = created_at_ms + ?"
+            " WHERE id = ? AND status = 'running'",
             (
                 ending.status, ending.finish_reason, encode_json(ending.error).decode() if ending.error else None,
                 encode_json(outcome.usage).decode() if outcome.usage else None, encode_json(outcome.attempts).decode(), outcome.target.provider.name,
-                outcome.target.model, outcome.first_delta_ms, outcome.total_ms, outcome.message_id,
+                outcome.target.model, outcome.first_delta_ms, outcome.first_text_ms, outcome.total_ms, outcome.message_id,
             ),
         )  # fmt: skip
         connection.execute(
@@ -4489,6 +4493,7 @@ class ArchivedMessage(Struct, kw_only=True):
     attempts: list[dict[str, Any]] = []
     created_at_ms: Milliseconds
     first_delta_at_ms: Milliseconds | None = None
+    first_text_at_ms: Milliseconds | None = None
     ended_at_ms: Milliseconds | None = None
 
 
@@ -4565,6 +4570,7 @@ def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Archiv
         parent=None if row["parent_id"] is None else origin_of(*parent),
         params=json.loads(row["params_json"]),
         first_delta_at_ms=row["first_delta_at_ms"],
+        first_text_at_ms=row["first_text_at_ms"],
         ended_at_ms=row["ended_at_ms"],
         **{name: value for name, value in message.items() if name in ArchivedMessage.__struct_fields__},
     )
@@ -5419,6 +5425,7 @@ def import_message(
         finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
         usage_json=None if message.usage is None else encode_json(message.usage).decode(),
         attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
+        first_text_at_ms=message.first_text_at_ms,
         ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
         origin=message.origin, merged=1,
     )  # fmt: skip
@@ -5856,6 +5863,7 @@ class Generation:
         # the guards' clocks, monotonic seconds
         self.started_at = time.monotonic()
         self.first_delta_at: float | None = None
+        self.first_text_at: float | None = None
         self.attempt_at = self.started_at
         self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
@@ -5897,6 +5905,8 @@ class Generation:
         if self.seam is not None:
             joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
             deltas = [one for one in joined if one.text]
+        if self.first_text_at is None and any(one.kind == "text" for one in deltas):
+            self.first_text_at = self.last_delta_at
         self.pending += deltas
         length, circle = 0, None
         for delta in deltas:
@@ -5928,13 +5938,15 @@ class Generation:
         """What the terminal transaction writes; a continued answer's figures are the sums of its runs."""
         assert self.ending is not None, "only what has ended has an outcome"
         before = self.started.timing
-        first = before.first_delta_ms
-        if first is None and self.first_delta_at is not None:
-            first = round((self.first_delta_at - self.started_at) * 1000)
-        total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
+        earlier = before.total_ms or 0
+        first, first_text = (
+            known if known is not None or at is None else round((at - self.started_at) * 1000) + earlier
+            for known, at in ((before.first_delta_ms, self.first_delta_at), (before.first_text_ms, self.first_text_at))
+        )
+        total = round((time.monotonic() - self.started_at) * 1000) + earlier
         unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
         attempts = (*self.attempts, *unfinished)
-        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total, first_text)
 
     def usage(self) -> Usage | None:
         """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
@@ -6462,7 +6474,7 @@ class Generations:
             log.warning("no title", extra={"fields": fields})
 
     def _announce(self, generation: Generation, outcome: Outcome) -> None:
-        timing = Timing(outcome.first_delta_ms, outcome.total_ms)
+        timing = Timing(outcome.first_delta_ms, outcome.total_ms, outcome.first_text_ms)
         generation.ended.set()
         end = encode_end(outcome.ending, outcome.usage, timing)
         generation.publish([(generation.published, end)])

@@ -98,7 +98,7 @@ const seconds = (ms) => (ms < 10_000 ? (ms / 1000).toFixed(ms < 1000 ? 2 : 1) : 
 
 // ── 2. Memory ────────────────────────────────────────────────────────────────────────────────────────────────────
 //
-// What the browser keeps: theme, last model, drafts, seconds of thinking. It may refuse to keep anything (private
+// What the browser keeps: theme, last model, drafts. It may refuse to keep anything (private
 // windows, blocked storage, a full disk): then the page works all the same and forgets.
 
 const memory = {
@@ -546,7 +546,6 @@ class AnswerTurn extends Turn {
     this.element.append(this.title, this.thinking, this.prose, this.tools, this.phase, this.card, this.foot);
     this.reasoning = ""; // as it comes on this connection
     this.calls = [];
-    this.thoughtMs = Number(memory.get(`thought.${message.id}`)) || 0;
     this.connection = "open";
     this.notice = "";
   }
@@ -575,7 +574,7 @@ class AnswerTurn extends Turn {
   takeHtml({ settled, open }) {
     const wasEmpty = this.body.isEmpty;
     this.body.apply(settled, open);
-    if (wasEmpty && !this.body.isEmpty) this.endThinking();
+    if (wasEmpty && !this.body.isEmpty) this.drawThinking();
     if (wasEmpty) this.drawPhase();
   }
 
@@ -604,7 +603,7 @@ class AnswerTurn extends Turn {
       if (message.html !== undefined) this.body.show(message.html);
       this.showReasoning(reasoningOf(message));
       this.showCalls(message.content.filter((part) => part.kind === "tool_call").map((part) => part.text));
-      this.endThinking();
+      this.drawThinking();
     }
     this.element.setAttribute("aria-busy", String(this.isRunning));
     this.drawPhase();
@@ -621,21 +620,15 @@ class AnswerTurn extends Turn {
     this.drawThinking();
   }
 
-  endThinking() {
-    if (this.thinking.hidden) return;
-    if (!this.thoughtMs && this.sawThinking) {
-      this.thoughtMs = Date.now() - this.message.created_at_ms;
-      memory.set(`thought.${this.message.id}`, String(this.thoughtMs));
-    }
-    this.drawThinking();
-  }
-
   drawThinking() {
+    const { timing, created_at_ms } = this.message;
     const isLive = this.isRunning && this.body.isEmpty;
-    this.sawThinking ||= isLive;
-    const spent = Math.max(1, Math.round((isLive ? Date.now() - this.message.created_at_ms : this.thoughtMs) / 1000));
+    const known = timing?.first_text_ms ?? (this.body.isEmpty ? timing?.total_ms : null);
+    if (isLive) this.thoughtMs = Date.now() - created_at_ms;
+    const ms = known ?? this.thoughtMs; // until the end, only who saw it happen knows
+    const spent = Math.max(1, Math.round(ms / 1000));
     this.thinking.classList.toggle("live", isLive);
-    this.summary.textContent = isLive ? `Thinking… ${spent} s` : this.thoughtMs ? `Thought for ${spent} s` : "Thought before answering";
+    this.summary.textContent = isLive ? `Thinking… ${spent} s` : ms ? `Thought for ${spent} s` : "Thought before answering";
   }
 
   showCalls(calls) {
@@ -677,7 +670,7 @@ class AnswerTurn extends Turn {
 
   /** Once a second while it runs. */
   tick() {
-    if (!this.thinking.hidden) this.drawThinking();
+    this.drawThinking();
     this.drawPhase();
   }
 
@@ -1027,7 +1020,7 @@ async function finishAnswer(message, { status, finish_reason, usage, timing, err
   Object.assign(message, { status, finish_reason, usage, timing, error });
   const turn = turnOf(message);
   turn.stopping = false;
-  turn.endThinking();
+  turn.drawThinking();
   if (state.conversation.messages.get(message.id) === message) renderConversation();
   announce({ completed: "Answer finished", stopped: "Answer stopped" }[status] ?? "Answer failed");
   await refreshMessage(message).catch(() => {});
