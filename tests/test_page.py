@@ -963,6 +963,23 @@ def test_20_thinking_is_folded_with_its_seconds_and_opens_live(page: Device, pro
     expect(page.tab.locator(".thoughts")).to_be_hidden()
 
 
+def test_20_the_seconds_of_thinking_are_the_same_everywhere(
+    device: Callable[..., Device], provider: Provider, gate: str
+) -> None:
+    """The clock of the first device is put forward while the model thinks; the server's is right."""
+    page = device()
+    provider.script([*openai_reasoning("Hm."), provider.gate(gate), *openai_text("It is so.")])
+    page.ask("Why?")
+    summary = page.tab.locator(".thinking summary")
+    page.run("() => { const now = Date.now; Date.now = () => now() + 100_000 }")
+    expect(summary).to_have_text(re.compile(r"Thinking… 10\d s"))
+    provider.open_gate(gate)
+    page.finished()
+    expect(summary).to_have_text(re.compile(r"Thought for \d s"))
+    other = device(path=urlsplit(page.tab.url).path, **PHONE)
+    expect(other.tab.locator(".thinking summary")).to_have_text(summary.inner_text())
+
+
 def test_21_a_quiet_line_tells_tokens_speed_and_the_wait(page: Device, provider: Provider) -> None:
     provider.script(openai_text(*["word "] * 20, usage=(9, 1234), delay=0.01))
     page.ask("Hello")
