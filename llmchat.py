@@ -8061,16 +8061,21 @@ async def get_docs(request: Request) -> Response:
 # ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; --accent: light-dark(#0b6b53, #5fd3b0) }
+:root { color-scheme: light dark; --accent: light-dark(#0b6b53, #62d0ae); --soft: light-dark(#5f655d, #9aa59f); --line: light-dark(#d3cec2, #3b4341);
+  font: 16px/1.6 -apple-system, "Segoe UI", Roboto, Ubuntu, Cantarell, "Noto Sans", "Liberation Sans", Arial, sans-serif;
+  background: light-dark(#fcfbf8, #161918); color: light-dark(#20241f, #e3e8e4) }
 body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
 code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
 pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
 table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
 .method { display: inline-block; min-width: 4rem; color: var(--accent) }
-.sign-in { max-width: 22rem; margin: 20vh auto 0 } .sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box }
-.sign-in input { padding: .7rem .8rem; border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: .5rem }
-.sign-in button { margin-top: .75rem; padding: .7rem; border: 0; border-radius: .5rem; background: var(--accent); color: Canvas }
+.sign-in { max-width: 22rem; margin: 18vh auto 0 } .sign-in h1 { margin: 0 0 1.25rem; font-size: 1.6rem; letter-spacing: -.02em }
+.sign-in label { font-weight: 500 } .sign-in small { display: block; margin-top: 1rem; color: var(--soft) }
+.sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box; padding: .65rem .9rem; border-radius: .75rem }
+.sign-in input { margin: .35rem 0 .75rem; border: 1px solid var(--line); background: light-dark(#fff, #1d2120); color: inherit }
+.sign-in button { border: 0; font-weight: 500; background: var(--accent); color: light-dark(#fff, #0b1f18); cursor: pointer }
+.sign-in :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 .error { color: light-dark(#a3211a, #ff9d94) }
 """
 PAGE_POLICY = (
@@ -8121,7 +8126,9 @@ def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     page = html_page(
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
-        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>',
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button>'
+        "<small>It is what <code>LLMCHAT_TOKEN</code> or <code>LLMCHAT_USERS</code> says where llmchat runs; without either,"
+        " a link to sign in was printed when it first started.</small></form>",
         error.status if error is not None else 200,
     )
     page.headers.update(error_headers(error) if error is not None else {})

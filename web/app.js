@@ -455,7 +455,7 @@ class QuestionTurn extends Turn {
 
   drawTool() {
     const name = this.message.role === "tool" ? "Result of a tool" : "Instruction";
-    const details = make("details", { class: "tool" }, make("summary", {}, name), make("pre", { tabIndex: 0 }, this.message.text));
+    const details = make("details", { class: "tool" }, make("summary", {}, icon("right"), name), make("pre", { tabIndex: 0 }, this.message.text));
     this.element.replaceChildren(make("h2", { class: "hidden-text" }, name), details);
   }
 
@@ -635,7 +635,7 @@ class AnswerTurn extends Turn {
     if (calls.length <= this.tools.childElementCount) return;
     const shown = calls.slice(this.tools.childElementCount).map((text) => {
       const call = JSON.parse(text);
-      return make("details", { class: "tool" }, make("summary", {}, `Wants to call ${call.name}`), make("pre", { tabIndex: 0 }, call.arguments));
+      return make("details", { class: "tool" }, make("summary", {}, icon("right"), `Wants to call ${call.name}`), make("pre", { tabIndex: 0 }, call.arguments));
     });
     this.tools.append(...shown);
   }
@@ -694,9 +694,10 @@ class AnswerTurn extends Turn {
     }
     const actions = make("div", { class: "actions" });
     if (message.text) actions.append(this.copyButton("Copy answer as Markdown"));
-    actions.append(iconButton("Regenerate", "again", () => regenerate(message), { disabled: place.isBusy }));
-    const swap = iconButton("Regenerate with another model", "swap", () => this.regenerateWith(swap), { disabled: place.isBusy, "aria-haspopup": "dialog" });
-    actions.append(swap);
+    if (!message.error) {
+      const swap = iconButton("Regenerate with another model", "swap", () => this.regenerateWith(swap), { disabled: place.isBusy, "aria-haspopup": "dialog" });
+      actions.append(iconButton("Regenerate", "again", () => regenerate(message), { disabled: place.isBusy }), swap);
+    }
     this.foot.append(actions, ...[this.branches()].filter(Boolean), this.figures());
   }
 
