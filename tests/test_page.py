@@ -1,7 +1,14 @@
 """The page in a real browser: each of the 36 behaviours of its checklist has a test that begins with its number.
 
 One Chromium, one server and one provider for the module; a context (a device) per test. Every test ends by asserting
-that the page raised no error and asked nobody but its own origin. What a driver cannot do is said in the test.
+that the page raised no error and asked nobody but its own origin.
+
+What a driver cannot do, and what stands for it: lock a screen (1: a hidden page), fling with a finger (4: a wheel and a
+held button), compose with an input method (6: its events), have a plain-http origin that is not loopback (10: the
+clipboard taken away), cut an open stream by going offline (24: a proxy), have a notch or an on-screen keyboard (26: the
+viewport's meta tag), listen with a screen reader (28: what it would be told), press the browser's install button (34: what
+it asks for), look at another tab (22, 36: `visibilityState`).
+
 Without a browser or its driver the module is skipped; with CI=true that is a failure.
 """
 
@@ -86,7 +93,7 @@ WITHOUT_CLIPBOARD = """() => {
 SMALL_TARGETS = """() => [...document.querySelectorAll("button, a.icon, a.new, .item > a, summary")]
   .filter((node) => node.checkVisibility({visibilityProperty: true}))
   .map((node) => [node.getAttribute("aria-label") || node.textContent, node.getBoundingClientRect()])
-  .filter(([, {width, height}]) => width < 43.99 || height < 43.99)
+  .filter(([, {width, height}]) => Math.round(width) < 44 || Math.round(height) < 44)
   .map(([name, {width, height}]) => `${name}: ${width} × ${height}`)"""
 ALL_FIELDS_ARE_READABLE = """() => [...document.querySelectorAll("input:not([type=file], [type=radio]), textarea")]
   .every((node) => parseFloat(getComputedStyle(node).fontSize) >= 16)"""
