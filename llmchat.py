@@ -722,6 +722,7 @@ class Timing(Struct, frozen=True):
 
     first_delta_ms: int | None
     total_ms: int | None
+    first_text_ms: int | None = None  # later than first_delta_ms by as long as the model thought
 
 
 NO_TIMING = Timing(None, None)
@@ -3132,6 +3133,7 @@ class Outcome:
     attempts: tuple[dict[str, Any], ...]
     first_delta_ms: int | None
     total_ms: int
+    first_text_ms: int | None = None
 
 
 class Page(NamedTuple):
@@ -3665,7 +3667,8 @@ def touch(connection: sqlite3.Connection) -> None:
 def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
     joined = join_deltas(content)
     elapsed = [
-        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
+        None if at is None else at - row["created_at_ms"]
+        for at in (row["first_delta_at_ms"], row["ended_at_ms"], row["first_text_at_ms"])
     ]
     return Message(
         id=row["id"],
@@ -3910,11 +3913,12 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
         ending = outcome.ending
         connection.execute(
             "UPDATE message SET status = ?, finish_reason = ?, error_json = ?, usage_json = ?, attempts_json = ?, provider = ?,"
-            " model = ?, first_delta_at_ms = created_at_ms + ?, ended_at_ms = created_at_ms + ? WHERE id = ? AND status = 'running'",
+            " model = ?, first_delta_at_ms = created_at_ms + ?, first_text_at_ms = created_at_ms + ?, ended_at_ms = created_at_ms + ?"
+            " WHERE id = ? AND status = 'running'",
             (
                 ending.status, ending.finish_reason, encode_json(ending.error).decode() if ending.error else None,
                 encode_json(outcome.usage).decode() if outcome.usage else None, encode_json(outcome.attempts).decode(), outcome.target.provider.name,
-                outcome.target.model, outcome.first_delta_ms, outcome.total_ms, outcome.message_id,
+                outcome.target.model, outcome.first_delta_ms, outcome.first_text_ms, outcome.total_ms, outcome.message_id,
             ),
         )  # fmt: skip
         connection.execute(
@@ -4292,6 +4296,7 @@ class ArchivedMessage(Struct, kw_only=True):
     attempts: list[dict[str, Any]] = []
     created_at_ms: Milliseconds
     first_delta_at_ms: Milliseconds | None = None
+    first_text_at_ms: Milliseconds | None = None
     ended_at_ms: Milliseconds | None = None
 
 
@@ -4368,6 +4373,7 @@ def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Archiv
         parent=None if row["parent_id"] is None else origin_of(*parent),
         params=json.loads(row["params_json"]),
         first_delta_at_ms=row["first_delta_at_ms"],
+        first_text_at_ms=row["first_text_at_ms"],
         ended_at_ms=row["ended_at_ms"],
         **{name: value for name, value in message.items() if name in ArchivedMessage.__struct_fields__},
     )
@@ -5222,6 +5228,7 @@ def import_message(
         finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
         usage_json=None if message.usage is None else encode_json(message.usage).decode(),
         attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
+        first_text_at_ms=message.first_text_at_ms,
         ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
         origin=message.origin, merged=1,
     )  # fmt: skip
@@ -5659,6 +5666,7 @@ class Generation:
         # the guards' clocks, monotonic seconds
         self.started_at = time.monotonic()
         self.first_delta_at: float | None = None
+        self.first_text_at: float | None = None
         self.attempt_at = self.started_at
         self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
@@ -5700,6 +5708,8 @@ class Generation:
         if self.seam is not None:
             joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
             deltas = [one for one in joined if one.text]
+        if self.first_text_at is None and any(one.kind == "text" for one in deltas):
+            self.first_text_at = self.last_delta_at
         self.pending += deltas
         length, circle = 0, None
         for delta in deltas:
@@ -5731,13 +5741,15 @@ class Generation:
         """What the terminal transaction writes; a continued answer's figures are the sums of its runs."""
         assert self.ending is not None, "only what has ended has an outcome"
         before = self.started.timing
-        first = before.first_delta_ms
-        if first is None and self.first_delta_at is not None:
-            first = round((self.first_delta_at - self.started_at) * 1000)
-        total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
+        earlier = before.total_ms or 0
+        first, first_text = (
+            known if known is not None or at is None else round((at - self.started_at) * 1000) + earlier
+            for known, at in ((before.first_delta_ms, self.first_delta_at), (before.first_text_ms, self.first_text_at))
+        )
+        total = round((time.monotonic() - self.started_at) * 1000) + earlier
         unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
         attempts = (*self.attempts, *unfinished)
-        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total, first_text)
 
     def usage(self) -> Usage | None:
         """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
@@ -6265,7 +6277,7 @@ class Generations:
             log.warning("no title", extra={"fields": fields})
 
     def _announce(self, generation: Generation, outcome: Outcome) -> None:
-        timing = Timing(outcome.first_delta_ms, outcome.total_ms)
+        timing = Timing(outcome.first_delta_ms, outcome.total_ms, outcome.first_text_ms)
         generation.ended.set()
         end = encode_end(outcome.ending, outcome.usage, timing)
         generation.publish([(generation.published, end)])
@@ -7814,16 +7826,21 @@ async def get_docs(request: Request) -> Response:
 # ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; --accent: light-dark(#0b6b53, #5fd3b0) }
+:root { color-scheme: light dark; --accent: light-dark(#0b6b53, #62d0ae); --soft: light-dark(#5f655d, #9aa59f); --line: light-dark(#d3cec2, #3b4341);
+  font: 16px/1.6 -apple-system, "Segoe UI", Roboto, Ubuntu, Cantarell, "Noto Sans", "Liberation Sans", Arial, sans-serif;
+  background: light-dark(#fcfbf8, #161918); color: light-dark(#20241f, #e3e8e4) }
 body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
 code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
 pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
 table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
 .method { display: inline-block; min-width: 4rem; color: var(--accent) }
-.sign-in { max-width: 22rem; margin: 20vh auto 0 } .sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box }
-.sign-in input { padding: .7rem .8rem; border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: .5rem }
-.sign-in button { margin-top: .75rem; padding: .7rem; border: 0; border-radius: .5rem; background: var(--accent); color: Canvas }
+.sign-in { max-width: 22rem; margin: 18vh auto 0 } .sign-in h1 { margin: 0 0 1.25rem; font-size: 1.6rem; letter-spacing: -.02em }
+.sign-in label { font-weight: 500 } .sign-in small { display: block; margin-top: 1rem; color: var(--soft) }
+.sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box; padding: .65rem .9rem; border-radius: .75rem }
+.sign-in input { margin: .35rem 0 .75rem; border: 1px solid var(--line); background: light-dark(#fff, #1d2120); color: inherit }
+.sign-in button { border: 0; font-weight: 500; background: var(--accent); color: light-dark(#fff, #0b1f18); cursor: pointer }
+.sign-in :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 .error { color: light-dark(#a3211a, #ff9d94) }
 """
 PAGE_POLICY = (
@@ -7868,7 +7885,9 @@ def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     form = (
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
-        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>'
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button>'
+        "<small>It is what <code>LLMCHAT_TOKEN</code> or <code>LLMCHAT_USERS</code> says where llmchat runs; without either,"
+        " a link to sign in was printed when it first started.</small></form>"
     )
     return html_page(form) if error is None else html_page(form, error.status, error_headers(error))
 
