@@ -5594,7 +5594,7 @@ class Rendering:
             await self._wake.wait()
             self._wake.clear()
             is_last = bool(self._end_frame)
-            if not self.subscribers:
+            if not self.subscribers or not (self._fed or is_last):
                 continue
             text, self._fed, offset = self._fed, "", self.offset
             frame = await asyncio.to_thread(self._render, text, is_last)
