@@ -722,6 +722,7 @@ class Timing(Struct, frozen=True):
 
     first_delta_ms: int | None
     total_ms: int | None
+    first_text_ms: int | None = None  # later than first_delta_ms by as long as the model thought
 
 
 NO_TIMING = Timing(None, None)
@@ -3237,6 +3238,7 @@ class Outcome:
     attempts: tuple[dict[str, Any], ...]
     first_delta_ms: int | None
     total_ms: int
+    first_text_ms: int | None = None
 
 
 class Page(NamedTuple):
@@ -3786,7 +3788,8 @@ def touch(connection: sqlite3.Connection) -> None:
 def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
     joined = join_deltas(content)
     elapsed = [
-        None if at is None else at - row["created_at_ms"] for at in (row["first_delta_at_ms"], row["ended_at_ms"])
+        None if at is None else at - row["created_at_ms"]
+        for at in (row["first_delta_at_ms"], row["ended_at_ms"], row["first_text_at_ms"])
     ]
     return Message(
         id=row["id"],
@@ -4031,11 +4034,12 @@ def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Se
         ending = outcome.ending
         connection.execute(
             "UPDATE message SET status = ?, finish_reason = ?, error_json = ?, usage_json = ?, attempts_json = ?, provider = ?,"
-            " model = ?, first_delta_at_ms = created_at_ms + ?, ended_at_ms = created_at_ms + ? WHERE id = ? AND status = 'running'",
+            " model = ?, first_delta_at_ms = created_at_ms + ?, first_text_at_ms = created_at_ms + ?, ended_at_ms = created_at_ms + ?"
+            " WHERE id = ? AND status = 'running'",
             (
                 ending.status, ending.finish_reason, encode_json(ending.error).decode() if ending.error else None,
                 encode_json(outcome.usage).decode() if outcome.usage else None, encode_json(outcome.attempts).decode(), outcome.target.provider.name,
-                outcome.target.model, outcome.first_delta_ms, outcome.total_ms, outcome.message_id,
+                outcome.target.model, outcome.first_delta_ms, outcome.first_text_ms, outcome.total_ms, outcome.message_id,
             ),
         )  # fmt: skip
         connection.execute(
@@ -4120,9 +4124,9 @@ def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, 
 
 
 def select_message(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
-    """A message's row. Raises NotFound, also for another owner's."""
+    """A message's row, and whether its conversation is hidden. Raises NotFound, also for another owner's."""
     row = connection.execute(
-        "SELECT message.* FROM message JOIN conversation ON conversation.id = conversation_id"
+        "SELECT message.*, hidden FROM message JOIN conversation ON conversation.id = conversation_id"
         " WHERE message.id = ? AND owner = ?",
         (message_id, owner),
     ).fetchone()
@@ -4292,34 +4296,29 @@ class StoredResponse(NamedTuple):
 
 def select_response(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
     """The row of an answer. Raises NotFound, also for a message of another role."""
-    row = connection.execute(
-        "SELECT message.*, hidden FROM message JOIN conversation ON conversation.id = conversation_id"
-        " WHERE message.id = ? AND owner = ? AND role = 'assistant'",
-        (message_id, owner),
-    ).fetchone()
-    if row is None:
-        raise NotFound(f"response_id: there is no response resp_{message_id}")
-    return cast(sqlite3.Row, row)
+    with contextlib.suppress(NotFound):
+        row = select_message(connection, owner, message_id)
+        if row["role"] == "assistant":
+            return row
+    raise NotFound(f"response_id: there is no response resp_{message_id}")
 
 
 def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
     with reading(connection):
         row = select_response(connection, owner, message_id)
         asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
+        asked.pop("input_turns", None)
         return StoredResponse(whole_message(connection, row), asked)
 
 
 def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
     """The ids of the messages that an answer was asked with, newest first."""
-    count = json.loads(row["response_json"] or "{}").get("input_turns", 1)
-    rows = connection.execute(
-        "WITH RECURSIVE path (id, parent_id, depth) AS ("
-        " SELECT id, parent_id, 1 FROM message WHERE id = :parent"
-        " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id"
-        " WHERE depth < :count) SELECT id FROM path WHERE depth <= :count ORDER BY depth",
-        {"parent": row["parent_id"], "count": count},
-    )
-    return [message_id for (message_id,) in rows]
+    count, parent_id = json.loads(row["response_json"] or "{}").get("input_turns", 1), row["parent_id"]
+    ids: list[int] = []
+    while parent_id is not None and len(ids) < count:
+        ids.append(parent_id)
+        parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (parent_id,)).fetchone()[0]
+    return ids
 
 
 def load_input(connection: sqlite3.Connection, owner: str, message_id: int) -> list[tuple[int, Turn]]:
@@ -4420,6 +4419,7 @@ class ArchivedMessage(Struct, kw_only=True):
     attempts: list[dict[str, Any]] = []
     created_at_ms: Milliseconds
     first_delta_at_ms: Milliseconds | None = None
+    first_text_at_ms: Milliseconds | None = None
     ended_at_ms: Milliseconds | None = None
 
 
@@ -4497,6 +4497,7 @@ def archived_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Archiv
         system=row["system"],
         params=json.loads(row["params_json"]),
         first_delta_at_ms=row["first_delta_at_ms"],
+        first_text_at_ms=row["first_text_at_ms"],
         ended_at_ms=row["ended_at_ms"],
         **{name: value for name, value in message.items() if name in ArchivedMessage.__struct_fields__},
     )
@@ -5351,6 +5352,7 @@ def import_message(
         system=message.system, finish_reason=message.finish_reason, error_json=None if error is None else encode_json(error).decode(),
         usage_json=None if message.usage is None else encode_json(message.usage).decode(),
         attempts_json=encode_json(message.attempts).decode(), first_delta_at_ms=message.first_delta_at_ms,
+        first_text_at_ms=message.first_text_at_ms,
         ended_at_ms=message.created_at_ms if message.ended_at_ms is None else message.ended_at_ms,
         origin=message.origin, merged=1,
     )  # fmt: skip
@@ -5716,7 +5718,7 @@ class Rendering:
             await self._wake.wait()
             self._wake.clear()
             is_last = bool(self._end_frame)
-            if not self.subscribers:
+            if not self.subscribers or not (self._fed or is_last):
                 continue
             text, self._fed, offset = self._fed, "", self.offset
             frame = await asyncio.to_thread(self._render, text, is_last)
@@ -5788,6 +5790,7 @@ class Generation:
         # the guards' clocks, monotonic seconds
         self.started_at = time.monotonic()
         self.first_delta_at: float | None = None
+        self.first_text_at: float | None = None
         self.attempt_at = self.started_at
         self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
@@ -5829,6 +5832,8 @@ class Generation:
         if self.seam is not None:
             joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
             deltas = [one for one in joined if one.text]
+        if self.first_text_at is None and any(one.kind == "text" for one in deltas):
+            self.first_text_at = self.last_delta_at
         self.pending += deltas
         length, circle = 0, None
         for delta in deltas:
@@ -5860,13 +5865,15 @@ class Generation:
         """What the terminal transaction writes; a continued answer's figures are the sums of its runs."""
         assert self.ending is not None, "only what has ended has an outcome"
         before = self.started.timing
-        first = before.first_delta_ms
-        if first is None and self.first_delta_at is not None:
-            first = round((self.first_delta_at - self.started_at) * 1000)
-        total = round((time.monotonic() - self.started_at) * 1000) + (before.total_ms or 0)
+        earlier = before.total_ms or 0
+        first, first_text = (
+            known if known is not None or at is None else round((at - self.started_at) * 1000) + earlier
+            for known, at in ((before.first_delta_ms, self.first_delta_at), (before.first_text_ms, self.first_text_at))
+        )
+        total = round((time.monotonic() - self.started_at) * 1000) + earlier
         unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
         attempts = (*self.attempts, *unfinished)
-        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total)
+        return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total, first_text)
 
     def usage(self) -> Usage | None:
         """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
@@ -6394,7 +6401,7 @@ class Generations:
             log.warning("no title", extra={"fields": fields})
 
     def _announce(self, generation: Generation, outcome: Outcome) -> None:
-        timing = Timing(outcome.first_delta_ms, outcome.total_ms)
+        timing = Timing(outcome.first_delta_ms, outcome.total_ms, outcome.first_text_ms)
         generation.ended.set()
         end = encode_end(outcome.ending, outcome.usage, timing)
         generation.publish([(generation.published, end)])
@@ -7944,16 +7951,21 @@ async def get_docs(request: Request) -> Response:
 # ── pages that stand alone: the docs and the sign-in ────────────────────────────────────────────────────────────────
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.55 system-ui, sans-serif; --accent: light-dark(#0b6b53, #5fd3b0) }
+:root { color-scheme: light dark; --accent: light-dark(#0b6b53, #62d0ae); --soft: light-dark(#5f655d, #9aa59f); --line: light-dark(#d3cec2, #3b4341);
+  font: 16px/1.6 -apple-system, "Segoe UI", Roboto, Ubuntu, Cantarell, "Noto Sans", "Liberation Sans", Arial, sans-serif;
+  background: light-dark(#fcfbf8, #161918); color: light-dark(#20241f, #e3e8e4) }
 body { max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin: 2.5rem 0 .25rem; font-size: 1.05rem } h2 code { font-weight: 600 }
 code, pre { font-family: ui-monospace, monospace; font-size: .875rem }
 pre { padding: .75rem 1rem; overflow-x: auto; border-radius: .5rem; background: color-mix(in srgb, currentColor 7%, transparent) }
 table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
 .method { display: inline-block; min-width: 4rem; color: var(--accent) }
-.sign-in { max-width: 22rem; margin: 20vh auto 0 } .sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box }
-.sign-in input { padding: .7rem .8rem; border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: .5rem }
-.sign-in button { margin-top: .75rem; padding: .7rem; border: 0; border-radius: .5rem; background: var(--accent); color: Canvas }
+.sign-in { max-width: 22rem; margin: 18vh auto 0 } .sign-in h1 { margin: 0 0 1.25rem; font-size: 1.6rem; letter-spacing: -.02em }
+.sign-in label { font-weight: 500 } .sign-in small { display: block; margin-top: 1rem; color: var(--soft) }
+.sign-in :is(input, button) { font: inherit; width: 100%; box-sizing: border-box; padding: .65rem .9rem; border-radius: .75rem }
+.sign-in input { margin: .35rem 0 .75rem; border: 1px solid var(--line); background: light-dark(#fff, #1d2120); color: inherit }
+.sign-in button { border: 0; font-weight: 500; background: var(--accent); color: light-dark(#fff, #0b1f18); cursor: pointer }
+.sign-in :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 .error { color: light-dark(#a3211a, #ff9d94) }
 """
 PAGE_POLICY = (
@@ -7998,7 +8010,9 @@ def sign_in_form(next_path: str, error: LlmchatError | None = None) -> Response:
     form = (
         f'<form class="sign-in" method="post" action="/sign-in"><h1>llmchat</h1>{said}'
         f'<p><label>Token<input name="token" type="password" autocomplete="current-password" required autofocus></label>'
-        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button></form>'
+        f'<input type="hidden" name="next" value="{html.escape(next_path)}"><button>Sign in</button>'
+        "<small>It is what <code>LLMCHAT_TOKEN</code> or <code>LLMCHAT_USERS</code> says where llmchat runs; without either,"
+        " a link to sign in was printed when it first started.</small></form>"
     )
     return html_page(form) if error is None else html_page(form, error.status, error_headers(error))
 
@@ -8301,9 +8315,9 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 # The API that everybody's tools speak, as a translation of the same messages: a chat completion and a response are each
 # a message of ours, started, committed, stopped and resumed by section 10 like any other, so both survive a lost
 # connection, and a restart as far as they had come. `chatcmpl-42` and `resp_42` are message 42. There is one
-# translation each way per format: turns of requests, and a View that takes our events one by one (ChatView,
-# ResponseView); a finished response goes through the same view. What a client did not ask to store lies in a hidden
-# conversation, and is swept LLMCHAT_UNSTORED_SECONDS after its end.
+# translation each way per format: what a client sends has a method `turn`, and a view takes our events one by one
+# (ChatView, ResponseView); a finished response goes through the same view. What a client did not ask to store lies in
+# a hidden conversation, and is swept LLMCHAT_UNSTORED_SECONDS after its end.
 #
 # What the official SDKs need, found by running them: (1) on a stream neither `id:` nor `retry:`, and a heartbeat is a
 # comment with one newline: their decoder hands an event without data on to the JSON parser; (2) a chat stream that ends
@@ -8322,17 +8336,18 @@ INPUT_ITEMS_MAX = 100  # of one page
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Where OpenAI's status or code for the same is another than ours, so that SDKs raise what their users catch.
-OPENAI_STATUSES = {**ERROR_STATUSES, "provider_rejected": 400, "provider_rate_limited": 429}
+OPENAI_STATUSES = {**ERROR_STATUSES, "provider_rejected": 400, "provider_rate_limited": 429, "model_not_found": 404}
 OPENAI_CODES = {
     "unauthorized": "invalid_api_key",
     "rate_limited": "rate_limit_exceeded",
     "provider_rate_limited": "rate_limit_exceeded",
 }
+OpenAIErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
 
 class OpenAIErrorDetail(Struct):
     message: str
-    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    type: OpenAIErrorType
     param: str | None
     code: str
 
@@ -8344,33 +8359,24 @@ class OpenAIErrorAnswer(Struct, omit_defaults=True):
     message_id: int | None = None
 
 
-def openai_error(code: str, message: str, status: int) -> OpenAIErrorDetail:
-    """An error in OpenAI's words. Our messages begin with the field that they are about."""
-    field_name = re.match(r"([a-zA-Z_][\w.-]*): ", message) if status < 500 else None
-    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "server_error"
-    if status < 500:
-        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-    return OpenAIErrorDetail(message, kind, field_name[1] if field_name else None, OPENAI_CODES.get(code, code))
+def openai_error(code: str, message: str) -> tuple[int, OpenAIErrorDetail]:
+    """An error's status and shape in OpenAI's API. Our messages begin with the field that they are about."""
+    status = OPENAI_STATUSES.get(code, 500)
+    if status >= 500:
+        return status, OpenAIErrorDetail(message, "server_error", None, OPENAI_CODES.get(code, code))
+    field_name = re.match(r"([a-zA-Z_][\w.-]*): ", message)
+    kind: OpenAIErrorType = "rate_limit_error" if status == 429 else "invalid_request_error"
+    return status, OpenAIErrorDetail(message, kind, field_name[1] if field_name else None, OPENAI_CODES.get(code, code))
 
 
 def render_error(error: LlmchatError, scope: Scope) -> Response:
     """An error in the shape that its path promises. Nothing was started, so a repeat costs nothing (5)."""
-    plain = error_response(error, scope["request_id"])
     if not scope["path"].startswith(OPENAI_PREFIX):
-        return plain
-    status, code = OPENAI_STATUSES[error.code], error.code
-    if isinstance(error, ModelNotFound):
-        status, code = 404, "model_not_found"
-    headers = {name: plain.headers[name] for name in ("www-authenticate", "retry-after") if name in plain.headers}
-    headers["x-should-retry"] = "true" if error.retryable else "false"
-    return json_response(OpenAIErrorAnswer(openai_error(code, error.message, status)), status, headers)
-
-
-def openai_failure(message_id: int, error: Mapping[str, Any]) -> Response:
-    """The error of an answer that was started: a repeated request would be paid again, so no SDK shall (5)."""
-    status = OPENAI_STATUSES.get(error["code"], 500)
-    detail = openai_error(error["code"], error["message"], status)
-    return json_response(OpenAIErrorAnswer(detail, message_id), status, {"x-should-retry": "false"})
+        return error_response(error, scope["request_id"])
+    code = "model_not_found" if isinstance(error, ModelNotFound) else error.code
+    status, detail = openai_error(code, error.message)
+    headers = {**error_headers(error), "x-should-retry": "true" if error.retryable else "false"}
+    return json_response(OpenAIErrorAnswer(detail), status, headers)
 
 
 INTERRUPTED = {
@@ -8378,7 +8384,7 @@ INTERRUPTED = {
     "message": "llmchat was stopped before the answer was finished; its text is kept",
 }
 
-# ── requests: chat completions ──────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 #
 # Clients send many fields that they do not need: what is unknown is ignored, and what is known is checked. What would
 # change the answer's shape and cannot be had is refused, by `refuse_unsupported`.
@@ -8386,6 +8392,18 @@ INTERRUPTED = {
 
 class OpenAIText(Struct, tag_field="type", tag="text"):
     text: str
+
+
+class InputText(OpenAIText, tag="input_text"):
+    """A text in a response's input."""
+
+
+class OutputText(OpenAIText, tag="output_text"):
+    """A text in a response's output, given back."""
+
+
+class OpenAIRefusal(OpenAIText, tag="refusal"):
+    text: str = msgspec.field(name="refusal")
 
 
 class ImageUrl(Struct):
@@ -8396,13 +8414,35 @@ class OpenAIImage(Struct, tag_field="type", tag="image_url"):
     image_url: ImageUrl | str
 
 
-class OpenAIRefusal(Struct, tag_field="type", tag="refusal"):
-    refusal: str
+class InputImage(OpenAIImage, tag="input_image"):
+    """An image in a response's input."""
+
+
+Texts = str | list[OpenAIText | InputText | OutputText | OpenAIRefusal]
+TextsAndImages = str | list[OpenAIText | InputText | OutputText | OpenAIRefusal | OpenAIImage | InputImage]
+
+
+def content_of(content: str | Sequence[OpenAIText | OpenAIImage] | None, name: str) -> tuple[Delta, ...]:
+    """A message's content as deltas; texts that were parts of their own stay paragraphs of their own."""
+    deltas: list[Delta] = []
+    for index, part in enumerate([OpenAIText(content)] if isinstance(content, str) else content or []):
+        if isinstance(part, OpenAIImage):
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            deltas.append(image_of(ImagePart(url), f"{name}.content.{index}"))
+        elif part.text:
+            parted = bool(deltas) and deltas[-1].kind == "text"
+            deltas.append(Delta("text", f"\n\n{part.text}" if parted else part.text))
+    return tuple(join_deltas(deltas))
 
 
 class CalledFunction(Struct):
     name: str
     arguments: str = ""
+
+
+def called_delta(identity: str, called: CalledFunction) -> Delta:
+    call = {"id": identity, "name": called.name, "arguments": called.arguments}
+    return Delta("tool_call", encode_json(call).decode())
 
 
 class OpenAIToolCall(Struct):
@@ -8411,29 +8451,40 @@ class OpenAIToolCall(Struct):
 
 
 class SystemMessage(Struct, tag_field="role", tag="system"):
-    content: str | list[OpenAIText]
+    content: Texts
+
+    def turn(self, name: str) -> Turn:
+        return Turn("system", content_of(self.content, name))
 
 
-class DeveloperMessage(Struct, tag_field="role", tag="developer"):
-    content: str | list[OpenAIText]
+class DeveloperMessage(SystemMessage, tag="developer"):
+    """The newer name of a system message."""
 
 
 class UserMessage(Struct, tag_field="role", tag="user"):
-    content: str | list[OpenAIText | OpenAIImage]
+    content: TextsAndImages
+
+    def turn(self, name: str) -> Turn:
+        return Turn("user", content_of(self.content, name))
 
 
 class AssistantMessage(Struct, tag_field="role", tag="assistant"):
-    content: str | list[OpenAIText | OpenAIRefusal] | None = None
+    content: Texts | None = None
     reasoning_content: str | None = None
     tool_calls: list[OpenAIToolCall] | None = None
+
+    def turn(self, name: str) -> Turn:
+        reasoning = [Delta("reasoning", self.reasoning_content)] if self.reasoning_content else []
+        calls = [called_delta(call.id, call.function) for call in self.tool_calls or ()]
+        return Turn("assistant", (*reasoning, *content_of(self.content, name), *calls))
 
 
 class ToolMessage(Struct, tag_field="role", tag="tool"):
     tool_call_id: Annotated[str, Meta(min_length=1, max_length=200)]
-    content: str | list[OpenAIText]
+    content: Texts
 
-
-OpenAIMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+    def turn(self, name: str) -> Turn:
+        return Turn("tool", content_of(self.content, name), tool_call_id=self.tool_call_id)
 
 
 class StreamOptions(Struct):
@@ -8450,12 +8501,16 @@ class Sampling(Struct):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
+    store: bool | None = None
 
 
 class ChatCompletionRequest(Sampling, kw_only=True):
     """OpenAI's chat completion. Unknown fields are ignored; `store`: keep it as a conversation."""
 
-    messages: Annotated[list[OpenAIMessage], Meta(min_length=1, max_length=OPENAI_MESSAGES_MAX)]
+    messages: Annotated[
+        list[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage],
+        Meta(min_length=1, max_length=OPENAI_MESSAGES_MAX),
+    ]
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     stop: str | Annotated[list[str], Meta(max_length=16)] | None = None
@@ -8465,257 +8520,10 @@ class ChatCompletionRequest(Sampling, kw_only=True):
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     n: int | None = None
-    store: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     modalities: list[str] | None = None
     functions: Any = None
-
-
-def refuse_unsupported(asked: ChatCompletionRequest) -> None:
-    """Raises InvalidRequest for what no answer of ours could hold."""
-    if asked.n not in (None, 1):
-        raise InvalidRequest(f"n: {asked.n} is not accepted; a request has 1 answer")
-    if asked.logprobs:
-        raise InvalidRequest("logprobs: true is not accepted; probabilities are not kept")
-    if asked.modalities and asked.modalities != ["text"]:
-        raise InvalidRequest(f"modalities: {printable(', '.join(asked.modalities), 60)} is not accepted; there is text")
-    if asked.functions:
-        raise InvalidRequest("functions: is not accepted; it is called tools")
-
-
-OpenAIParts = Sequence[OpenAIText | OpenAIImage | OpenAIRefusal]
-
-
-def content_of(content: str | OpenAIParts | None, name: str) -> tuple[Delta, ...]:
-    """A message's content as deltas; texts that were parts of their own stay paragraphs of their own."""
-    parts = [OpenAIText(content)] if isinstance(content, str) else content or []
-    deltas: list[Delta] = []
-    for index, part in enumerate(parts):
-        if isinstance(part, OpenAIImage):
-            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-            deltas.append(image_of(ImagePart(url), f"{name}.{index}"))
-            continue
-        text = part.refusal if isinstance(part, OpenAIRefusal) else part.text
-        if text and deltas and deltas[-1].kind == "text":
-            deltas.append(Delta("text", "\n\n"))
-        deltas += [Delta("text", text)] if text else []
-    return tuple(join_deltas(deltas))
-
-
-def turn_of(message: OpenAIMessage, name: str) -> Turn:
-    """One message of a client's history as a turn."""
-    content = content_of(message.content, f"{name}.content")
-    if isinstance(message, ToolMessage):
-        return Turn("tool", content, tool_call_id=message.tool_call_id)
-    if isinstance(message, UserMessage):
-        return Turn("user", content)
-    if not isinstance(message, AssistantMessage):
-        return Turn("system", content)
-    reasoning = [Delta("reasoning", message.reasoning_content)] if message.reasoning_content else []
-    calls = [called_delta(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-    return Turn("assistant", (*reasoning, *content, *calls))
-
-
-def called_delta(identity: str, name: str, arguments: str) -> Delta:
-    return Delta("tool_call", encode_json({"id": identity, "name": name, "arguments": arguments}).decode())
-
-
-async def create_chat_completion(request: Request) -> Response:
-    asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
-    check_answer(request, asked)
-    refuse_unsupported(asked)
-    turns = [turn_of(message, f"messages.{index}") for index, message in enumerate(asked.messages)]
-    refuse_large(body, turns)
-    if not any(map(says_something, turns)):
-        raise InvalidRequest("messages: are empty; there is at least one character that is not a space")
-    leading = len(list(itertools.takewhile(lambda turn: turn.role == "system", turns)))
-    own = Asked(
-        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_completion_tokens or asked.max_tokens,
-        reasoning_effort=cast(Any, asked.reasoning_effort), tools=asked.tools, tool_choice=asked.tool_choice,
-    )  # fmt: skip
-    new = await new_message(request, own, body, tuple(turns[leading:]))
-    parameters = msgspec.structs.replace(
-        new.parameters, top_p=asked.top_p, stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop,
-        response_format=asked.response_format, seed=asked.seed, frequency_penalty=asked.frequency_penalty or None,
-        presence_penalty=asked.presence_penalty or None, parallel_tool_calls=asked.parallel_tool_calls,
-    )  # fmt: skip
-    system = "\n\n".join(text_of(turn.content) for turn in turns[:leading])
-    new = replace(new, parameters=parameters, system=system, hidden=not asked.store)
-    started = await service_of(request).generations.start(new)
-    return await answer_chat_completion(request, asked, started.message_id)
-
-
-# ── answers: chat completions ───────────────────────────────────────────────────────────────────────────────────────
-
-
-async def answer_chat_completion(request: Request, asked: ChatCompletionRequest, message_id: int) -> Response:
-    """The chat completion as a stream from its start, or whole."""
-    if asked.stream:
-        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        view = ChatView(message_id, with_usage)
-        return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
-    message, error = await ended_message(request, message_id)
-    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
-    return json_response(chat_completion(message)) if error is None else openai_failure(message_id, error)
-
-
-def chat_completion(message: Message) -> dict[str, Any]:
-    calls = [openai_tool_call(json.loads(delta.text)) for delta in message.content if delta.kind == "tool_call"]
-    reasoning = "".join(delta.text for delta in message.content if delta.kind == "reasoning")
-    said = {
-        "role": "assistant", "content": message.text if message.text or not calls else None, "refusal": None,
-        **({"reasoning_content": reasoning} if reasoning else {}), **({"tool_calls": calls} if calls else {}),
-    }  # fmt: skip
-    return {
-        "id": f"chatcmpl-{message.id}",
-        "object": "chat.completion",
-        "created": message.created_at_ms // 1000,
-        "model": f"{message.provider}/{message.model}",
-        "choices": [{"index": 0, "message": said, "logprobs": None, "finish_reason": message.finish_reason or "stop"}],
-        "usage": chat_usage(message.usage),
-    }
-
-
-def chat_usage(usage: Usage | None) -> dict[str, Any] | None:
-    if usage is None:
-        return None
-    return {
-        "prompt_tokens": usage.input_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.input_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    }
-
-
-decode_delta = msgspec.json.Decoder(Delta).decode
-
-
-class EndData(Struct):
-    """The data of an `end` event."""
-
-    status: str
-    finish_reason: str | None
-    usage: Usage | None
-    timing: Timing
-    error: dict[str, Any] | None
-
-
-decode_end = msgspec.json.Decoder(EndData).decode
-
-
-class ChatView:
-    """Our events as chunks of a chat completion. The first chunk names the role, as every client expects."""
-
-    def __init__(self, message_id: int, with_usage: bool) -> None:
-        self._message_id = message_id
-        self._with_usage = with_usage
-        self._calls = 0
-        self._head = b""
-        self._tail = b""
-
-    def translate(self, name: bytes, data: bytes) -> bytes:
-        if name == b"delta":
-            return self._delta(decode_delta(data))
-        if name == b"heartbeat":
-            return OPENAI_HEARTBEAT
-        if name == b"start":
-            return self._start(decode_json(data))
-        return self._end(decode_end(data)) if name == b"end" else b""
-
-    def _start(self, start: Mapping[str, Any]) -> bytes:
-        shape = {
-            "id": f"chatcmpl-{self._message_id}",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": f"{start['provider']}/{start['model']}",
-        }
-        self._head = b"data: " + encode_json(shape)[:-1]
-        self._tail = b',"usage":null}\n\n' if self._with_usage else b"}\n\n"
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def _chunk(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = encode_json({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
-        return b'%s,"choices":[%s]%s' % (self._head, choice, self._tail)
-
-    def _delta(self, delta: Delta) -> bytes:
-        if delta.kind == "text":
-            return self._chunk({"content": delta.text})
-        if delta.kind == "reasoning":
-            return self._chunk({"reasoning_content": delta.text})
-        if delta.kind == "tool_call":
-            call = {"index": self._calls, **openai_tool_call(json.loads(delta.text))}
-            self._calls += 1
-            return self._chunk({"tool_calls": [call]})
-        return b""
-
-    def _end(self, end: EndData) -> bytes:
-        error = INTERRUPTED if end.status == "interrupted" else end.error
-        if error is not None:
-            detail = openai_error(error["code"], error["message"], OPENAI_STATUSES.get(error["code"], 500))
-            last = b"data: %s\n\n" % encode_json(OpenAIErrorAnswer(detail))
-        else:
-            last = self._chunk({}, end.finish_reason or "stop")
-            if self._with_usage:
-                last += b'%s,"choices":[],"usage":%s}\n\n' % (self._head, encode_json(chat_usage(end.usage)))
-        return last + b"data: [DONE]\n\n"
-
-
-# ── requests: responses ─────────────────────────────────────────────────────────────────────────────────────────────
-#
-# Input is a list of items, and so is output: a message, reasoning, a call, the result of one. Ours are messages with
-# runs of deltas; an item's id says which message and which run of it, so a client may send the item back, or its id.
-
-
-class InputText(Struct, tag_field="type", tag="input_text"):
-    text: str
-
-
-class OutputText(Struct, tag_field="type", tag="output_text"):
-    text: str
-
-
-class InputImage(Struct, tag_field="type", tag="input_image"):
-    image_url: Annotated[str, Meta(description="a data URL; an address is not fetched")]
-
-
-class InputMessage(Struct):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText | OutputText | InputImage | OpenAIRefusal]
-
-
-class InputCall(Struct):
-    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
-    name: str
-    arguments: str = ""
-
-
-class InputCallOutput(Struct):
-    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
-    output: str | list[InputText]
-
-
-class ReasoningText(Struct):
-    text: str
-
-
-class InputReasoning(Struct):
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
-
-
-class ItemReference(Struct):
-    id: str
-
-
-INPUT_ITEMS: dict[str, type[Struct]] = {
-    "message": InputMessage,
-    "function_call": InputCall,
-    "function_call_output": InputCallOutput,
-    "reasoning": InputReasoning,
-    "item_reference": ItemReference,
-}
 
 
 class ReasoningOptions(Struct):
@@ -8734,7 +8542,6 @@ class ResponseRequest(Sampling, kw_only=True):
     instructions: Annotated[str, Meta(max_length=SYSTEM_CHARACTERS_MAX)] | None = None
     previous_response_id: Annotated[str, Meta(max_length=100)] | None = None
     background: bool | None = None
-    store: bool | None = None
     metadata: Annotated[dict[str, str], Meta(max_length=METADATA_MAX)] | None = None
     max_output_tokens: MaxTokens | None = None
     reasoning: ReasoningOptions | None = None
@@ -8743,49 +8550,269 @@ class ResponseRequest(Sampling, kw_only=True):
     prompt: Any = None
 
 
-def message_id_of(response_id: str, name: str) -> int:
-    """Raises NotFound for what is no id of a response."""
-    match = re.fullmatch(r"resp_([0-9]{1,15})", response_id)
-    if match is None:
-        raise NotFound(f"{name}: there is no response {printable(response_id, 60)!r}")
-    return int(match[1])
+UNSUPPORTED = {  # field: what is accepted of it, and the advice to who sends anything else
+    "n": (1, "a request has 1 answer"),
+    "logprobs": (False, "probabilities are not kept"),
+    "modalities": (["text"], "there is text"),
+    "functions": ([], "they are called tools"),
+    "conversation": (None, "use previous_response_id"),
+    "prompt": (None, "use instructions and input"),
+}
 
 
-def convert_item(item: dict[str, Any], name: str) -> Struct:
-    """An item of the input as its type. Raises InvalidRequest."""
-    kind = item.get("type") or "message"
-    wanted = INPUT_ITEMS.get(kind) if isinstance(kind, str) else None
-    if wanted is None:
-        accepted = ", ".join(INPUT_ITEMS)
-        raise InvalidRequest(f"{name}.type: {printable(json.dumps(kind), 60)} is not accepted; there is {accepted}")
-    try:
-        return msgspec.convert(item, wanted)
-    except msgspec.ValidationError as exc:
-        raise InvalidRequest(f"{name}.{explain_validation(exc, item, wanted)}") from exc
+def refuse_unsupported(asked: Sampling) -> None:
+    """Raises InvalidRequest for what no answer of ours could hold."""
+    for name, (accepted, advice) in UNSUPPORTED.items():
+        value = getattr(asked, name, None)
+        if value not in (None, accepted):
+            raise InvalidRequest(f"{name}: {printable(json.dumps(value), 60)} is not accepted; {advice}")
 
 
-def chat_part(part: InputText | OutputText | InputImage | OpenAIRefusal) -> OpenAIText | OpenAIImage | OpenAIRefusal:
-    """A part of a response's input as a chat completion has it."""
-    if isinstance(part, InputImage):
-        return OpenAIImage(part.image_url)
-    return OpenAIText(part.text) if isinstance(part, InputText | OutputText) else part
+async def new_answer(
+    request: Request, asked: Sampling, body: bytes, turns: Sequence[Turn], **parameters: Any
+) -> NewMessage:
+    """What both requests mean alike; `parameters` go upstream beside those that both name as we do."""
+    refuse_unsupported(asked)
+    refuse_large(body, turns)
+    if not any(map(says_something, turns)):
+        name = "messages" if isinstance(asked, ChatCompletionRequest) else "input"
+        raise InvalidRequest(f"{name}: says nothing; there is at least one character that is not a space")
+    named_alike = {name: getattr(asked, name, None) for name in Parameters.__struct_fields__}
+    new = await new_message(request, Asked(model=asked.model), body, tuple(turns))
+    return replace(new, parameters=Parameters(**{**named_alike, **parameters}))
 
 
-async def turn_of_item(request: Request, item: Struct, name: str) -> Turn:
-    """An item of the input as a turn. Raises InvalidRequest, NotFound."""
-    if isinstance(item, InputMessage):
-        parts = item.content if isinstance(item.content, str) else [chat_part(one) for one in item.content]
-        return Turn("system" if item.role == "developer" else item.role, content_of(parts, f"{name}.content"))
-    if isinstance(item, InputCall):
-        return Turn("assistant", (called_delta(item.call_id, item.name, item.arguments),))
-    if isinstance(item, InputCallOutput):
-        texts = item.output if isinstance(item.output, str) else [OpenAIText(one.text) for one in item.output]
-        return Turn("tool", content_of(texts, f"{name}.output"), tool_call_id=item.call_id)
-    if isinstance(item, InputReasoning):
-        text = "\n\n".join(one.text for one in item.content or item.summary or ())
+async def ended_answer(request: Request, message_id: int) -> tuple[Message, Response | None]:
+    """An answer once it has ended, and the response if it failed: a repeat would be paid again, so no SDK shall (5)."""
+    message, error = await ended_message(request, message_id)
+    if error is None and message.status in ("interrupted", "running"):
+        error = INTERRUPTED
+    if error is None:
+        return message, None
+    status, detail = openai_error(error["code"], error["message"])
+    return message, json_response(OpenAIErrorAnswer(detail, message_id), status, {"x-should-retry": "false"})
+
+
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EndData(Struct):
+    """The data of an `end` event."""
+
+    status: str
+    finish_reason: str | None
+    usage: Usage | None
+    timing: Timing
+    error: dict[str, Any] | None
+
+
+decode_delta = msgspec.json.Decoder(Delta).decode
+decode_end = msgspec.json.Decoder(EndData).decode
+
+
+class OpenAIView(Protocol):
+    """A format of OpenAI's for our events: what each of them becomes."""
+
+    def start(self, start: Mapping[str, Any]) -> bytes: ...
+    def take(self, delta: Delta) -> bytes: ...
+    def end(self, end: EndData) -> bytes: ...
+
+    def translate(self, name: bytes, data: bytes) -> bytes:
+        if name == b"delta":
+            return self.take(decode_delta(data))
+        if name == b"heartbeat":
+            return OPENAI_HEARTBEAT
+        if name == b"start":
+            return self.start(decode_json(data))
+        return self.end(decode_end(data)) if name == b"end" else b""
+
+
+async def stream_view(request: Request, message_id: int, view: OpenAIView) -> Response:
+    return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+
+
+def openai_usage(usage: Usage | None, given: str, made: str) -> dict[str, Any] | None:
+    """Tokens under the names that an API has for what was given and what was made of it."""
+    if usage is None:
+        return None
+    return {
+        f"{given}_tokens": usage.input_tokens,
+        f"{given}_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        f"{made}_tokens": usage.output_tokens,
+        f"{made}_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+
+
+# ── chat completions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ChatView(OpenAIView):
+    """Our events as chunks of a chat completion. The first chunk names the role, as every client expects."""
+
+    def __init__(self, message_id: int, with_usage: bool) -> None:
+        self._message_id = message_id
+        self._with_usage = with_usage
+        self._calls = 0
+        self._head = b""
+        self._tail = b',"usage":null}\n\n' if with_usage else b"}\n\n"
+
+    def start(self, start: Mapping[str, Any]) -> bytes:
+        shape = {
+            "id": f"chatcmpl-{self._message_id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": f"{start['provider']}/{start['model']}",
+        }
+        self._head = b"data: " + encode_json(shape)[:-1]
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _chunk(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> bytes:
+        choice = encode_json({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
+        return b'%s,"choices":[%s]%s' % (self._head, choice, self._tail)
+
+    def take(self, delta: Delta) -> bytes:
+        if delta.kind == "text":
+            return self._chunk({"content": delta.text})
+        if delta.kind == "reasoning":
+            return self._chunk({"reasoning_content": delta.text})
+        if delta.kind == "tool_call":
+            call = {"index": self._calls, **openai_tool_call(json.loads(delta.text))}
+            self._calls += 1
+            return self._chunk({"tool_calls": [call]})
+        return b""
+
+    def end(self, end: EndData) -> bytes:
+        error = INTERRUPTED if end.status == "interrupted" else end.error
+        if error is not None:
+            last = b"data: %s\n\n" % encode_json(OpenAIErrorAnswer(openai_error(error["code"], error["message"])[1]))
+        else:
+            last = self._chunk({}, end.finish_reason or "stop")
+            if self._with_usage:
+                usage = encode_json(openai_usage(end.usage, "prompt", "completion"))
+                last += b'%s,"choices":[],"usage":%s}\n\n' % (self._head, usage)
+        return last + b"data: [DONE]\n\n"
+
+
+def chat_completion(message: Message) -> dict[str, Any]:
+    calls = [openai_tool_call(json.loads(delta.text)) for delta in message.content if delta.kind == "tool_call"]
+    reasoning = "".join(delta.text for delta in message.content if delta.kind == "reasoning")
+    said = {
+        "role": "assistant", "content": message.text if message.text or not calls else None, "refusal": None,
+        **({"reasoning_content": reasoning} if reasoning else {}), **({"tool_calls": calls} if calls else {}),
+    }  # fmt: skip
+    return {
+        "id": f"chatcmpl-{message.id}",
+        "object": "chat.completion",
+        "created": message.created_at_ms // 1000,
+        "model": f"{message.provider}/{message.model}",
+        "choices": [{"index": 0, "message": said, "logprobs": None, "finish_reason": message.finish_reason or "stop"}],
+        "usage": openai_usage(message.usage, "prompt", "completion"),
+    }
+
+
+async def create_chat_completion(request: Request) -> Response:
+    asked, body = await read_json(request, ChatCompletionRequest, IMAGE_REQUEST_BYTES_MAX)
+    check_answer(request, asked)
+    turns = [message.turn(f"messages.{index}") for index, message in enumerate(asked.messages)]
+    new = await new_answer(
+        request, asked, body, turns, max_tokens=asked.max_completion_tokens or asked.max_tokens,
+        stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop,
+        frequency_penalty=asked.frequency_penalty or None, presence_penalty=asked.presence_penalty or None,
+    )  # fmt: skip
+    leading = list(itertools.takewhile(lambda turn: turn.role == "system", turns))
+    system = "\n\n".join(text_of(turn.content) for turn in leading)
+    new = replace(new, turns=tuple(turns[len(leading) :]), system=system, hidden=not asked.store)
+    started = await service_of(request).generations.start(new)
+    if asked.stream:
+        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        return await stream_view(request, started.message_id, ChatView(started.message_id, with_usage))
+    message, failure = await ended_answer(request, started.message_id)
+    return failure or json_response(chat_completion(message))
+
+
+# ── responses: input ────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Input is a list of items, and so is output: a message, reasoning, a call, the result of one. Ours are messages with
+# runs of deltas; an item's id says which message and which run of it, so a client may send the item back, or its id.
+
+
+class InputMessage(Struct, tag_field="type", tag="message"):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: TextsAndImages
+
+    def turn(self, name: str) -> Turn:
+        return Turn("system" if self.role == "developer" else self.role, content_of(self.content, name))
+
+
+class InputCall(CalledFunction, tag_field="type", tag="function_call", kw_only=True):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+
+    def turn(self, name: str) -> Turn:
+        return Turn("assistant", (called_delta(self.call_id, self),))
+
+
+class InputCallOutput(Struct, tag_field="type", tag="function_call_output"):
+    call_id: Annotated[str, Meta(min_length=1, max_length=200)]
+    output: Texts
+
+    def turn(self, name: str) -> Turn:
+        return Turn("tool", content_of(self.output, name), tool_call_id=self.call_id)
+
+
+class ReasoningText(Struct):
+    text: str
+
+
+class InputReasoning(Struct, tag_field="type", tag="reasoning"):
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
+
+    def turn(self, name: str) -> Turn:
+        text = "\n\n".join(one.text for one in self.content or self.summary or ())
         return Turn("assistant", (Delta("reasoning", text),) if text else ())
-    assert isinstance(item, ItemReference), "every type of INPUT_ITEMS is here"
-    return await referenced_turn(request, item.id, name)
+
+
+class ItemReference(Struct, tag_field="type", tag="item_reference"):
+    id: str
+
+
+class InputItems(Struct):
+    input: list[InputMessage | InputCall | InputCallOutput | InputReasoning | ItemReference]
+
+
+def items_of(given: str | Sequence[dict[str, Any]]) -> InputItems:
+    """A response's input as typed items; what has no type is a message. Raises InvalidRequest."""
+    listed = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    document = {"input": [{**one, "type": one.get("type") or "message"} for one in listed]}
+    try:
+        return msgspec.convert(document, InputItems)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(explain_validation(exc, document, InputItems)) from exc
+
+
+async def turns_of_input(request: Request, given: str | Sequence[dict[str, Any]]) -> list[Turn]:
+    """A response's input as turns; neighbouring items of an assistant are one. Raises InvalidRequest, NotFound."""
+    turns: list[Turn] = []
+    for index, item in enumerate(items_of(given).input):
+        name = f"input.{index}"
+        turn = await referenced_turn(request, item.id, name) if isinstance(item, ItemReference) else item.turn(name)
+        if turns and turn.role == turns[-1].role == "assistant":
+            turns[-1] = replace(turns[-1], content=turns[-1].content + turn.content)
+        else:
+            turns.append(turn)
+    return turns
+
+
+def group_items(content: Iterable[Delta]) -> list[list[Delta]]:
+    """An answer's content by output item. A signature belongs to the reasoning before it, and is no item."""
+    groups: list[list[Delta]] = []
+    for delta in join_deltas(content):
+        if delta.kind != "signature":
+            groups.append([delta])
+        elif groups:
+            groups[-1].append(delta)
+    return groups
 
 
 async def referenced_turn(request: Request, item_id: str, name: str) -> Turn:
@@ -8800,29 +8827,12 @@ async def referenced_turn(request: Request, item_id: str, name: str) -> Turn:
     raise NotFound(f"{name}.id: there is no item {printable(item_id, 60)!r}")
 
 
-def group_items(content: Iterable[Delta]) -> list[list[Delta]]:
-    """An answer's content by output item. A signature belongs to the reasoning before it, and is no item."""
-    groups: list[list[Delta]] = []
-    for delta in join_deltas(content):
-        if delta.kind != "signature":
-            groups.append([delta])
-        elif groups:
-            groups[-1].append(delta)
-    return groups
-
-
-async def turns_of_input(request: Request, given: str | Sequence[dict[str, Any]]) -> tuple[Turn, ...]:
-    """A response's input as turns; neighbouring items of an assistant are one."""
-    if isinstance(given, str):
-        return (Turn("user", (Delta("text", given),)),) if given.strip() else ()
-    turns: list[Turn] = []
-    for index, one in enumerate(given):
-        turn = await turn_of_item(request, convert_item(one, f"input.{index}"), f"input.{index}")
-        if turns and turn.role == turns[-1].role == "assistant":
-            turns[-1] = replace(turns[-1], content=turns[-1].content + turn.content)
-        else:
-            turns.append(turn)
-    return tuple(turns)
+def message_id_of(response_id: str, name: str) -> int:
+    """Raises NotFound for what is no id of a response."""
+    match = re.fullmatch(r"resp_([0-9]{1,15})", response_id)
+    if match is None:
+        raise NotFound(f"{name}: there is no response {printable(response_id, 60)!r}")
+    return int(match[1])
 
 
 def response_format_of(options: TextOptions | None) -> dict[str, Any] | None:
@@ -8842,48 +8852,38 @@ def tool_choice_of(choice: Any) -> Any:
     return choice
 
 
+# What a response object repeats of its request, and what it says of what the request left out.
+REPEATED: dict[str, Any] = {
+    "background": False, "metadata": {}, "previous_response_id": None, "max_output_tokens": None, "temperature": None,
+    "top_p": None, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
+    "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}},
+}  # fmt: skip
+
+
 async def new_response(request: Request, asked: ResponseRequest, body: bytes) -> NewMessage:
-    """What a request for a response means. Raises InvalidRequest, NotFound, Conflict."""
-    for name in ("conversation", "prompt"):
-        if getattr(asked, name) is not None:
-            raise InvalidRequest(f"{name}: is not accepted; use previous_response_id, instructions and input")
+    """What a request for a response means: it goes where the one before it is if it is stored, else behind a copy.
+    Raises InvalidRequest, NotFound, Conflict."""
     turns = await turns_of_input(request, asked.input)
-    refuse_large(body, turns)
-    if not any(map(says_something, turns)):
-        raise InvalidRequest("input: is empty; there is at least one character that is not a space")
-    own = Asked(
-        model=asked.model, temperature=asked.temperature, max_tokens=asked.max_output_tokens, tools=asked.tools,
-        reasoning_effort=cast(Any, asked.reasoning.effort if asked.reasoning is not None else None),
-        tool_choice=tool_choice_of(asked.tool_choice),
+    new = await new_answer(
+        request, asked, body, turns, max_tokens=asked.max_output_tokens, tool_choice=tool_choice_of(asked.tool_choice),
+        reasoning_effort=asked.reasoning.effort if asked.reasoning is not None else None,
+        response_format=response_format_of(asked.text),
     )  # fmt: skip
-    new = await new_message(request, own, body, turns)
-    parameters = msgspec.structs.replace(
-        new.parameters, top_p=asked.top_p, response_format=response_format_of(asked.text),
-        parallel_tool_calls=asked.parallel_tool_calls,
-    )  # fmt: skip
-    echoed = {name: value for name in RESPONSE_ECHOES if (value := getattr(asked, name)) is not None}
-    echoed |= {"model": str(new.targets[0]), "input_turns": len(turns)}
-    new = replace(new, parameters=parameters, answer_system=asked.instructions, response=echoed)
-    return await following(request, replace(new, hidden=asked.store is False), asked.previous_response_id)
-
-
-async def following(request: Request, new: NewMessage, previous_response_id: str | None) -> NewMessage:
-    """The new message behind another response: in its conversation if it is stored, else in one with a copy."""
-    if previous_response_id is None:
+    repeated = {name: value for name in REPEATED if (value := getattr(asked, name)) is not None}
+    repeated |= {"model": str(new.targets[0]), "input_turns": len(turns)}
+    new = replace(new, answer_system=asked.instructions, response=repeated, hidden=asked.store is False)
+    if asked.previous_response_id is None:
         return new
-    message_id = message_id_of(previous_response_id, "previous_response_id")
-    conversation_id, turns = await service_of(request).store.read(load_previous, owner_of(request), message_id)
+    previous_id = message_id_of(asked.previous_response_id, "previous_response_id")
+    conversation_id, before = await service_of(request).store.read(load_previous, owner_of(request), previous_id)
     if new.hidden:
-        return replace(new, turns=turns + new.turns)
-    return replace(new, conversation_id=conversation_id, parent_id=message_id)
+        return replace(new, turns=before + new.turns)
+    return replace(new, conversation_id=conversation_id, parent_id=previous_id)
 
 
-# ── answers: responses ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── responses: output ───────────────────────────────────────────────────────────────────────────────────────────────
 
-RESPONSE_ECHOES = (
-    "background", "metadata", "previous_response_id", "max_output_tokens", "temperature", "top_p", "tools",
-    "tool_choice", "parallel_tool_calls", "reasoning", "text",
-)  # fmt: skip
+RUNNING = EndData("running", None, None, NO_TIMING, None)
 RESPONSE_STATUSES = {
     "running": "in_progress",
     "completed": "completed",
@@ -8891,6 +8891,7 @@ RESPONSE_STATUSES = {
     "failed": "failed",
     "interrupted": "failed",
 }
+ITEM_STATUSES = {"in_progress": "in_progress", "completed": "completed"}  # of the last item; else incomplete
 INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 RESPONSE_ERROR_CODES = {"provider_rate_limited": "rate_limit_exceeded", "provider_rejected": "invalid_prompt"}
 TERMINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed"}  # else response.incomplete
@@ -8898,148 +8899,141 @@ TERMINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed
 
 def response_shape(stored: StoredResponse) -> dict[str, Any]:
     """Everything of a response object that is known when it is created, and repeats its request."""
-    message, asked = stored
-    defaults = {
-        "background": False, "metadata": {}, "previous_response_id": None, "instructions": None, "temperature": None,
-        "max_output_tokens": None, "top_p": None, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
-        "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}, "store": True,
-        "model": f"{message.provider}/{message.model}",
-    }  # fmt: skip
+    message, repeated = stored
     return {
         "id": f"resp_{message.id}",
         "object": "response",
         "created_at": message.created_at_ms // 1000,
-        **{name: asked.get(name, value) for name, value in defaults.items()},
+        "model": f"{message.provider}/{message.model}",
         "truncation": "disabled",
+        **REPEATED,
+        **repeated,
     }
 
 
-def response_outcome(created_at_ms: int, end: EndData) -> dict[str, Any]:
-    """Everything of a response object that its end decides."""
+def response_outcome(created_at: int, end: EndData | Message) -> dict[str, Any]:
+    """Everything of a response object that its end decides, once it has come."""
     status, error, incomplete = RESPONSE_STATUSES[end.status], end.error, None
-    if end.status == "completed" and end.finish_reason in INCOMPLETE_REASONS:
+    if status == "completed" and end.finish_reason in INCOMPLETE_REASONS:
         status, incomplete = "incomplete", {"reason": INCOMPLETE_REASONS[end.finish_reason]}
     if end.status == "interrupted":
         error = INTERRUPTED
     if error is not None:
         error = {"code": RESPONSE_ERROR_CODES.get(error["code"], "server_error"), "message": error["message"]}
-    completed_at = (created_at_ms + (end.timing.total_ms or 0)) // 1000 if status == "completed" else None
     return {
         "status": status,
-        "completed_at": completed_at,
+        "completed_at": created_at + (end.timing.total_ms or 0) // 1000 if status == "completed" else None,
         "error": error,
         "incomplete_details": incomplete,
-        "usage": response_usage(end.usage),
+        "usage": openai_usage(end.usage, "input", "output"),
     }
 
 
-def response_usage(usage: Usage | None) -> dict[str, Any] | None:
-    if usage is None:
-        return None
-    return {
-        "input_tokens": usage.input_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": usage.input_tokens + usage.output_tokens,
-    }
+class ItemKind(NamedTuple):
+    """How a kind of content looks as an output item: the item, its events' name and what each says beside its text, and
+    the part that the text is in; a call has none."""
+
+    prefix: str
+    item: dict[str, Any]
+    event: str
+    fields: dict[str, Any]
+    part: dict[str, Any] | None
 
 
-class ResponseView:
-    """Our events as those of a response, and its output items.
+ITEM_KINDS = {
+    "text": ItemKind(
+        "msg", {"type": "message", "role": "assistant", "content": []}, "response.output_text",
+        {"content_index": 0, "logprobs": []}, {"type": "output_text", "annotations": [], "logprobs": []},
+    ),
+    "reasoning": ItemKind(
+        "rs", {"type": "reasoning", "summary": [], "content": []}, "response.reasoning_text",
+        {"content_index": 0}, {"type": "reasoning_text"},
+    ),
+    "tool_call": ItemKind("fc", {"type": "function_call"}, "response.function_call_arguments", {}, None),
+}  # fmt: skip
+
+
+class ResponseView(OpenAIView):
+    """Our events as those of a response, and its output items; `shape` is what is known of the response at its start.
 
     Every event is numbered, and the numbers follow from the stored rows alone: two at the start, one for each row, and
     those that open and close an item where the kind of content changes. Those up to `after` are left out. Once rows
     were merged there are fewer: whoever then asks for what is after a number beyond the end gets the end.
     """
 
-    def __init__(self, stored: StoredResponse, after: int = -1) -> None:
+    def __init__(self, message_id: int, shape: Mapping[str, Any], after: int = -1) -> None:
         self.items: list[dict[str, Any]] = []
-        self._shape = response_shape(stored)
-        self._created_at_ms = stored.message.created_at_ms
-        self._message_id = stored.message.id
+        self._message_id = message_id
+        self._shape = shape
         self._after = after
         self._number = 0
-        self._kind = ""  # of the open item; none is open at first
+        self._kind: str | None = None  # of the open item; None: there is none
         self._texts: list[str] = []  # of the open item
 
-    def translate(self, name: bytes, data: bytes) -> bytes:
-        if name == b"delta":
-            return self.take(decode_delta(data))
-        if name == b"heartbeat":
-            return OPENAI_HEARTBEAT
-        if name == b"start":
-            begun = {**self._shape, **UNFINISHED, "output": []}
-            return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
-        return self._end(decode_end(data)) if name == b"end" else b""
+    def start(self, start: Mapping[str, Any]) -> bytes:
+        begun = {**self._shape, **response_outcome(self._shape["created_at"], RUNNING), "output": []}
+        return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+
+    def take(self, delta: Delta) -> bytes:
+        """The events of a piece of content."""
+        events, call = b"", json.loads(delta.text) if delta.kind == "tool_call" else None
+        if delta.kind != self._kind or delta.kind not in MERGED_KINDS:
+            events = self.close("completed") + self._open(delta.kind, call)
+        if self._kind is None:
+            return events
+        text = delta.text if call is None else call["arguments"] or "{}"
+        self._texts.append(text)
+        kind = ITEM_KINDS[self._kind]
+        return events + self._item_event(f"{kind.event}.delta", **kind.fields, delta=text)
+
+    def _open(self, name: str, call: Mapping[str, str] | None) -> bytes:
+        """The events that begin an item; signatures and the like are none."""
+        if name not in ITEM_KINDS:
+            return b""
+        self._kind, kind = name, ITEM_KINDS[name]
+        identity = f"{kind.prefix}_{self._message_id}_{len(self.items)}"
+        named = {"call_id": call["id"], "name": call["name"], "arguments": ""} if call is not None else {}
+        self.items.append({"id": identity, **kind.item, **named, "status": "in_progress"})
+        events = self._event("response.output_item.added", output_index=len(self.items) - 1, item=self.items[-1])
+        if kind.part is not None:
+            events += self._item_event("response.content_part.added", content_index=0, part={**kind.part, "text": ""})
+        return events
+
+    def close(self, status: str) -> bytes:
+        """The events that end the open item, if there is one."""
+        if self._kind is None:
+            return b""
+        kind, item, text = ITEM_KINDS[self._kind], self.items[-1], "".join(self._texts)
+        self._kind = None
+        self._texts.clear()
+        item["status"] = status
+        if kind.part is None:
+            item["arguments"] = text
+            events = self._item_event(f"{kind.event}.done", name=item["name"], arguments=text)
+        else:
+            part = {**kind.part, "text": text}
+            item["content"] = [part]
+            events = self._item_event(f"{kind.event}.done", **kind.fields, text=text)
+            events += self._item_event("response.content_part.done", content_index=0, part=part)
+        return events + self._event("response.output_item.done", output_index=len(self.items) - 1, item=item)
+
+    def end(self, end: EndData) -> bytes:
+        events, response = self._finish(end)
+        if self._after > self._number:
+            self._after = self._number - 1
+        return events + self._event(TERMINAL_EVENTS.get(response["status"], "response.incomplete"), response=response)
 
     def response(self, message: Message) -> dict[str, Any]:
         """The response object of a message as it is now."""
         for delta in message.content:
             self.take(delta)
-        if message.status == "running":
-            self.close("in_progress")
-            return {**self._shape, **UNFINISHED, "output": self.items}
-        end = EndData(message.status, message.finish_reason, message.usage, message.timing, message.error)
-        return self._finished(end)
+        return self._finish(message)[1]
 
-    def take(self, delta: Delta) -> bytes:
-        """The events of a piece of content."""
-        if delta.kind != self._kind or delta.kind not in MERGED_KINDS:
-            events = self.close("completed") + self._open(delta)
-        else:
-            events = b""
-        if delta.kind not in ITEM_EVENTS:
-            return events
-        text = delta.text if delta.kind in MERGED_KINDS else self.items[-1]["arguments"]
-        self._texts.append(text)
-        position = {} if delta.kind == "tool_call" else {"content_index": 0}
-        extra: dict[str, Any] = {"logprobs": []} if delta.kind == "text" else {}
-        return events + self._item_event(f"{ITEM_EVENTS[delta.kind]}.delta", **position, delta=text, **extra)
-
-    def close(self, status: str) -> bytes:
-        """The events that end the open item, if there is one."""
-        if not self._kind:
-            return b""
-        kind, self._kind = self._kind, ""
-        item, text, name = self.items[-1], "".join(self._texts), ITEM_EVENTS[kind]
-        item["status"] = status
-        self._texts.clear()
-        if kind == "tool_call":
-            events = self._item_event(f"{name}.done", name=item["name"], arguments=text)
-        else:
-            part = {**CONTENT_PARTS[kind], "text": text}
-            item["content"] = [part]
-            extra: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
-            events = self._item_event(f"{name}.done", content_index=0, text=text, **extra)
-            events += self._item_event("response.content_part.done", content_index=0, part=part)
-        return events + self._event("response.output_item.done", output_index=len(self.items) - 1, item=item)
-
-    def _open(self, delta: Delta) -> bytes:
-        """The events that begin an item; signatures and the like are none."""
-        if delta.kind not in ITEM_EVENTS:
-            return b""
-        self._kind = delta.kind
-        item = output_item(f"{self._message_id}_{len(self.items)}", delta)
-        self.items.append(item)
-        begun = {**item, "arguments": ""} if delta.kind == "tool_call" else item
-        events = self._event("response.output_item.added", output_index=len(self.items) - 1, item=begun)
-        if delta.kind != "tool_call":
-            part = {**CONTENT_PARTS[delta.kind], "text": ""}
-            events += self._item_event("response.content_part.added", content_index=0, part=part)
-        return events
-
-    def _end(self, end: EndData) -> bytes:
-        status = response_outcome(self._created_at_ms, end)["status"]
-        events = self.close("completed" if status == "completed" else "incomplete")
-        if self._after > self._number:
-            self._after = self._number - 1
-        return events + self._event(TERMINAL_EVENTS.get(status, "response.incomplete"), response=self._finished(end))
-
-    def _finished(self, end: EndData) -> dict[str, Any]:
-        outcome = response_outcome(self._created_at_ms, end)
-        self.close("completed" if outcome["status"] == "completed" else "incomplete")
-        return {**self._shape, **outcome, "output": self.items}
+    def _finish(self, end: EndData | Message) -> tuple[bytes, dict[str, Any]]:
+        """The events that end the last item, and the response object."""
+        outcome = response_outcome(self._shape["created_at"], end)
+        events = self.close(ITEM_STATUSES.get(outcome["status"], "incomplete"))
+        return events, {**self._shape, **outcome, "output": self.items}
 
     def _item_event(self, kind: str, **fields: Any) -> bytes:
         return self._event(kind, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **fields)
@@ -9053,30 +9047,23 @@ class ResponseView:
         return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
 
 
-UNFINISHED = {"status": "in_progress", "completed_at": None, "error": None, "incomplete_details": None, "usage": None}
-ITEM_EVENTS = {
-    "text": "response.output_text",
-    "reasoning": "response.reasoning_text",
-    "tool_call": "response.function_call_arguments",
-}
-CONTENT_PARTS: dict[str, dict[str, Any]] = {
-    "text": {"type": "output_text", "annotations": [], "logprobs": []},
-    "reasoning": {"type": "reasoning_text"},
-}
+# ── responses: handlers ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def output_item(suffix: str, delta: Delta) -> dict[str, Any]:
-    """A new item of a response's output; the content of a call is complete, of the others it is still to come."""
-    if delta.kind == "text":
-        return {"id": f"msg_{suffix}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
-    if delta.kind == "reasoning":
-        return {"id": f"rs_{suffix}", "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
-    call = json.loads(delta.text)
-    named = {"call_id": call["id"], "name": call["name"], "arguments": call["arguments"] or "{}"}
-    return {"id": f"fc_{suffix}", "type": "function_call", **named, "status": "in_progress"}
+async def load_view(request: Request, message_id: int, after: int = -1) -> tuple[Message, ResponseView]:
+    """An answer as it is now, and a view for it."""
+    stored = await service_of(request).store.read(load_response, owner_of(request), message_id)
+    return stored.message, ResponseView(message_id, response_shape(stored), after)
 
 
-# ── handlers: responses and models ──────────────────────────────────────────────────────────────────────────────────
+async def response_now(request: Request, message_id: int) -> dict[str, Any]:
+    """The response object as it is now."""
+    message, view = await load_view(request, message_id)
+    return view.response(message)
+
+
+async def stream_response(request: Request, message_id: int, after: int) -> Response:
+    return await stream_view(request, message_id, (await load_view(request, message_id, after))[1])
 
 
 class ResponseQuery(Struct):
@@ -9093,34 +9080,14 @@ class InputItemsQuery(Struct):
 async def create_response(request: Request) -> Response:
     asked, body = await read_json(request, ResponseRequest, IMAGE_REQUEST_BYTES_MAX)
     check_answer(request, asked)
-    new = await new_response(request, asked, body)
-    started = await service_of(request).generations.start(new)
+    started = await service_of(request).generations.start(await new_response(request, asked, body))
     if asked.stream:
         return await stream_response(request, started.message_id, -1)
     if asked.background:
-        stored = await load_stored(request, started.message_id)
-        shown = ResponseView(stored).response(stored.message)
+        shown = await response_now(request, started.message_id)
         return json_response({**shown, "status": "queued"} if shown["status"] == "in_progress" else shown)
-    message, error = await ended_message(request, started.message_id)
-    error = INTERRUPTED if error is None and message.status in ("interrupted", "running") else error
-    if error is not None:
-        return openai_failure(started.message_id, error)
-    return await answer_response(request, started.message_id)
-
-
-async def load_stored(request: Request, message_id: int) -> StoredResponse:
-    return await service_of(request).store.read(load_response, owner_of(request), message_id)
-
-
-async def answer_response(request: Request, message_id: int) -> Response:
-    """The response object as it is now."""
-    stored = await load_stored(request, message_id)
-    return json_response(ResponseView(stored).response(stored.message))
-
-
-async def stream_response(request: Request, message_id: int, after: int) -> Response:
-    view = ResponseView(await load_stored(request, message_id), after)
-    return EventStream(await service_of(request).generations.subscribe_to_view(owner_of(request), message_id, view))
+    _, failure = await ended_answer(request, started.message_id)
+    return failure or json_response(await response_now(request, started.message_id))
 
 
 def response_of_path(request: Request) -> int:
@@ -9132,13 +9099,13 @@ async def get_response(request: Request) -> Response:
     asked = read_query(request, ResponseQuery)
     if asked.stream:
         return await stream_response(request, message_id, asked.starting_after)
-    return await answer_response(request, message_id)
+    return json_response(await response_now(request, message_id))
 
 
 async def cancel_response(request: Request) -> Response:
     message_id = response_of_path(request)
     await stopped_message(request, message_id)
-    return await answer_response(request, message_id)
+    return json_response(await response_now(request, message_id))
 
 
 async def remove_response(request: Request) -> Response:
@@ -9148,27 +9115,26 @@ async def remove_response(request: Request) -> Response:
     return json_response({"id": f"resp_{message_id}", "object": "response", "deleted": True})
 
 
-def input_items_of(message_id: int, turn: Turn) -> list[dict[str, Any]]:
-    """A turn of a response's input as items; what an assistant said has the shape that it had as output."""
-    if turn.role == "tool":
-        output = {"call_id": turn.tool_call_id, "output": text_of(turn.content)}
-        return [{"id": f"fco_{message_id}_0", "type": "function_call_output", **output, "status": "completed"}]
-    if turn.role != "assistant":
-        said = {"role": turn.role, "content": [input_part(delta) for delta in turn.content]}
-        return [{"id": f"msg_{message_id}_0", "type": "message", **said, "status": "completed"}]
-    items = [output_item(f"{message_id}_{index}", group[0]) for index, group in enumerate(group_items(turn.content))]
-    for item, group in zip(items, group_items(turn.content), strict=True):
-        item["status"] = "completed"
-        if group[0].kind in CONTENT_PARTS:
-            item["content"] = [{**CONTENT_PARTS[group[0].kind], "text": group[0].text}]
-    return items
-
-
 def input_part(delta: Delta) -> dict[str, Any]:
     if delta.kind != "image":
         return {"type": "input_text", "text": delta.text}
     image = json.loads(delta.text)
     return {"type": "input_image", "detail": "auto", "image_url": f"data:{image['media_type']};base64,{image['data']}"}
+
+
+def input_items_of(message_id: int, turn: Turn) -> list[dict[str, Any]]:
+    """A turn of a response's input as items; what an assistant said has the shape that it had as output."""
+    if turn.role == "assistant":
+        view = ResponseView(message_id, {})
+        for delta in turn.content:
+            view.take(delta)
+        view.close("completed")
+        return view.items
+    if turn.role == "tool":
+        output = {"call_id": turn.tool_call_id, "output": text_of(turn.content)}
+        return [{"id": f"fco_{message_id}_0", "type": "function_call_output", **output, "status": "completed"}]
+    said = {"role": turn.role, "content": [input_part(delta) for delta in turn.content]}
+    return [{"id": f"msg_{message_id}_0", "type": "message", **said, "status": "completed"}]
 
 
 async def list_input_items(request: Request) -> Response:
@@ -9181,9 +9147,18 @@ async def list_input_items(request: Request) -> Response:
     if asked.after is not UNSET and asked.after not in ids:
         raise InvalidRequest(f"after: there is no item {printable(asked.after, 60)!r} in this response's input")
     first = 0 if asked.after is UNSET else ids.index(asked.after) + 1
-    page = ordered[first : first + asked.limit]
-    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-    return json_response({"object": "list", "data": page, **ends, "has_more": first + asked.limit < len(items)})
+    shown = ids[first : first + asked.limit] or [None]
+    return json_response({
+        "object": "list", "data": ordered[first : first + asked.limit], "first_id": shown[0], "last_id": shown[-1],
+        "has_more": first + asked.limit < len(items),
+    })  # fmt: skip
+
+
+# ── models ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def openai_model(target: Target) -> dict[str, Any]:
+    return {"id": str(target), "object": "model", "created": 0, "owned_by": target.provider.name}
 
 
 async def list_openai_models(request: Request) -> Response:
@@ -9201,10 +9176,6 @@ async def get_openai_model(request: Request) -> Response:
     if listed.models and target.model not in listed.models:
         raise ModelNotFound(f"model: {target.provider.name} has no model {printable(target.model, 60)!r}")
     return json_response(openai_model(target))
-
-
-def openai_model(target: Target) -> dict[str, Any]:
-    return {"id": str(target), "object": "model", "created": 0, "owned_by": target.provider.name}
 
 
 # ── the table of these endpoints ────────────────────────────────────────────────────────────────────────────────────
@@ -9251,19 +9222,19 @@ OPENAI_ENDPOINTS = (
 # 14. main
 #
 # `create_app` builds everything from a Config and opens it in its lifespan, whose end is the one place that says in
-# which order things close. The server is uvicorn's with three changes: a signal drains first, while requests are still
-# answered; a second signal exits at once; and it waits for an event instead of looking ten times a second, so an idle
-# service sleeps. Its shutdown would otherwise wait for ever on an open stream: draining ends the subscribers first.
+# which order things close. The server is uvicorn's with four changes: a signal drains first, while requests are still
+# answered; a second signal exits at once; it waits for an event instead of looking ten times a second, so an idle
+# service sleeps; and a request's head is bounded in size and time (Connection). Its shutdown would otherwise wait for
+# ever on an open stream: draining ends the subscribers first.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-SWITCH_SECONDS = (
-    0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms would add up per statement
-)
+SWITCH_SECONDS = 0.001  # what a thread of the store waits for a busy event loop; Python's 5 ms add up per statement
 CLOSE_SECONDS = 3  # what responses that are still being sent get, once everything has ended
 
 
 class LogFormatter(logging.Formatter):
-    """One line per event: `time level message key=value …`, or the same as JSON."""
+    """One line per event: `time level message key=value …`, or the same as JSON, whose ASCII has no character that a
+    terminal obeys or a log's reader takes for the end of a line."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -9275,26 +9246,20 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
             line = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **given}
-            return printable_json({**line, "trace": trace} if trace else line)
+            return json.dumps({**line, "trace": trace} if trace else line, default=str)
         pairs = "".join(f" {name}={self._quote(value)}" for name, value in given.items())
         return f"{at} {record.levelname.lower()} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
 
     def _quote(self, value: Any) -> str:
         text = str(value)
-        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else printable_json(text)
-
-
-def printable_json(value: Any) -> str:
-    """JSON without any character that a terminal obeys or a log's reader takes for the end of a line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if text.isprintable() else json.dumps(value, default=str)
+        return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else json.dumps(text)
 
 
 def open_log(config: Config) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(config.log_format))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn", "uvicorn.error"):
+    for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
@@ -9348,29 +9313,21 @@ def warn_of_network(path: str) -> None:
 
 
 def open_socket(config: Config) -> socket.socket:
-    """A listening socket. Raises StartError with one line if the address cannot be had."""
+    """A listening socket; on `::` also for IPv4. Raises StartError with one line if the address cannot be had."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as exc:
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as exc:
-        listener.close()
-        raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
-    return listener
 
 
 def refusal(is_too_large: bool) -> bytes:
     """The whole response to what is no request."""
     status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
     if is_too_large:
-        status, error = (
-            431,
-            TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit"),
-        )
+        error = TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+        status = 431
     request_id = f"{random.getrandbits(64):016x}"
     response = error_response(error, request_id)
     own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
@@ -9383,13 +9340,12 @@ class Connection(HttpToolsProtocol):
 
     The timer runs whenever a head is awaited: from the connection's start, from a request's first byte, and from any
     byte after an answer (blank lines, the rest of a body that nobody read), for uvicorn's own timer ends with such a
-    byte. `_head_bytes` counts what the parser has reported of the head, and of trailers, which are dropped: nothing
-    that comes after a body may pass for a header. `_silent_bytes` counts what it keeps to itself: one endless line.
+    byte. `_head_bytes` is what came since a request or a piece of a body began, and the whole head when it is complete;
+    so it bounds one endless line too, and trailers, which are dropped: nothing after a body may pass for a header.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
-    _silent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -9398,32 +9354,30 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.cycle is None or self.cycle.response_complete:
             self._await_head()
-        self._silent_bytes += len(data)
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._silent_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+        if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             self.send_400_response("")
 
     def on_message_begin(self) -> None:
-        self._head_bytes = self._silent_bytes = 0
+        self._head_bytes = 0
         self._await_head()
         super().on_message_begin()
 
-    def on_url(self, url: bytes) -> None:
-        self._count_head(len(url))
-        super().on_url(url)
-
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count_head(len(name) + len(value) + len(": \r\n"))
         if self._head_timer is not None:  # else it is a trailer
             super().on_header(name, value)
 
-    def on_body(self, body: bytes) -> None:
-        self._silent_bytes = 0
-        super().on_body(body)
-
     def on_headers_complete(self) -> None:
         self._end_head()
+        self._head_bytes = len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise TooLarge("the parser hands this on as an error of its own")
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
@@ -9433,27 +9387,17 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = asyncio.get_running_loop().call_later(HEAD_SECONDS, self.transport.close)
 
-    def _count_head(self, size: int) -> None:
-        self._head_bytes += size
-        self._silent_bytes = 0
-        if self._head_bytes > HEAD_BYTES_MAX:
-            raise TooLarge("the parser hands this on as an error of its own")
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
         running = self.cycle is not None and not self.cycle.response_complete
         if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
-            self.transport.write(refusal(max(self._head_bytes, self._silent_bytes) > HEAD_BYTES_MAX))
+            self.transport.write(refusal(self._head_bytes > HEAD_BYTES_MAX))
         self.transport.close()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Nothing is upgraded here, and anybody could fill the log with it."""
-
-    def _end_head(self) -> None:
-        self._silent_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
 
 
 class Server(uvicorn.Server):
@@ -9551,6 +9495,14 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
     return parsed
 
 
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 after an orderly shutdown, 2 if it could not start."""
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -9572,14 +9524,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # Windows has none
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tests.client import Reader
 from tests.conftest import Server
-from tests.provider import Provider, default_answer
+from tests.provider import Cut, Provider, default_answer, openai_reasoning, openai_text
 
 
 def test_a_chat_streams_the_whole_answer_and_stores_it(server: Server, provider: Provider) -> None:
@@ -39,3 +39,28 @@ def test_a_chat_in_the_background_answers_at_once_and_goes_on(serve: Callable[..
     server = serve()
     message_id = server.start_chat("Hello")
     assert server.wait_ended(message_id)["text"] == "".join(default_answer("Hello"))
+
+
+def test_the_timing_tells_when_the_text_began_after_the_thinking(server: Server, provider: Provider) -> None:
+    provider.script([*openai_reasoning("Hm."), provider.gate("thinking"), *openai_text("Yes.")])
+    reader = Reader()
+    with server.chat("Hello") as stream:
+        for event in stream.events():
+            reader.take(event)
+            if reader.content == "Hm.":
+                provider.open_gate("thinking")
+    timing = server.message(2)["timing"]
+    assert reader.end is not None and reader.end["timing"] == timing
+    assert 0 <= timing["first_delta_ms"] < timing["first_text_ms"] <= timing["total_ms"]
+
+
+def test_an_answer_that_broke_off_while_thinking_has_its_first_text_when_it_is_continued(
+    server: Server, provider: Provider
+) -> None:
+    provider.script([*openai_reasoning("Hm."), Cut()], openai_text("Yes."))
+    broken = server.wait_ended(server.start_chat("Hello"))["timing"]
+    assert broken["first_text_ms"] is None and broken["first_delta_ms"] is not None
+    assert server.post("/api/v1/messages/2/continue", {"background": True}).status_code == 202
+    timing = server.wait_ended(2)["timing"]
+    assert timing["first_delta_ms"] == broken["first_delta_ms"]
+    assert broken["total_ms"] <= timing["first_text_ms"] <= timing["total_ms"]

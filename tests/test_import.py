@@ -140,7 +140,8 @@ def some_message(source: random.Random, number: int, parent: str | None) -> dict
         "error": error if status == "failed" else None,
         "usage": source.choice([None, {"input_tokens": 1, "output_tokens": 2, "estimated": True, "cached_tokens": 3}]),
         "attempts": source.choice([[], [{"provider": "openai", "model": "m", "error": None, "ms": 3}]]),
-        "created_at_ms": at, "first_delta_at_ms": source.choice([None, at + 5]), "ended_at_ms": at + 9,
+        "created_at_ms": at, "first_delta_at_ms": source.choice([None, at + 5]),
+        "first_text_at_ms": source.choice([None, at + 7]), "ended_at_ms": at + 9,
     }  # fmt: skip
 
 

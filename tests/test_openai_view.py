@@ -157,6 +157,11 @@ class Raw:
             assert data, self.data[-2000:]
             self.data += data
 
+    def read_to_end(self) -> bytes:
+        while data := self.socket.recv(1 << 20):
+            self.data += data
+        return self.data
+
     def __enter__(self) -> Raw:
         return self
 
@@ -783,6 +788,26 @@ def test_a_response_survives_kill_9_and_its_replay_is_the_same_before_and_after(
         assert server.get(f"/v1/responses/{half['id']}").json() == failed
     finally:
         server.close()
+
+
+def test_a_shutdown_is_an_error_to_whom_it_leaves_without_the_rest(provider: Provider, tmp_path: Path) -> None:
+    server = Server(tmp_path, **settings(provider, LLMCHAT_DRAIN_SECONDS="0"))
+    before = len(provider.chats)
+    provider.script(*([*openai_text("Half", finish=None, usage=None, done=False), Hang()] for _ in range(4)))
+    asked = [(path, stream) for path in ("/v1/chat/completions", "/v1/responses") for stream in (True, False)]
+    with contextlib.ExitStack() as stack:
+        body = {"model": "m", "messages": USER, "input": "Hi"}
+        raws = [stack.enter_context(Raw(server, "POST", path, {**body, "stream": one})) for path, one in asked]
+        provider.wait_chats(before + 4)
+        wait_until(lambda: server.rows("SELECT count(*) FROM delta WHERE text = 'Half'") == [(4,)], "the deltas", 30)
+        for raw in (raws[0], raws[2]):
+            raw.read_until(b'"Half"')
+        assert server.terminate() == 0
+        chat_stream, chat_whole, response_stream, response_whole = (raw.read_to_end() for raw in raws)
+    assert b'"error":{' in chat_stream and b"[DONE]" in chat_stream and b'"finish_reason":"stop"' not in chat_stream
+    assert b"event: response.failed" in response_stream
+    for whole in (chat_whole, response_whole):
+        assert whole.startswith(b"HTTP/1.1 500") and b"x-should-retry: false" in whole and b'"server_error"' in whole
 
 
 def merge_rows(server: Server, message_id: int) -> None:

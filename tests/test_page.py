@@ -1,7 +1,14 @@
 """The page in a real browser: each of the 36 behaviours of its checklist has a test that begins with its number.
 
 One Chromium, one server and one provider for the module; a context (a device) per test. Every test ends by asserting
-that the page raised no error and asked nobody but its own origin. What a driver cannot do is said in the test.
+that the page raised no error and asked nobody but its own origin.
+
+What a driver cannot do, and what stands for it: lock a screen (1: a hidden page), fling with a finger (4: a wheel and a
+held button), compose with an input method (6: its events), have a plain-http origin that is not loopback (10: the
+clipboard taken away), cut an open stream by going offline (24: a proxy), have a notch or an on-screen keyboard (26: the
+viewport's meta tag), listen with a screen reader (28: what it would be told), press the browser's install button (34: what
+it asks for), look at another tab (22, 36: `visibilityState`).
+
 Without a browser or its driver the module is skipped; with CI=true that is a failure.
 """
 
@@ -86,7 +93,7 @@ WITHOUT_CLIPBOARD = """() => {
 SMALL_TARGETS = """() => [...document.querySelectorAll("button, a.icon, a.new, .item > a, summary")]
   .filter((node) => node.checkVisibility({visibilityProperty: true}))
   .map((node) => [node.getAttribute("aria-label") || node.textContent, node.getBoundingClientRect()])
-  .filter(([, {width, height}]) => width < 43.99 || height < 43.99)
+  .filter(([, {width, height}]) => Math.round(width) < 44 || Math.round(height) < 44)
   .map(([name, {width, height}]) => `${name}: ${width} × ${height}`)"""
 ALL_FIELDS_ARE_READABLE = """() => [...document.querySelectorAll("input:not([type=file], [type=radio]), textarea")]
   .every((node) => parseFloat(getComputedStyle(node).fontSize) >= 16)"""
@@ -102,6 +109,20 @@ RECORD_ANNOUNCEMENTS = """() => {
 }"""
 LIVE_REGIONS = """() => document.querySelectorAll(
   "[aria-live], [role=status], [role=log], [role=alert]:not([hidden])").length"""
+# Turns that come into the document, counted for each task that inserts some; the tasks without a delay wait for the test.
+RECORD_SLICES = """() => {
+  window.slices = []; window.waiting = [];
+  const turns = (list) => list.flatMap((one) => [...one.addedNodes]).filter((node) => node.className.includes("turn"));
+  const observer = new MutationObserver((list) => turns(list).length && window.slices.push(turns(list).length));
+  observer.observe(document.querySelector("#turns"), {childList: true});
+  const later = window.setTimeout;
+  window.setTimeout = (act, ms) => ms === undefined ? window.waiting.push(act) : later(act, ms);
+}"""
+DRAW_A_SLICE = "() => new Promise((done) => { window.waiting.pop()?.(); done(window.waiting.length > 0) })"
+SCROLL_END = "() => { const {scrollHeight, clientHeight} = document.querySelector('#scroller'); return scrollHeight - clientHeight }"
+FIND = "(text) => find(text, false, false, true)"  # the browser's own search, from the top again at the end
+WORDS_LAID_OUT = """() => [...document.querySelectorAll(".prose em")]
+  .filter((node) => node.checkVisibility({contentVisibilityAuto: true})).length"""
 SELECT_OVER_TWO_BLOCKS = """() => {
   const [first, open] = document.querySelectorAll(".prose p");
   getSelection().setBaseAndExtent(first.firstChild, 7, open.firstChild, 8);
@@ -675,15 +696,19 @@ def test_11_an_answer_of_50_kb_is_smooth(page: Device, provider: Provider) -> No
     assert longest_task(page) < LONG_TASK_MS_MAX
 
 
-def test_11_200_messages_are_smooth(device: Callable[..., Device], server: Server, provider: Provider) -> None:
-    conversation = None
+@pytest.fixture(scope="module")
+def many(server: Server, shared_provider: Provider) -> str:
+    """The path of a conversation of 200 messages."""
+    conversation: dict[str, int] = {}
     for number in range(100):
-        provider.script(openai_text(f"Answer {number}.\n\n{LONG[:600]}\n\n```python\nx = {number}\n```\n"))
-        given = {"conversation_id": conversation} if conversation else {}
-        conversation = server.post("/api/v1/chat", {"message": f"Question {number}", "stream": False, **given}).json()[
-            "conversation_id"
-        ]
-    page = device(path=f"/c/{conversation}")
+        shared_provider.script(openai_text(f"Answer {number}.\n\n{LONG[:600]}\n\n```python\nx = {number}\n```\n"))
+        answer = server.post("/api/v1/chat", {"message": f"Question {number}", "stream": False, **conversation}).json()
+        conversation = {"conversation_id": answer["conversation_id"]}
+    return f"/c/{conversation['conversation_id']}"
+
+
+def test_11_200_messages_are_smooth(device: Callable[..., Device], many: str, provider: Provider) -> None:
+    page = device(path=many)
     expect(page.tab.locator(".turn")).to_have_count(200)
     expect(page.tab.get_by_text("Answer 99.")).to_be_in_viewport(ratio=0)
     opening = longest_task(page)
@@ -693,6 +718,45 @@ def test_11_200_messages_are_smooth(device: Callable[..., Device], server: Serve
     page.finished(101)
     print(f"\n200 messages: longest task {opening:.0f} ms to open, {longest_task(page):.0f} ms while streaming")
     assert opening < LONG_TASK_MS_MAX and longest_task(page) < LONG_TASK_MS_MAX
+
+
+def test_11_a_long_conversation_is_drawn_from_its_end_a_few_turns_at_a_time(page: Device, many: str) -> None:
+    page.run(RECORD_SLICES)
+    page.tab.locator(f"#list a[href='{many}']").click()
+    wait_until(lambda: page.run("() => window.slices.length") == 1, "the first slice")
+    expect(page.tab.locator("#turns")).to_contain_text("Question 99")
+    expect(page.tab.locator("#scroller")).to_have_js_property("scrollTop", page.run(SCROLL_END))
+    while page.run(DRAW_A_SLICE):
+        pass
+    assert max(page.run("() => window.slices")) <= 10 and sum(page.run("() => window.slices")) >= 200
+    questions = page.tab.locator(".bubble").all_text_contents()
+    assert questions[:100] == [f"Question {number}" for number in range(100)]
+    expect(page.answer).to_be_in_viewport(ratio=0)
+    assert page.run(FIND, "Answer 7."), "what was never scrolled to is found by the browser's search"
+
+
+def test_11_what_is_being_read_stays_where_it_is_while_older_turns_are_drawn(page: Device, many: str) -> None:
+    page.run(RECORD_SLICES)
+    page.tab.locator(f"#list a[href='{many}']").click()
+    bubble = page.tab.locator(".bubble", has_text="Question 98")
+    expect(bubble).to_be_attached()
+    bubble.evaluate("(node) => node.scrollIntoView({block: 'center'})")
+    expect(page.tab.locator("#jump")).to_be_visible()
+    before = bubble.bounding_box()
+    while page.run(DRAW_A_SLICE):
+        pass
+    after = bubble.bounding_box()
+    assert before and after and abs(before["y"] - after["y"]) < 2
+
+
+def test_11_blocks_out_of_sight_cost_no_layout(page: Device, provider: Provider) -> None:
+    provider.script(openai_text("\n\n".join(["A paragraph at the top.", *["Some *words*."] * 300, "The very end."])))
+    page.ask("Hello")
+    page.finished()
+    page.tab.reload()
+    expect(page.tab.get_by_text("The very end.")).to_be_in_viewport()
+    assert 1 < page.run(WORDS_LAID_OUT) < 200 < page.tab.locator(".prose em").count()
+    assert page.run(FIND, "at the top"), "what is not laid out is found by the browser's search"
 
 
 def test_12_regenerate_makes_a_sibling_with_another_model_too(page: Device, provider: Provider) -> None:
@@ -888,6 +952,23 @@ def test_20_thinking_is_folded_with_its_seconds_and_opens_live(page: Device, pro
     page.tab.reload()
     expect(summary).to_have_text(re.compile(r"Thought for \d+ s"))
     expect(page.tab.locator(".thoughts")).to_be_hidden()
+
+
+def test_20_the_seconds_of_thinking_are_the_same_everywhere(
+    device: Callable[..., Device], provider: Provider, gate: str
+) -> None:
+    """The clock of the first device is put forward while the model thinks; the server's is right."""
+    page = device()
+    provider.script([*openai_reasoning("Hm."), provider.gate(gate), *openai_text("It is so.")])
+    page.ask("Why?")
+    summary = page.tab.locator(".thinking summary")
+    page.run("() => { const now = Date.now; Date.now = () => now() + 100_000 }")
+    expect(summary).to_have_text(re.compile(r"Thinking… 10\d s"))
+    provider.open_gate(gate)
+    page.finished()
+    expect(summary).to_have_text(re.compile(r"Thought for \d s"))
+    other = device(path=urlsplit(page.tab.url).path, **PHONE)
+    expect(other.tab.locator(".thinking summary")).to_have_text(summary.inner_text())
 
 
 def test_21_a_quiet_line_tells_tokens_speed_and_the_wait(page: Device, provider: Provider) -> None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import llmchat
+from tests.clients import CLIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +25,12 @@ def test_every_call_is_in_the_table() -> None:
     rows = re.findall(r"^\| `([A-Z]+ /\S*)` \| (.*?) \|$", README, re.MULTILINE)
     endpoints = (*llmchat.ENDPOINTS, *llmchat.OPENAI_ENDPOINTS)
     assert rows == [(f"{one.method} {one.shown_path}", one.summary) for one in endpoints]
+
+
+def test_the_two_lines_of_every_client_are_there() -> None:
+    assert [
+        (name, line) for name, client in CLIENTS.items() for line in client.lines if f"\n{line}\n" not in README
+    ] == []
 
 
 def test_the_count_of_providers_is_right() -> None:

@@ -1032,6 +1032,28 @@ def test_a_huge_head_in_one_piece_is_refused_with_words(users: Server) -> None:
     assert statuses(received) == [431] and b'"too_large"' in received and b"65,536 bytes" in received
 
 
+def test_the_bytes_of_one_head_do_not_count_for_the_next(users: Server) -> None:
+    def head(size: int) -> bytes:
+        return b"GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * (size // 6) + b"\r\n"
+
+    with connect(users) as client, client.makefile("rb") as received:
+
+        def read_status() -> bytes:
+            status = received.readline()
+            length = next(line for line in received if line.startswith(b"content-length: "))
+            while received.readline() != b"\r\n":
+                pass
+            received.read(int(length.split()[1]))
+            return status
+
+        client.sendall(head(60_000))
+        assert read_status() == b"HTTP/1.1 200 OK\r\n"
+        client.sendall(head(30_000)[:20_000])
+        users.get("/api/v1/health")  # answered once those bytes were read
+        client.sendall(head(30_000)[20_000:])
+        assert read_status() == b"HTTP/1.1 200 OK\r\n"
+
+
 def resident_kilobytes(server: Server) -> int:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]

@@ -98,7 +98,7 @@ const seconds = (ms) => (ms < 10_000 ? (ms / 1000).toFixed(ms < 1000 ? 2 : 1) : 
 
 // ── 2. Memory ────────────────────────────────────────────────────────────────────────────────────────────────────
 //
-// What the browser keeps: theme, last model, drafts, seconds of thinking. It may refuse to keep anything (private
+// What the browser keeps: theme, last model, drafts. It may refuse to keep anything (private
 // windows, blocked storage, a full disk): then the page works all the same and forgets.
 
 const memory = {
@@ -181,7 +181,7 @@ const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byt
 // object stays the same object for as long as the conversation is shown: turns hang on it.
 
 let localId = 0;
-const TURNS_AT_ONCE = 30; // a long conversation is drawn from its end, a few turns per task, so that nothing stutters
+const TURNS_AT_ONCE = 10; // a long conversation is drawn from its end, a few turns per task, so that nothing stutters
 
 class Conversation {
   constructor() {
@@ -341,10 +341,12 @@ class AnswerBody {
   /** A new connection begins. */
   begin() {
     this.isFresh = true;
+    this.element.classList.remove("whole");
   }
 
   show(html) {
-    this.begin();
+    if (this.isEmpty) this.element.classList.add("whole");
+    this.isFresh = true;
     this.apply([[0, html]], "");
   }
 
@@ -453,7 +455,7 @@ class QuestionTurn extends Turn {
 
   drawTool() {
     const name = this.message.role === "tool" ? "Result of a tool" : "Instruction";
-    const details = make("details", { class: "tool" }, make("summary", {}, name), make("pre", { tabIndex: 0 }, this.message.text));
+    const details = make("details", { class: "tool" }, make("summary", {}, icon("right"), name), make("pre", { tabIndex: 0 }, this.message.text));
     this.element.replaceChildren(make("h2", { class: "hidden-text" }, name), details);
   }
 
@@ -544,7 +546,6 @@ class AnswerTurn extends Turn {
     this.element.append(this.title, this.thinking, this.prose, this.tools, this.phase, this.card, this.foot);
     this.reasoning = ""; // as it comes on this connection
     this.calls = [];
-    this.thoughtMs = Number(memory.get(`thought.${message.id}`)) || 0;
     this.connection = "open";
     this.notice = "";
   }
@@ -573,7 +574,7 @@ class AnswerTurn extends Turn {
   takeHtml({ settled, open }) {
     const wasEmpty = this.body.isEmpty;
     this.body.apply(settled, open);
-    if (wasEmpty && !this.body.isEmpty) this.endThinking();
+    if (wasEmpty && !this.body.isEmpty) this.drawThinking();
     if (wasEmpty) this.drawPhase();
   }
 
@@ -602,7 +603,7 @@ class AnswerTurn extends Turn {
       if (message.html !== undefined) this.body.show(message.html);
       this.showReasoning(reasoningOf(message));
       this.showCalls(message.content.filter((part) => part.kind === "tool_call").map((part) => part.text));
-      this.endThinking();
+      this.drawThinking();
     }
     this.element.setAttribute("aria-busy", String(this.isRunning));
     this.drawPhase();
@@ -619,28 +620,22 @@ class AnswerTurn extends Turn {
     this.drawThinking();
   }
 
-  endThinking() {
-    if (this.thinking.hidden) return;
-    if (!this.thoughtMs && this.sawThinking) {
-      this.thoughtMs = Date.now() - this.message.created_at_ms;
-      memory.set(`thought.${this.message.id}`, String(this.thoughtMs));
-    }
-    this.drawThinking();
-  }
-
   drawThinking() {
+    const { timing, created_at_ms } = this.message;
     const isLive = this.isRunning && this.body.isEmpty;
-    this.sawThinking ||= isLive;
-    const spent = Math.max(1, Math.round((isLive ? Date.now() - this.message.created_at_ms : this.thoughtMs) / 1000));
+    const known = timing?.first_text_ms ?? (this.body.isEmpty ? timing?.total_ms : null);
+    if (isLive) this.thoughtMs = Date.now() - created_at_ms;
+    const ms = known ?? this.thoughtMs; // until the end, only who saw it happen knows
+    const spent = Math.max(1, Math.round(ms / 1000));
     this.thinking.classList.toggle("live", isLive);
-    this.summary.textContent = isLive ? `Thinking… ${spent} s` : this.thoughtMs ? `Thought for ${spent} s` : "Thought before answering";
+    this.summary.textContent = isLive ? `Thinking… ${spent} s` : ms ? `Thought for ${spent} s` : "Thought before answering";
   }
 
   showCalls(calls) {
     if (calls.length <= this.tools.childElementCount) return;
     const shown = calls.slice(this.tools.childElementCount).map((text) => {
       const call = JSON.parse(text);
-      return make("details", { class: "tool" }, make("summary", {}, `Wants to call ${call.name}`), make("pre", { tabIndex: 0 }, call.arguments));
+      return make("details", { class: "tool" }, make("summary", {}, icon("right"), `Wants to call ${call.name}`), make("pre", { tabIndex: 0 }, call.arguments));
     });
     this.tools.append(...shown);
   }
@@ -675,7 +670,7 @@ class AnswerTurn extends Turn {
 
   /** Once a second while it runs. */
   tick() {
-    if (!this.thinking.hidden) this.drawThinking();
+    this.drawThinking();
     this.drawPhase();
   }
 
@@ -699,9 +694,10 @@ class AnswerTurn extends Turn {
     }
     const actions = make("div", { class: "actions" });
     if (message.text) actions.append(this.copyButton("Copy answer as Markdown"));
-    actions.append(iconButton("Regenerate", "again", () => regenerate(message), { disabled: place.isBusy }));
-    const swap = iconButton("Regenerate with another model", "swap", () => this.regenerateWith(swap), { disabled: place.isBusy, "aria-haspopup": "dialog" });
-    actions.append(swap);
+    if (!message.error) {
+      const swap = iconButton("Regenerate with another model", "swap", () => this.regenerateWith(swap), { disabled: place.isBusy, "aria-haspopup": "dialog" });
+      actions.append(iconButton("Regenerate", "again", () => regenerate(message), { disabled: place.isBusy }), swap);
+    }
     this.foot.append(actions, ...[this.branches()].filter(Boolean), this.figures());
   }
 
@@ -787,6 +783,8 @@ async function onCopyCode(event) {
   setTimeout(() => (button.textContent = "Copy"), 1600);
 }
 
+let drawTimer = 0;
+
 /** Draws the conversation that is shown, as far as it changed. */
 function renderConversation() {
   const { conversation } = state;
@@ -798,7 +796,8 @@ function renderConversation() {
     const siblings = children.get(message.parent_id);
     return turnOf(message).update({ siblings, index: siblings.indexOf(message), isLeaf: message === last, isBusy });
   });
-  if (conversation.drawn < path.length) setTimeout(() => drawMore(conversation));
+  clearTimeout(drawTimer);
+  if (conversation.drawn < path.length) drawTimer = setTimeout(() => drawMore(conversation));
   place($("turns"), conversation.loaded ? elements : [skeleton()]);
   const isEmpty = conversation.loaded && path.length === 0;
   document.body.classList.toggle("empty", isEmpty);
@@ -1022,7 +1021,7 @@ async function finishAnswer(message, { status, finish_reason, usage, timing, err
   Object.assign(message, { status, finish_reason, usage, timing, error });
   const turn = turnOf(message);
   turn.stopping = false;
-  turn.endThinking();
+  turn.drawThinking();
   if (state.conversation.messages.get(message.id) === message) renderConversation();
   announce({ completed: "Answer finished", stopped: "Answer stopped" }[status] ?? "Answer failed");
   await refreshMessage(message).catch(() => {});
