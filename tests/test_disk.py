@@ -68,18 +68,6 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path,
         assert run_mount("umount", "--lazy", str(folder))
 
 
-@pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_script_is_left(provider: Provider) -> Iterator[None]:
-    yield
-    provider._queues[None].clear()
-
-
 def tuned(folder: Path, provider: Provider, patience_seconds: float) -> Tuned:
     constants = {
         "FLUSH_PATIENCE_SECONDS": patience_seconds,
@@ -93,16 +81,16 @@ def tuned(folder: Path, provider: Provider, patience_seconds: float) -> Tuned:
 
 
 @pytest.fixture(scope="module")
-def patient(provider: Provider, small_disk: tuple[Path, bool]) -> Iterator[Tuned]:
+def patient(shared_provider: Provider, small_disk: tuple[Path, bool]) -> Iterator[Tuned]:
     """A server that waits for its disk for as long as a test may take."""
-    with contextlib.closing(tuned(small_disk[0] / "patient", provider, 60)) as server:
+    with tuned(small_disk[0] / "patient", shared_provider, 60) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def impatient(provider: Provider, small_disk: tuple[Path, bool]) -> Iterator[Tuned]:
+def impatient(shared_provider: Provider, small_disk: tuple[Path, bool]) -> Iterator[Tuned]:
     """A server that waits for its disk for half a second."""
-    with contextlib.closing(tuned(small_disk[0] / "impatient", provider, 0.5)) as server:
+    with tuned(small_disk[0] / "impatient", shared_provider, 0.5) as server:
         yield server
 
 

@@ -17,7 +17,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,19 +86,13 @@ def stopped_moment(server: Server, watchers: list[Watcher]) -> Moment:
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[Provider]:
-    with Provider() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def moments(provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
+def moments(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
     """Copies at random moments of a few streams, some of which have ended by then."""
     source = random.Random(5)
-    with running_server(tmp_path_factory.mktemp("power"), provider) as server:
+    with running_server(tmp_path_factory.mktemp("power"), shared_provider) as server:
         for number in range(STREAMS):
             pieces = [varied_text(40, f"{number}.{piece} ") for piece in range(20 if number < 2 else 400)]
-            provider.script([*paced(texts(pieces), 0.005), *(openai_end() if number < 2 else [Hang()])])
+            shared_provider.script([*paced(texts(pieces), 0.005), *(openai_end() if number < 2 else [Hang()])])
         watchers = [Watcher(server) for _ in range(STREAMS)]
         threads = [threading.Thread(target=watcher) for watcher in watchers]
         for thread in threads:
