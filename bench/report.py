@@ -125,8 +125,13 @@ def ratio(row: str, name: str, other: str, other_row: str = "") -> Callable[[Res
 
 def all_wrong(results: Results) -> list[float]:
     """Lost and doubled characters of llmchat, over all rows and rounds."""
-    found = [figures["wrong"] for (_, server), rounds in results.items() if server == "llmchat" for figures in rounds
-             if "wrong" in figures]
+    found = [
+        figures["wrong"]
+        for (_, server), rounds in results.items()
+        if server == "llmchat"
+        for figures in rounds
+        if "wrong" in figures
+    ]
     return [sum(found)] if found else []
 
 

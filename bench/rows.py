@@ -224,9 +224,13 @@ async def run_chats(running: Running, provider_pid: int, clients: int, seconds: 
     waits = sorted(reader.last_at - reader.sent_at for reader in readers if not reader.failure)
     first, last = watch.samples[0], watch.samples[-1]
     done = max(len(waits), 1)
-    figures = watch.figures() | note(readers) | {
-        "chats_per_second": len(waits) / (last.at - first.at),
-        "cpu_ms": (last.cpu_seconds - first.cpu_seconds) / done * 1e3,
-        "p99_ms": waits[len(waits) * 99 // 100] * 1e3 if waits else 0.0,
-    }
+    figures = (
+        watch.figures()
+        | note(readers)
+        | {
+            "chats_per_second": len(waits) / (last.at - first.at),
+            "cpu_ms": (last.cpu_seconds - first.cpu_seconds) / done * 1e3,
+            "p99_ms": waits[len(waits) * 99 // 100] * 1e3 if waits else 0.0,
+        }
+    )
     return {key: value for key, value in figures.items() if key not in ("cpu_us", "deltas_per_second", "p50_ms")}

@@ -154,8 +154,16 @@ async def wait_for_calm(patience_seconds: float) -> None:
 
 def short(figures: Figures) -> str:
     """A cell's figures in one line, for the progress."""
-    names = {"cpu_us": "µs/delta", "deltas_per_second": "deltas/s", "p99_ms": "p99 ms", "chats_per_second": "chats/s",
-             "start_ms": "start ms", "idle_mb": "MB", "search_ms": "search ms", "late_ratio": "late ratio"}
+    names = {
+        "cpu_us": "µs/delta",
+        "deltas_per_second": "deltas/s",
+        "p99_ms": "p99 ms",
+        "chats_per_second": "chats/s",
+        "start_ms": "start ms",
+        "idle_mb": "MB",
+        "search_ms": "search ms",
+        "late_ratio": "late ratio",
+    }
     found = [f"{figures[name]:,.1f} {unit}" for name, unit in names.items() if name in figures]
     return ", ".join(found) + (f", {figures['wrong']:.0f} CHARACTERS WRONG" if figures.get("wrong") else "")
 
@@ -205,8 +213,11 @@ def file_system(directory: Path) -> str:
 
 def facts(bench: Bench, load_core: int, rounds: int, foreign: float) -> list[str]:
     """How and on what it was measured."""
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]
+    model = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("starlette", "uvicorn", "httpx"))
     core = bench.setup.server_core
     cores = f"server on core {core}, provider and client together on core {load_core}"
@@ -278,8 +289,11 @@ def main() -> None:
         shutil.rmtree(directory, ignore_errors=True)
     foreign = max(0.0, busy_seconds() - busy - own) / (time.monotonic() - started)
     write_report(arguments, results, servers, facts(bench, load_core, arguments.rounds, foreign))
-    if missing := [f"{row} {server}" for row, server in cells_of(arguments.only, servers)
-                   if len(results.get((row, server), [])) < arguments.rounds]:
+    if missing := [
+        f"{row} {server}"
+        for row, server in cells_of(arguments.only, servers)
+        if len(results.get((row, server), [])) < arguments.rounds
+    ]:
         sys.exit(f"could not be measured every time: {', '.join(missing)}")
 
 
