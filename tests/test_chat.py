@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tests.client import Reader
 from tests.conftest import Server
-from tests.provider import Cut, Provider, default_answer, openai_reasoning, openai_text
+from tests.provider import Cut, Pause, Provider, default_answer, openai_reasoning, openai_text
 
 
 def test_a_chat_streams_the_whole_answer_and_stores_it(server: Server, provider: Provider) -> None:
@@ -42,7 +42,7 @@ def test_a_chat_in_the_background_answers_at_once_and_goes_on(serve: Callable[..
 
 
 def test_the_timing_tells_when_the_text_began_after_the_thinking(server: Server, provider: Provider) -> None:
-    provider.script([*openai_reasoning("Hm."), provider.gate("thinking"), *openai_text("Yes.")])
+    provider.script([*openai_reasoning("Hm."), provider.gate("thinking"), Pause(0.01), *openai_text("Yes.")])
     reader = Reader()
     with server.chat("Hello") as stream:
         for event in stream.events():
