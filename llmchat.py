@@ -2119,7 +2119,8 @@ def _parse_block_math(state: StateBlock, first_line: int, end_line: int, silent:
 
 def _push_math(state: StateBlock | StateInline, kind: str, match: re.Match[str]) -> Token:
     token = state.push(kind, "math", 0)
-    token.content = match.group(str(match.lastgroup))
+    formula = match.group(str(match.lastgroup))
+    token.content = formula.encode("utf-8", "replace").decode()  # half a pair would stop its parser
     token.markup = match.group().strip()
     return token
 
@@ -5321,9 +5322,9 @@ def find_by_origin(
     made_here = re.fullmatch("llmchat:([0-9]{1,15})-([0-9]{1,15})", origin)
     found = value_of(
         connection,
-        f"SELECT id FROM {table} WHERE {scope} = ?1 AND origin = ?2 UNION ALL"
-        f" SELECT id FROM {table} WHERE {scope} = ?1 AND origin IS NULL AND id = ?3 AND created_at_ms = ?4",
-        *(within, origin, *(made_here.groups() if made_here else (None, None))),
+        f"SELECT id FROM {table} WHERE {scope} = ? AND origin = ? UNION ALL"
+        f" SELECT id FROM {table} WHERE {scope} = ? AND origin IS NULL AND id = ? AND created_at_ms = ?",
+        *(within, origin, within, *(made_here.groups() if made_here else (None, None))),
     )
     return cast("int | None", found)
 
