@@ -1132,7 +1132,8 @@ async function stopAnswer(message = state.conversation.running()) {
 // ── 9. Composer ──────────────────────────────────────────────────────────────────────────────────────────────────
 //
 // Drafts belong to a conversation. A message that could not be sent is in the box again, or in its conversation's
-// draft if another one is shown by then; sent unchanged it goes out under the same key, so it is never paid twice.
+// draft if another one is shown by then; sent unchanged it goes out under the same key, so it is never paid twice. While
+// it is on its way it is part of the draft: this page may be left before the answer comes, for one to sign in.
 
 const IMAGE_BYTES_MAX = 10_000_000;
 const IMAGES_BYTES_MAX = 14_000_000; // a request has 20 MB, and base64 takes a third more
@@ -1141,10 +1142,16 @@ const box = $("box");
 let unsent = { key: "", body: "" };
 
 const draftName = () => `draft.${state.conversation?.id ?? "new"}`;
-const saveDraft = () => state.conversation && memory.set(draftName(), box.value);
+const underway = new Map(); // by draft name: the text that is being sent
+
+function saveDraft() {
+  if (!state.conversation) return;
+  const text = [underway.get(draftName()), box.value].filter(Boolean).join("\n");
+  memory.set(draftName(), text);
+}
 
 function loadDraft() {
-  setBox(memory.get(draftName()) ?? "");
+  setBox(underway.has(draftName()) ? "" : memory.get(draftName()) ?? "");
   state.images = [];
   renderImages();
   $("not-sent").hidden = true;
@@ -1219,9 +1226,11 @@ async function send() {
   const name = draftName();
   const added = addQuestion(conversation, parentId, text, images.map((image) => image.url));
   state.images = [];
+  underway.set(name, text);
   setBox("");
   renderImages();
   const error = await startAnswer(conversation, "/api/v1/chat", body, added, unsent.key);
+  underway.delete(name);
   if (!error) return memory.set(name, name === draftName() ? box.value : "");
   if (conversation !== state.conversation) {
     memory.set(name, text);
