@@ -7,6 +7,7 @@
 #   "httptools>=0.6.4,<1",
 #   "httpx>=0.28,<0.29",
 #   "httpx-aiohttp>=0.2,<0.3",
+#   "aiohttp>=3.11,<3.15",
 #   "aiosqlite>=0.22,<0.23",
 #   "anyio>=4.6,<5",
 #   "msgspec>=0.20,<0.23",
