@@ -1133,9 +1133,7 @@ SPENT_CODES = ("insufficient_quota", "billing_hard_limit_reached", "credit_balan
 NESTED_WORDS_MAX = 8  # how deep an error's sentence may be
 
 
-def provider_error(
-    provider: Provider, status: int, words: str, kinds: Sequence[str] = (), said: str = ""
-) -> ProviderError:
+def provider_error(provider: Provider, status: int, words: str, kinds: Sequence[str], said: str = "") -> ProviderError:
     """The error for an HTTP status, or for the one that an in-band error means; `words` are the provider's own."""
     message = f"{provider.name} {said or f'answered {status}'}: {shorten(words, provider.key)}"
     if status in (401, 403) or (status == 400 and re.search(r"\bapi[ _-]?key\b", words, re.I)):  # 400: Gemini, xAI
@@ -7132,7 +7130,7 @@ class ErrorAnswer(Struct, omit_defaults=True):
 
 
 class StartedAnswer(Struct):
-    """A generation that was started in the background, or a running one in a list."""
+    """A generation that was started in the background."""
 
     conversation_id: int
     message_id: int
@@ -7373,10 +7371,10 @@ def wants_html(request: Request) -> bool:
 # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def error_response(error: LlmchatError, request_id: str, message_id: int | None = None) -> Response:
+def error_response(error: LlmchatError, request_id: str) -> Response:
     """The one rendering of an error."""
     detail = ErrorDetail(error.code, error.message, error.retryable, request_id)
-    return json_response(ErrorAnswer(detail, message_id), error.status, error_headers(error))
+    return json_response(ErrorAnswer(detail), error.status, error_headers(error))
 
 
 def error_headers(error: LlmchatError) -> dict[str, str]:
@@ -9261,7 +9259,7 @@ def open_log(config: Config) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(config.log_format))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "asyncio", "aiosqlite", "uvicorn"):
+    for noisy in ("asyncio", "aiosqlite", "uvicorn"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
 
