@@ -9188,7 +9188,7 @@ OPENAI_ENDPOINTS = (
     OpenAIEndpoint("GET", "/v1/models", list_openai_models, "for OpenAI clients: the models of all providers"),
     OpenAIEndpoint(
         "GET", "/v1/models/{id:path}", get_openai_model, "one of them",
-        errors=(404,), id_schema={"type": "string"}, example_id="demo/demo",
+        errors=(404,), id_schema={"type": "string"}, example_id="demo/tour",
     ),
     OpenAIEndpoint(
         "POST", "/v1/chat/completions", create_chat_completion, "OpenAI's chat completion, with any model",
