@@ -20,10 +20,10 @@
 
 The way of a delta, one direction, no way back:
 
-    provider ──httpx──▶ dialect.decode ──▶ generation.pending ──▶ FLUSHER ──commit──▶ SQLite (WAL)
-                                                                     │ then, and only then
-                                                                     ▼
-                                                  ring ──▶ asyncio.Queue per subscriber ──▶ SSE
+    provider ──▶ Answer.feed ──▶ FLUSHER: dialect.decode ──▶ generation.pending ──commit──▶ SQLite (WAL)
+    (aiohttp)    bytes, kept                                                           │ then, and only then
+                                                                                       ▼
+                                        SSE ◀── each subscriber: its socket, or its queue ◀── frame ──▶ ring
 
 Words, one per thing:
 
@@ -34,19 +34,20 @@ Words, one per thing:
     offset         a position in a message's content: the code points of all deltas before it
     cursor         the offset up to which a subscriber has the content (Last-Event-ID)
     subscriber     one open SSE response; it resumes from its cursor: no gap, no duplicate
-    ring           the newest published events of a generation, in memory, bounded
+    frame          an event as it goes out, encoded once for all subscribers
+    ring           the newest published frames of a generation, in memory, bounded
     flush          one transaction that commits the pending deltas of all generations
 
-Read it top to bottom; a name is defined above the place that uses it:
+Read it top to bottom. A section uses only itself and those above it; within one, a caller may stand above its helpers:
 
      1 Limits          5 Dialects      9 Store            13 OpenAI view
      2 Errors          6 Repetition   10 Generations      14 main
      3 Configuration   7 Markdown     11 Identity
      4 Events, SSE     8 Providers    12 HTTP
 
-Invariants, worth stating by their absence: the producer never awaits a subscriber; nothing is published before it is
-committed; no text is ever a control signal; nothing above Providers does I/O; only Store contains SQL; only HTTP and
-the OpenAI view render HTTP; os.environ appears once.
+Invariants, worth stating by their absence: no producer and no flush awaits a subscriber; no content is published before
+it is committed; no text is ever a control signal; above Providers the only I/O is to read .env; only Store contains
+SQL; nothing above HTTP makes a response to a client; os.environ appears once.
 """
 
 from __future__ import annotations
@@ -133,9 +134,9 @@ T = TypeVar("T")
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 1. Limits
 #
-# Every bound in the program, with its unit and its reason. A bound that a user may want to move is a setting and
-# stands in section 3; these are the ones whose change would need thought, because others lean on them. The asserts
-# say how. Units and "max" come last in a name.
+# Bounds, each with its unit and its reason. One that a user may want to move is a setting and stands in section 3, one
+# that belongs to a single algorithm stands with it; these are the ones whose change would need thought, because others
+# lean on them. The asserts say how. Units and "max" come last in a name.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 REQUEST_BYTES_MAX = 1_000_000  # a request's body: some 200,000 words, more than any model's context takes
@@ -152,10 +153,10 @@ HEALTH_SECONDS = 1  # how long strangers are told the same of the database: each
 HEADER_BYTES_MAX = 200  # X-Request-ID and Idempotency-Key: they are logged and stored
 
 FRAME_CHARACTERS_MAX = 10_000  # of one delta event and one row: at most 6 bytes each as JSON, so a frame is ≤ 64 KiB
-SEND_BYTES_MAX = 256 * 1024  # of one send to a subscriber, and of what its queue may hold: 50 stalled readers = 13 MB
+SEND_BYTES_MAX = 256 * 1024  # of a subscriber's queue, which goes out in one send: 50 stalled readers = 13 MB
 RING_BYTES_MAX = 256 * 1024  # of a generation's ring, beside the setting for its events
 
-ARRIVED_BYTES_MAX = 128 * 1024  # of one answer, arrived but not yet committed; beyond it, its provider has to wait
+ARRIVED_BYTES_MAX = 128 * 1024  # of one answer, not yet taken by the flusher; beyond it, its provider has to wait
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
@@ -689,8 +690,9 @@ def unquote(text: str) -> str:
 # 4. Events and SSE
 #
 # The values that travel, and the wire format they travel in, both ways. Pure. Content is made of deltas; everything
-# else on a stream (start, notice, heartbeat, end) is about content and is never confused with it, because the kind of
-# an event is its name, never its text. Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html
+# else on a stream (start, reset, notice, heartbeat, end) is about content and is never confused with it, because the
+# kind of an event is its name, never its text. A frame is an event encoded; a content event's `id` is the offset after
+# it. Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html
 # The decoder works on bytes and splits at CR, LF and CRLF only (1): a text splitter would also cut at U+2028 and its
 # like, which JSON leaves as they are. Departures: (2) an event that the stream's end leaves undelimited is delivered,
 # since some providers do not send the last blank line, and the dialect decides whether it is whole; (3) `id` and
@@ -910,8 +912,8 @@ def only_sse_fields(block: bytes) -> bool:
 # where they are acted on. A stream that ends without a finish_reason was cut, whatever else it said: `end` raises
 # ProviderTruncated then, and `[DONE]` is neither necessary nor sufficient.
 #
-# A new dialect needs: `path`, `headers`, `prefills`, `body`, a decoder with `decode`, `decode_document` and `end`, `models_path`,
-# a line in DIALECTS and DIALECT_NAMES, and a recording of every one of its ends.
+# A new dialect needs: `path`, `headers`, `prefills`, `body`, `models_path`, a decoder with `decode`, `decode_document` and
+# `end`, a line in DIALECTS and in DIALECT_NAMES, and a recording of every one of its ends.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -2409,9 +2411,10 @@ class MarkdownStream:
 # httpx's over aiohttp, whose parser is C (Python's own was the largest cost of a stream), used without httpx's client:
 # of what that adds to a request, no provider needs anything, and redirects must not be followed with the key. It is
 # given its limits, for both libraries cap at 100 connections unless told otherwise. An answer's bytes are taken off
-# aiohttp's parser as they come and decoded when somebody wants deltas. Every way in which that can fail becomes a
-# ProviderError here; what follows from it (retry, fallback, the end of the generation) is decided in section 10. The
-# demo provider is a transport too, so that a first start without a key takes the very same way.
+# aiohttp's parser as they come (Tap), kept as they are (Answer.feed), and decoded in one go by whoever wants deltas
+# (Answer.take). Every way in which that can fail becomes a ProviderError here; what follows from it (retry, fallback,
+# the end of the generation) is decided in section 10. The demo provider is a transport too, so that a first start
+# without a key takes nearly the same way.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 DEMO_TEXT = """\
@@ -5509,19 +5512,21 @@ async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnsw
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 10. Generations
 #
-# The way of a delta. A producer (one task per generation, owned here and by no request) reads its provider and appends
-# to `pending`. The flusher (one task) commits what all generations have pending in one transaction, and only then
-# publishes it: encoded once, into the generation's ring and the queue of every subscriber. So no client ever holds a
-# character that the database does not, many generations share a commit, and a fast stream coalesces into fewer,
-# larger events by itself. The flusher works at once when it was idle and paces itself by what a flush costs.
+# The way of a delta. A producer (one task per generation, owned here and by no request) asks its provider and sleeps
+# until the answer's end. What arrives meanwhile is kept as bytes and tells the flusher (one task), which has every such
+# generation decode them (`collect`), commits what all of them have pending in one transaction, and only then publishes
+# it: encoded once, into the generation's ring and to every subscriber. So no client ever holds a character that the
+# database does not, many generations share a decoder's run and a commit, and a fast stream coalesces into fewer, larger
+# events by itself. The flusher works at once when it was idle and paces itself by what a flush costs.
 #
 # A subscriber is one loop, the same for a first connection, a resume, a laggard and a finished message: what lies
-# between its cursor and the ring comes from the store, then the ring, then its queue. Nobody waits for it: a queue
-# that is full is thrown away, and the loop begins again at its cursor.
+# between its cursor and the ring comes from the store, then the ring, then what is published. A client that keeps up is
+# written to then and there, without waking a task; for one that does not, there is a queue. Nobody waits for it: a
+# queue that is full is thrown away, and the loop begins again at its cursor.
 #
-# Whoever ends a generation (the producer, stop, a guard, drain) calls `end`, first one wins, and the flusher writes it
+# Whoever ends a generation (the producer, stop, a guard, drain) calls `_end`, first one wins, and the flusher writes it
 # together with the last deltas. If the database cannot be written, pending content is kept and tried again, reading
-# from the providers pauses because pending is bounded, and after FLUSH_PATIENCE_SECONDS the generations end as
+# from the providers pauses because what has arrived is bounded, and after FLUSH_PATIENCE_SECONDS the generations end as
 # `failed` for everyone who looks on; their content and status are still written when the database is back.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -5605,7 +5610,7 @@ class Seam:
 
 
 class Subscriber:
-    """The queue of one open stream. `cursor` follows what was taken out of it.
+    """Where an open stream meets what is published. `cursor` follows what was sent, or taken out of the queue to be.
 
     While its reader waits, everything before has been sent, and a frame goes straight to `send_now`, without waking a
     task; only what that refuses, since the client does not keep up, is queued.
@@ -5735,7 +5740,7 @@ class Rendering:
         return frame
 
     def publish(self, offset: int, data: bytes) -> None:
-        """Puts an event that is no text before everyone who looks on."""
+        """Puts an event before everyone who looks on."""
         for subscriber in self.subscribers:
             subscriber.put(offset, data)
 
@@ -5815,7 +5820,7 @@ class Generation:
     # ── content ──
 
     def collect(self) -> None:
-        """Moves what has arrived to pending. What the guards catch in it ends the answer."""
+        """Decodes what has arrived, into pending. What the guards catch in it ends the answer."""
         if self.answer is None or self.ending is not None:
             return
         try:
@@ -7004,8 +7009,8 @@ def owner_of(request: Request) -> str:
 # the error shape. ENDPOINTS is the API: the routes, /openapi.json, /docs and `help` are all read off it, so none of
 # them can say something else. Bodies and query strings are converted to the types that also make the schema; what they
 # refuse is told with the field, what was expected and the value that came. A stream is sent past Starlette's response
-# classes, straight to the server: one send per wake-up. The envelope around everything gives a request its id and its
-# headers, and turns what was raised into a response.
+# classes, straight to the server, and to its socket as long as the client keeps up. The envelope around everything gives
+# a request its id and its headers, and turns what was raised into a response.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Characters = Annotated[str, Meta(min_length=1)]
@@ -7429,7 +7434,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b""})
                 return
             # A task of its own sends, and this one only waits for the client: to wake a task is to climb through all the
-            # layers that await each other in it, and here are a dozen.
+            # layers that await each other in it, and here are a dozen. The envelope has nothing to do after the headers.
             send = scope["server_send"]
             stream.write = direct_write(send)
             sending = asyncio.create_task(self._send(stream, send), name="stream")
