@@ -6914,8 +6914,10 @@ class Gate:
             same = not origin or origin.partition("://")[2].lower() == header_of(scope, b"host").lower()
             refused = is_foreign(scope) or not same
         if refused and origin not in self._origins:
-            shown = origin[:200] or "another site"
-            raise Forbidden(f"origin: {shown!r} may not write here; LLMCHAT_CORS_ORIGINS lists who may")
+            shown = repr(origin[:200]) if origin else "another site"
+            raise Forbidden(
+                f"origin: pages of {shown} may not use this service; LLMCHAT_CORS_ORIGINS lists those that may"
+            )
 
     def _check_forwarded(self, scope: Scope) -> None:
         """Without a token only this machine may ask, and what a proxy passes on comes from anywhere."""
@@ -7274,7 +7276,7 @@ async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
         except ClientDisconnect as exc:
             raise InvalidRequest("body: the connection was closed before it was whole") from exc
         except TimeoutError as exc:
-            limits = f"nothing for {BODY_STALL_SECONDS} s, or less than {BODY_BYTES_PER_SECOND:,} bytes/s in all"
+            limits = f"nothing for {BODY_STALL_SECONDS} s, or under {BODY_BYTES_PER_SECOND:,} bytes/s on the whole"
             raise InvalidRequest(f"body: came too slowly: {limits}") from exc
         if data is None:
             return
@@ -7926,7 +7928,7 @@ def safe_file_name(title: str, otherwise: str) -> str:
 def alone(service: Service, what: str) -> Iterator[None]:
     """Holds a kind of work that is done once at a time, for the sake of the disk. Raises Overloaded."""
     if what in service.at_work:
-        raise Overloaded(f"{what}: there is one on the way already", retry_after_seconds=10)
+        raise Overloaded(f"{what}: another one is running; try again when it has ended", retry_after_seconds=10)
     service.at_work.add(what)
     try:
         yield
@@ -7937,7 +7939,9 @@ def alone(service: Service, what: str) -> Iterator[None]:
 async def get_backup(request: Request) -> Response:
     service = service_of(request)
     if service.config.users:
-        raise Forbidden("backup: holds every owner's conversations; on the server: llmchat backup FILE")
+        raise Forbidden(
+            "backup: would hold every owner's conversations; run `llmchat backup FILE` on the server itself"
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(service, "backup"))
         file = stack.enter_context(await service.store.open_copy())
@@ -8558,8 +8562,8 @@ class ResponseRequest(Sampling, kw_only=True):
 UNSUPPORTED = {  # field: what is accepted of it, and the advice to who sends anything else
     "n": (1, "a request has 1 answer"),
     "logprobs": (False, "probabilities are not kept"),
-    "modalities": (["text"], "there is text"),
-    "functions": ([], "they are called tools"),
+    "modalities": (["text"], "answers are text"),
+    "functions": ([], "use tools"),
     "conversation": (None, "use previous_response_id"),
     "prompt": (None, "use instructions and input"),
 }
@@ -8581,7 +8585,7 @@ async def new_answer(
     refuse_large(body, turns)
     if not any(map(says_something, turns)):
         name = "messages" if isinstance(asked, ChatCompletionRequest) else "input"
-        raise InvalidRequest(f"{name}: says nothing; there is at least one character that is not a space")
+        raise InvalidRequest(f"{name}: is empty; it has at least one character that is not a space")
     named_alike = {name: getattr(asked, name, None) for name in Parameters.__struct_fields__}
     new = await new_message(request, Asked(model=asked.model), body, tuple(turns))
     return replace(new, parameters=Parameters(**{**named_alike, **parameters}))
@@ -9496,7 +9500,7 @@ def parse_arguments_of_main(arguments: Sequence[str] | None) -> argparse.Namespa
     parser.add_argument("--version", action="version", version=f"llmchat {__version__}")
     parsed = parser.parse_args(arguments)
     if (parsed.command is None) != (parsed.file is None):
-        parser.error("backup: say where to: llmchat backup FILE")
+        parser.error("backup needs the name of a file: llmchat backup FILE")
     return parsed
 
 
