@@ -1423,6 +1423,17 @@ def test_33_an_image_that_is_too_large_or_none_is_refused_with_its_size(page: De
     expect(page.tab.locator("#attachments img")).to_have_count(0)
 
 
+def test_an_import_says_what_came_in_and_what_was_left_out(page: Device) -> None:
+    said = {"role": "user", "content": "Hello"}
+    messages = [{"uuid": "1", "sender": "human", "text": "Hello"}, {"uuid": "2", "sender": "nobody", "text": "?"}]
+    archive = [{"uuid": "a", "name": "Greetings", "chat_messages": messages}, said]
+    file = {"name": "conversations.json", "mimeType": "application/json", "buffer": json.dumps(archive).encode()}
+    page.tab.set_input_files("#import-file", file)
+    toast = page.tab.locator(".toast")
+    expect(toast).to_contain_text("conversations.json: 1 new conversations and 1 new messages. Left out: ")
+    expect(page.tab.locator("#list")).to_contain_text("Greetings")
+
+
 def test_34_the_page_is_installable(page: Device, server: Server) -> None:
     """The prompt itself is the browser's; it asks for what is asserted here."""
     response = page.tab.request.get(page.run("() => document.querySelector('link[rel=manifest]').href"))

@@ -1800,14 +1800,15 @@ function setTheme(theme) {
   dark.media = { system: "(prefers-color-scheme: dark)", light: "not all", dark: "all" }[theme];
 }
 
+/** Brings in a file, and says how much of it came in and what did not. */
 async function importFile(file) {
   try {
-    const made = await api("POST", "/api/v1/import", await file.text());
+    const { conversations, messages, left_out } = await api("POST", "/api/v1/import", await file.text());
     $("settings").close();
     await refreshList();
-    const id = made.conversation_id ?? made.id ?? made.conversation_ids?.[0] ?? made.conversations?.[0]?.id;
-    if (id) go(`/c/${id}`);
-    toast(`Imported ${file.name}`);
+    const left = left_out.map(({ reason, count }) => `${reason} (${count})`).join("; ");
+    const came = `${conversations.imported} new conversations and ${messages.imported} new messages`;
+    toast(`${file.name}: ${came}.${left && ` Left out: ${left}.`}`, "", null, left ? 30_000 : 6000);
   } catch (error) {
     toast(`Not imported: ${error.message}`);
   }
