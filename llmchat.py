@@ -2759,6 +2759,18 @@ def connection_error(provider: Provider, exc: Exception) -> ProviderError:
     return ProviderUnavailable(f"{provider.name} {what}: {reason}", transient=True)
 
 
+async def read_refusal(response: httpx.Response) -> bytes:
+    """What there is of a refusal's body: some servers never end one, and some break off."""
+    body = b""
+    with contextlib.suppress(TimeoutError, *connection_errors()):
+        async with asyncio.timeout(REFUSAL_SECONDS):
+            async for data in response.aiter_bytes():
+                body += data
+                if len(body) > REQUEST_BYTES_MAX:
+                    return body
+    return body
+
+
 def reason_of(exc: BaseException) -> str:
     """An exception's own words, or its name when it has none."""
     return shorten(str(exc), None) or type(exc).__name__
@@ -2886,13 +2898,7 @@ class Providers:
 
     async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
         """The error for a status other than 200, and the body that it was read from."""
-        body = b""
-        with contextlib.suppress(TimeoutError, *connection_errors()):
-            async with asyncio.timeout(REFUSAL_SECONDS):
-                async for data in response.aiter_bytes():
-                    body += data
-                    if len(body) > REQUEST_BYTES_MAX:
-                        break
+        body = await read_refusal(response)
         words, kinds = body_words(body)
         if 300 <= response.status_code < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
@@ -2907,12 +2913,12 @@ class Providers:
 
     # ── models ──
 
-    async def list_models(self, provider: Provider, refresh: bool = False) -> ModelList:
-        """A provider's models, asked live unless they are given or were asked lately; never raises."""
+    async def list_models(self, provider: Provider, age_seconds_max: float = MODELS_CACHE_SECONDS) -> ModelList:
+        """A provider's models, asked live unless they are given or were asked lately enough; never raises."""
         known = self._models.get(provider.name)
         if provider.models:
             return ModelList(provider.models, None, 0.0)
-        if known is None or refresh or time.monotonic() - known.asked_at > MODELS_CACHE_SECONDS:
+        if known is None or time.monotonic() - known.asked_at >= age_seconds_max:
             try:
                 async with asyncio.timeout(MODELS_SECONDS):
                     models, error = await self._fetch_models(provider), None
@@ -5800,7 +5806,7 @@ class Generation:
         self.attempting = False
         self.last_delta_at: float | None = None  # of this attempt
         self.answer: Answer | None = None
-        self.guard: asyncio.Timeout | None = None
+        self.stall_timeout: asyncio.Timeout | None = None  # around the running attempt
         self.timer: asyncio.TimerHandle | None = None
         # the guards over content
         self._characters_max = config.answer_characters_max
@@ -5825,12 +5831,12 @@ class Generation:
             return
         try:
             if deltas := self.answer.take():
-                self.receive(deltas)
+                self.add(deltas)
         except GenerationError as exc:
             self.answer.fail(exc)
 
-    def receive(self, deltas: list[Delta]) -> None:
-        """Takes what the provider sent. Raises GenerationError when a guard catches something in it."""
+    def add(self, deltas: list[Delta]) -> None:
+        """Takes what the provider sent, into pending. Raises GenerationError when a guard catches something in it."""
         self.last_delta_at = time.monotonic()
         if self.first_delta_at is None:
             self.first_delta_at = self.last_delta_at
@@ -5939,7 +5945,7 @@ class Generation:
 
     def silent_until(self, config: Config) -> float:
         """When the running attempt counts as stalled if nothing comes; keep-alives move it, but not for ever."""
-        if self.guard is None or (self.answer is not None and self.answer.is_held):  # the silence is ours
+        if self.stall_timeout is None or (self.answer is not None and self.answer.is_held):  # the silence is ours
             return float("inf")
         since = self.last_delta_at or self.attempt_at
         if self.answer is not None:
@@ -6202,7 +6208,7 @@ class Generations:
         failure: GenerationError | None = None
         try:
             async with (
-                asyncio.timeout(None) as generation.guard,
+                asyncio.timeout(None) as generation.stall_timeout,
                 self._providers.ask(target, question) as generation.answer,
             ):
                 if started.content:
@@ -6215,9 +6221,9 @@ class Generations:
         except GenerationError as exc:
             failure = exc
         finally:
-            generation.guard = None
+            generation.stall_timeout = None
             if generation.seam is not None and (rest := generation.seam.end()) and generation.ending is None:
-                generation.receive([Delta("text", rest)])
+                generation.add([Delta("text", rest)])
         generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
         generation.attempting = False
         return failure
@@ -6244,8 +6250,8 @@ class Generations:
             return
         loop = asyncio.get_running_loop()
         due = generation.silent_until(self._config)
-        if now >= due and generation.guard is not None and not generation.guard.expired():
-            generation.guard.reschedule(loop.time())
+        if now >= due and generation.stall_timeout is not None and not generation.stall_timeout.expired():
+            generation.stall_timeout.reschedule(loop.time())
         patience = min(self._config.stall_timeout_seconds, self._config.first_delta_timeout_seconds)
         wait = min(deadline - now, patience, due - now if due > now else patience)
         generation.timer = loop.call_later(wait, self._watch, generation)
@@ -7832,16 +7838,17 @@ async def get_health(request: Request) -> Response:
 
 
 async def get_help(request: Request) -> Response:
-    service, refresh = service_of(request), read_query(request, HelpQuery).refresh
-    listed = await asyncio.gather(*(provider_help(service, one, refresh) for one in service.config.providers))
+    service = service_of(request)
+    age_seconds_max = 0 if read_query(request, HelpQuery).refresh else MODELS_CACHE_SECONDS
+    listed = await asyncio.gather(*(provider_help(service, one, age_seconds_max) for one in service.config.providers))
     endpoints = [EndpointHelp(one.method, one.shown_path, one.summary) for one in service.endpoints]
     first = next((f"{one.name}/{one.models[0]}" for one in listed if one.models), None)
     default, unusable = service.config.default_model or first, list(service.config.unusable_keys)
     return json_response(HelpAnswer(__version__, not service.gate.is_open, default, endpoints, listed, unusable))
 
 
-async def provider_help(service: Service, provider: Provider, refresh: bool) -> ProviderHelp:
-    models = await service.providers.list_models(provider, refresh)
+async def provider_help(service: Service, provider: Provider, age_seconds_max: float) -> ProviderHelp:
+    models = await service.providers.list_models(provider, age_seconds_max)
     key: Literal["found", "missing", "rejected", "not needed"] = "found" if provider.key else "not needed"
     if provider.name in service.providers.rejected:
         key = "rejected" if provider.key else "missing"
@@ -9331,12 +9338,12 @@ def open_socket(config: Config) -> socket.socket:
         raise StartError(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}") from exc
 
 
-def refusal(is_too_large: bool) -> bytes:
+NO_REQUEST = InvalidRequest("this is not a request of HTTP/1.1")
+HEAD_TOO_LARGE = TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+
+
+def refusal(status: int, error: LlmchatError) -> bytes:
     """The whole response to what is no request."""
-    status, error = 400, cast(LlmchatError, InvalidRequest("this is not a request of HTTP/1.1"))
-    if is_too_large:
-        error = TooLarge(f"head: the request's line and headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
-        status = 431
     request_id = f"{random.getrandbits(64):016x}"
     response = error_response(error, request_id)
     own = [(b"x-request-id", request_id.encode()), (b"date", http_date()), (b"connection", b"close")]
@@ -9405,7 +9412,8 @@ class Connection(HttpToolsProtocol):
         """Refuses what is no request, unless that would go into the middle of another answer; and closes."""
         running = self.cycle is not None and not self.cycle.response_complete
         if not self.pipeline and not (running and (self.cycle.response_started or not self.cycle.more_body)):
-            self.transport.write(refusal(self._head_bytes > HEAD_BYTES_MAX))
+            too_large = self._head_bytes > HEAD_BYTES_MAX
+            self.transport.write(refusal(431, HEAD_TOO_LARGE) if too_large else refusal(400, NO_REQUEST))
         self.transport.close()
 
 
