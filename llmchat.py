@@ -1748,30 +1748,35 @@ class AnthropicDialect:
         tools = [anthropic_tool(tool) for tool in parameters.tools or ()]
         if not tools and (tools := tools_in(messages)):  # a request whose messages hold calls has to define tools
             tool_choice = {"type": "none"}
-        # Thinking excludes a prefill, a forced tool, a temperature and a top_p, and counts as output.
+        # Thinking excludes a prefill and a forced tool.
         is_forced = isinstance(tool_choice, dict) and tool_choice.get("type") in ("any", "tool")
         budget = THINKING_TOKENS.get(parameters.reasoning_effort or "", 0)
         if prefilled or is_forced or not budget or not starts_with_thinking(messages):
             budget = 0
             drop_newest_thinking(messages)
-        temperature = parameters.temperature if not budget else None
         body = {
             "model": question.model,
-            "max_tokens": (parameters.max_tokens or ANTHROPIC_MAX_TOKENS) + budget,
             "messages": messages,
             "stream": True,
             "system": "\n\n".join(filter(str.strip, systems)) or None,
-            "temperature": temperature and min(temperature, 1.0),
-            "top_p": parameters.top_p if not budget else None,
             "stop_sequences": parameters.stop or None,
             "tools": tools or None,
             "tool_choice": tool_choice,
-            "thinking": {"type": "enabled", "budget_tokens": budget} if budget else None,
+            **anthropic_sampling(parameters, budget),
         }
         return {name: value for name, value in body.items() if value is not None}
 
     def prefills(self, quirks: frozenset[str]) -> bool:
         return "no_prefill" not in quirks
+
+
+def anthropic_sampling(parameters: Parameters, budget: int) -> dict[str, Any]:
+    """What depends on the tokens for thinking, which count as output; it excludes a temperature and a top_p."""
+    max_tokens = (parameters.max_tokens or ANTHROPIC_MAX_TOKENS) + budget
+    if budget:
+        return {"max_tokens": max_tokens, "thinking": {"type": "enabled", "budget_tokens": budget}}
+    temperature = parameters.temperature and min(parameters.temperature, 1.0)
+    return {"max_tokens": max_tokens, "temperature": temperature, "top_p": parameters.top_p}
 
 
 def anthropic_turn(turn: Turn, provider: Provider) -> Turn:
@@ -2761,13 +2766,11 @@ def connection_error(provider: Provider, exc: Exception) -> ProviderError:
 
 async def read_refusal(response: httpx.Response) -> bytes:
     """What there is of a refusal's body: some servers never end one, and some break off."""
-    body = b""
+    body, pieces = b"", response.aiter_bytes()
     with contextlib.suppress(TimeoutError, *connection_errors()):
         async with asyncio.timeout(REFUSAL_SECONDS):
-            async for data in response.aiter_bytes():
+            while len(body) <= REQUEST_BYTES_MAX and (data := await anext(pieces, b"")):
                 body += data
-                if len(body) > REQUEST_BYTES_MAX:
-                    return body
     return body
 
 
@@ -7473,16 +7476,20 @@ class Download(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(watch_client(receive))
         try:
-            async with contextlib.aclosing(self._frames) as frames:
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                async for data in frames:
-                    if scope["method"] == "HEAD" or gone.done():
-                        break
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if scope["method"] != "HEAD":
+                await self._send(send, gone)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             gone.cancel()
             self._close()
+
+    async def _send(self, send: Send, gone: asyncio.Future[None]) -> None:
+        async with contextlib.aclosing(self._frames) as frames:
+            async for data in frames:
+                if gone.done():
+                    return
+                await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 def attachment(file_name: str) -> str:
