@@ -1710,7 +1710,7 @@ function openPicker(anchor, current, choose) {
   const draw = () => {
     options = [];
     $("picker-list").replaceChildren(...findModels(search.value).map((group) => modelGroup(group, current, options, pick)));
-    if (!options.length) $("picker-list").append(make("p", { class: "quiet" }, state.providers.length ? "No model has that name." : "The models are being asked for…"));
+    if (!options.length) $("picker-list").append(make("p", { class: "quiet" }, state.providers.length ? "No model has that name." : "Asking the providers for their models…"));
     activate(Math.max(0, options.findIndex((option) => option.dataset.model === current)));
   };
   search.value = "";
@@ -1807,8 +1807,8 @@ async function importFile(file) {
     $("settings").close();
     await refreshList();
     const left = left_out.map(({ reason, count }) => `${reason} (${count})`).join("; ");
-    const came = `${conversations.imported} new conversations and ${messages.imported} new messages`;
-    toast(`${file.name}: ${came}.${left && ` Left out: ${left}.`}`, "", null, left ? 30_000 : 6000);
+    const came = `New conversations: ${conversations.imported}, new messages: ${messages.imported}`;
+    toast(`Imported ${file.name}. ${came}.${left && ` Left out: ${left}.`}`, "", null, left ? 30_000 : 6000);
   } catch (error) {
     toast(`Not imported: ${error.message}`);
   }
