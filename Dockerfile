@@ -6,7 +6,7 @@ RUN pip install --no-cache-dir -r requirements.txt && python -m compileall -q /u
 COPY llmchat.py LICENSE ./
 COPY migrations migrations
 COPY web web
-RUN useradd --system --uid 10001 llmchat && mkdir /data && chown llmchat /data
+RUN python -m compileall -q llmchat.py && useradd --system --uid 10001 llmchat && mkdir /data && chown llmchat /data
 USER llmchat
 VOLUME /data
 EXPOSE 8000
