@@ -2279,8 +2279,8 @@ def render(text: str, clock: Callable[[], float] = time.perf_counter) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """What changed since the last frame.
+class HtmlFrame:
+    """What an `html` event says: what changed since the one before.
 
     `settled` pairs block numbers with HTML: a number that is new is appended, in order, and one that is known is
     replaced. `open` is the HTML after the settled blocks, in place of the last. `seconds` is what the frame took.
@@ -2316,7 +2316,7 @@ class MarkdownStream:
     """render(), incrementally: at each frame the settled blocks and the open one, joined, are equal to it, but for a code
     block at the end that has not closed yet: it is not highlighted.
 
-    A frame costs what its open block costs. A caller that pauses for ten times `Frame.seconds` bounds the share of a
+    A frame costs what its open block costs. A caller that pauses for ten times its `seconds` bounds the share of a
     core; an open block that is too slow all the same is plain text, tried again each time it has doubled. Blocks and
     their numbers depend on the text alone, not on when frames were taken.
     """
@@ -2339,7 +2339,7 @@ class MarkdownStream:
             self._follows_return = text.endswith("\r")
             self._tail += _RETURN.sub("\n", rest)
 
-    def frame(self) -> Frame:
+    def frame(self) -> HtmlFrame:
         """What changed, and the open block as it stands."""
         started = self._clock()
         settled: list[tuple[int, str]] = []
@@ -2354,9 +2354,9 @@ class MarkdownStream:
             self._plain_below = 2 * len(self._tail) if is_slow else 0
         if is_slow:
             self._open = f'<pre class="plain">{html.escape(self._tail)}</pre>\n' if self._tail else ""
-        return Frame(tuple(settled), self._open, self._clock() - started)
+        return HtmlFrame(tuple(settled), self._open, self._clock() - started)
 
-    def finish(self) -> Frame:
+    def finish(self) -> HtmlFrame:
         """What changed, with nothing left open: the blocks, joined, are then equal to render(). No frame follows."""
         started = self._clock()
         environment = self._environment()
@@ -2364,11 +2364,11 @@ class MarkdownStream:
         cuts = [*_cuts(self._tail, tokens), (len(tokens), len(self._tail))]
         settled = self._settle(tokens, cuts, environment)
         self._open = ""
-        return Frame(tuple(settled), self._open, self._clock() - started)
+        return HtmlFrame(tuple(settled), self._open, self._clock() - started)
 
-    def snapshot(self) -> Frame:
+    def snapshot(self) -> HtmlFrame:
         """Everything up to the last frame, for a reader who comes later."""
-        return Frame(tuple(enumerate(block.html for block in self._blocks)), self._open, 0.0)
+        return HtmlFrame(tuple(enumerate(block.html for block in self._blocks)), self._open, 0.0)
 
     def _environment(self) -> dict[str, Any]:
         return _environment(self._definitions, self._clock) | {"highlighted": self._highlighted}
@@ -5697,7 +5697,7 @@ class Rendering:
         self._end_frame = b""
         self._wake = asyncio.Event()
         self.offset = 0  # of what has been fed
-        self._snapshot = Frame((), "", 0.0)
+        self._snapshot = HtmlFrame((), "", 0.0)
 
     def feed(self, offset: int, delta: Delta) -> None:
         """Takes committed content, once. Text goes into the next frame; everything else goes out as the delta it is."""
@@ -5742,7 +5742,7 @@ class Rendering:
         self.ended.set()
         self.publish(self.offset, self._end_frame)
 
-    def _render(self, text: str, is_last: bool) -> Frame:
+    def _render(self, text: str, is_last: bool) -> HtmlFrame:
         self._stream.feed(text)
         frame = self._stream.finish() if is_last else self._stream.frame()
         self._snapshot = self._stream.snapshot()
@@ -5754,7 +5754,7 @@ class Rendering:
             subscriber.put(offset, data)
 
 
-def encode_html(frame: Frame, offset: int) -> bytes:
+def encode_html(frame: HtmlFrame, offset: int) -> bytes:
     return encode_event("html", {"settled": frame.settled, "open": frame.open}, offset)
 
 
@@ -6640,7 +6640,7 @@ class HtmlStream(Stream):
         length = sum(len(delta.text) for delta in message.content)
         others = [encode_delta(delta, length) for delta in message.content if delta.kind != "text"]
         html_text = await self._generations.render_message(message)
-        return b"".join([*others, encode_html(Frame(((0, html_text),), "", 0.0), length), encode_end_of(message)])
+        return b"".join([*others, encode_html(HtmlFrame(((0, html_text),), "", 0.0), length), encode_end_of(message)])
 
 
 class View(Protocol):
@@ -7465,12 +7465,12 @@ class Download(StreamingResponse):
     """A file for the client to keep: sends what a generator yields, in its own time. `close` is called in any case."""
 
     def __init__(
-        self, frames: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
+        self, pieces: AsyncGenerator[bytes, None], media_type: str, file_name: str, length: int | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         sized = {} if length is None else {"Content-Length": str(length)}
-        super().__init__(frames, 200, {"Content-Disposition": attachment(file_name), **sized}, media_type)
-        self._frames = frames
+        super().__init__(pieces, 200, {"Content-Disposition": attachment(file_name), **sized}, media_type)
+        self._pieces = pieces
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -7485,8 +7485,8 @@ class Download(StreamingResponse):
             self._close()
 
     async def _send(self, send: Send, gone: asyncio.Future[None]) -> None:
-        async with contextlib.aclosing(self._frames) as frames:
-            async for data in frames:
+        async with contextlib.aclosing(self._pieces) as pieces:
+            async for data in pieces:
                 if gone.done():
                     return
                 await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -7868,15 +7868,15 @@ async def export_conversation(request: Request) -> Response:
     conversation, path, others = await service.store.read(load_outline, owner, conversation_id)
     name = safe_file_name(conversation.title, f"conversation {conversation_id}")
     if form == "json":
-        return Download(archive_frames(service.store, owner, [conversation_id]), "application/json", f"{name}.json")
-    frames = markdown_frames(service.store, owner, path, markdown_head(conversation, len(path), others))
-    return Download(frames, "text/markdown; charset=utf-8", f"{name}.md")
+        return Download(archive_pieces(service.store, owner, [conversation_id]), "application/json", f"{name}.json")
+    pieces = markdown_pieces(service.store, owner, path, markdown_head(conversation, len(path), others))
+    return Download(pieces, "text/markdown; charset=utf-8", f"{name}.md")
 
 
 async def export_all(request: Request) -> Response:
     store, owner = service_of(request).store, owner_of(request)
-    frames = archive_frames(store, owner, await store.read(list_ids, owner))
-    return Download(frames, "application/json", file_name_of_now("json"))
+    pieces = archive_pieces(store, owner, await store.read(list_ids, owner))
+    return Download(pieces, "application/json", file_name_of_now("json"))
 
 
 def file_name_of_now(ending: str) -> str:
@@ -7908,7 +7908,7 @@ async def spool(request: Request, database: str) -> AsyncIterator[BinaryIO]:
         raise StoreUnavailable(f"body: cannot be kept: {exc.strerror}", retry_after_seconds=10) from exc
 
 
-async def archive_frames(store: Store, owner: str, ids: Sequence[int]) -> AsyncGenerator[bytes, None]:
+async def archive_pieces(store: Store, owner: str, ids: Sequence[int]) -> AsyncGenerator[bytes, None]:
     """An archive of these conversations; a page of messages at a time is in memory."""
     yield ARCHIVE_START
     comma = b""
@@ -7923,7 +7923,7 @@ async def archive_frames(store: Store, owner: str, ids: Sequence[int]) -> AsyncG
     yield ARCHIVE_END
 
 
-async def markdown_frames(store: Store, owner: str, path: Sequence[int], head: str) -> AsyncGenerator[bytes, None]:
+async def markdown_pieces(store: Store, owner: str, path: Sequence[int], head: str) -> AsyncGenerator[bytes, None]:
     yield head.encode()
     for message_id in path:
         yield markdown_message(await store.read(load_message, owner, message_id)).encode()

@@ -221,7 +221,7 @@ def test_a_conversation_that_is_gone_when_its_turn_comes_leaves_a_whole_document
             return b'{"origin":"%d","messages":[]}' % conversation_id, None
 
     async def whole() -> bytes:
-        return b"".join([data async for data in llmchat.archive_frames(Deleting(), "local", [1, 2, 3])])  # type: ignore[arg-type]
+        return b"".join([data async for data in llmchat.archive_pieces(Deleting(), "local", [1, 2, 3])])  # type: ignore[arg-type]
 
     assert [one["origin"] for one in json.loads(asyncio.run(whole()))["conversations"]] == ["1", "3"]
 

@@ -28,7 +28,7 @@ class Page:
         self.blocks: dict[int, str] = {}
         self.open = ""
 
-    def show(self, frame: markdown.Frame) -> None:
+    def show(self, frame: markdown.HtmlFrame) -> None:
         for number, block in frame.settled:
             assert number <= len(self.blocks), "blocks are numbered without a gap"
             self.blocks[number] = block
@@ -361,7 +361,7 @@ def test_a_settled_block_is_sent_once() -> None:
 def test_a_frame_without_news_has_no_settled_blocks() -> None:
     stream = stream_of("a\n\nb\n")
     assert [number for number, _ in stream.frame().settled] == [0]
-    assert stream.frame() == markdown.Frame((), "<p>b</p>\n", 0.0)
+    assert stream.frame() == markdown.HtmlFrame((), "<p>b</p>\n", 0.0)
 
 
 def test_only_blocks_that_name_a_late_definition_are_sent_again() -> None:
