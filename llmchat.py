@@ -164,6 +164,7 @@ PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
 FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
 LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
 REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
+REFUSAL_BYTES_MAX = 1_000_000  # of it
 MODELS_SECONDS = 10  # to ask a provider for its models
 MODELS_CACHE_SECONDS = 600  # how long that answer is good
 
@@ -179,8 +180,8 @@ FLUSH_RETRY_SECONDS = 0.5  # between those tries
 DATABASE_BUSY_MS = 2_000  # how long another program's lock is waited for within one try
 WAL_BYTES_MAX = 8_000_000  # of the log that is kept once it was copied back: twice what it grows to by itself
 TITLE_CHARACTERS_MAX = 80  # of a title made from the first message
-QUERY_CHARACTERS_MAX = 500  # of a search
 TITLE_LINE_CHARACTERS_MAX = 500  # of the line that it is made from: the search for marks looks at nothing longer
+QUERY_CHARACTERS_MAX = 500  # of a search
 LIST_LIMIT_MAX = 200  # conversations in one answer
 SWEPT_MAX = 100  # conversations that one transaction deletes: flushes wait behind it
 SWEEP_SECONDS_MIN = 0.25  # between two of those
@@ -379,7 +380,7 @@ class ProviderFacts:
     """What is known of a provider before anyone has a key: the row of the built-in table.
 
     `variables` hold the key, the first one found wins. `local`: the address is this machine's, a key switches
-    nothing on and none is needed. `quirks` name departures from the dialect; section 5 and 8 say what each does.
+    nothing on and none is needed. `quirks` name departures from the dialect; sections 5 and 8 say what each does.
     """
 
     base_url: str | None
@@ -2769,7 +2770,7 @@ async def read_refusal(response: httpx.Response) -> bytes:
     body, pieces = b"", response.aiter_bytes()
     with contextlib.suppress(TimeoutError, *connection_errors()):
         async with asyncio.timeout(REFUSAL_SECONDS):
-            while len(body) <= REQUEST_BYTES_MAX and (data := await anext(pieces, b"")):
+            while len(body) <= REFUSAL_BYTES_MAX and (data := await anext(pieces, b"")):
                 body += data
     return body
 
@@ -5537,6 +5538,8 @@ async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnsw
 # together with the last deltas. If the database cannot be written, pending content is kept and tried again, reading
 # from the providers pauses because what has arrived is bounded, and after FLUSH_PATIENCE_SECONDS the generations end as
 # `failed` for everyone who looks on; their content and status are still written when the database is back.
+#
+# Also here, since they follow an answer's end: its title, the merging of its rows, the sweep of what nobody stored.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 log = logging.getLogger("llmchat")
@@ -6362,7 +6365,6 @@ class Generations:
                 self._announce(generation, flush.outcome)
             if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
                 self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
-
             if generation.started.hidden:
                 self._sweep_in(self._config.unstored_seconds)
 
