@@ -780,13 +780,13 @@ def text_of(deltas: Iterable[Delta]) -> str:
     return "".join(delta.text for delta in deltas if delta.kind == "text")
 
 
+def quarter_tokens(text: str) -> int:
+    """A guess for when nobody counted, in quarters of a token: four ASCII characters make one, or one of any other."""
+    return len(text) if text.isascii() else len(text) + 3 * sum(not character.isascii() for character in text)
+
+
 def estimate_tokens(deltas: Iterable[Delta]) -> int:
-    """A guess for when nobody counted: four ASCII characters a token, one of any other script."""
-    quarters = 0
-    for delta in deltas:
-        foreign = 0 if delta.text.isascii() else sum(not character.isascii() for character in delta.text)
-        quarters += len(delta.text) + 3 * foreign
-    return (quarters + 3) // 4
+    return (sum(quarter_tokens(delta.text) for delta in deltas) + 3) // 4
 
 
 def encode_event(name: str, data: Any, offset: int | None = None) -> bytes:
@@ -5793,7 +5793,7 @@ class Generation:
         self.attempts = list(started.attempts)
         # content on its way
         self.pending: list[Delta] = []
-        self.characters = 0  # of the whole answer
+        self.characters = self._quarter_tokens = 0  # of the whole answer
         self.seam: Seam | None = None
         self.offset = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
@@ -5874,6 +5874,7 @@ class Generation:
         for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
             for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
                 self.offset += len(piece.text)
+                self._quarter_tokens += quarter_tokens(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
         return Flush(self, pieces, self.outcome() if self.ending is not None else None)
@@ -5897,7 +5898,7 @@ class Generation:
         at most what went in. None: nothing was asked that would cost anything."""
         if self.answer is None:
             return self.started.usage
-        counted, written = self.answer.decoder.usage, (self.characters + 3) // 4
+        counted, written = self.answer.decoder.usage, (self._quarter_tokens + 3) // 4
         if counted is None:
             counted = Usage(sum(estimate_tokens(turn.content) for turn in self.started.turns), written, estimated=True)
         elif self.answer.decoder.finish_reason is None:

@@ -405,6 +405,13 @@ def test_usage_of_an_answer_that_was_cut_is_an_estimate(service: Server, provide
     assert message["usage"]["output_tokens"] == 100 and message["usage"]["estimated"] is True
 
 
+def test_tokens_that_nobody_counted_are_guessed_by_script(service: Server, provider: Provider) -> None:
+    scripts = [wire.openai_text(text, usage=None) for text in ("你好，世界！", "abcd efgh")]
+    provider.script(*scripts, model="uncounted")
+    usages = [ask(service, model="openai/uncounted")[2]["usage"] for _ in scripts]
+    assert [usage["output_tokens"] for usage in usages] == [6, 3] and all(usage["estimated"] for usage in usages)
+
+
 def test_the_log_of_all_this_holds_no_traceback_and_no_key(service: Server) -> None:
     log = "".join(service.log)
     assert "Traceback" not in log and "sk-wrong" not in log and "generation ended" in log
