@@ -3529,6 +3529,7 @@ SEARCH_PREFIX_CHARACTERS_MIN = 2  # of a word that matches as a prefix; a single
 SEARCH_PREFIX_WORDS_MAX = 4  # newest words of a query that match as prefixes: for each, FTS5 merges all that it begins
 SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
 SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
+SNIPPET_CHARACTERS_BEFORE = 500  # that these few words are looked for in
 WORD = re.compile(r"[^\W_]+")
 MARK_START, MARK_END = "\x02", "\x03"
 
@@ -3544,19 +3545,22 @@ def unsegment(text: str) -> str:
     return joined.replace(MARK_END + MARK_START, "")
 
 
-def fold_foreign(word: str) -> str:
-    parts = unicodedata.normalize("NFD", word.lower())
-    return unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
+class Folding(dict[int, str]):
+    """For `str.translate`: each letter as the tokenizer compares it, without case and marks, and one for one."""
+
+    def __missing__(self, code: int) -> str:
+        parts = unicodedata.normalize("NFD", chr(code).lower())
+        bare = unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
+        self[code] = bare if len(bare) == 1 else chr(code)
+        return self[code]
 
 
-fold_character = functools.lru_cache(4096)(fold_foreign)  # scripts without spaces are words of one character each
+FOLDING = Folding()
 
 
-def fold(word: str) -> str:
-    """A word as the tokenizer compares it: without case, without marks on its letters."""
-    if word.isascii():
-        return word.lower()
-    return fold_character(word) if len(word) == 1 else fold_foreign(word)
+def fold(text: str) -> str:
+    """The text as the tokenizer compares it, of the same length."""
+    return text.lower() if text.isascii() else text.translate(FOLDING)
 
 
 def owner_token(owner: str) -> str:
@@ -3599,13 +3603,8 @@ class Phrase(NamedTuple):
     def expression(self) -> str:
         return f'"{" ".join(self.tokens)}"' + ("*" if self.is_prefix else "")
 
-    def matches(self, words: Sequence[str]) -> bool:
-        """Whether the words begin with this phrase."""
-        *whole, last = self.tokens
-        if len(words) < len(self.tokens) or list(words[: len(whole)]) != whole:
-            return False
-        word = words[len(whole)]
-        return word.startswith(last) if self.is_prefix else word == last
+    def pattern(self) -> str:
+        return r"[\W_]+".join(self.tokens) + (r"[^\W_]*" if self.is_prefix else r"(?![^\W_])")
 
 
 def parse_query(query: str) -> list[Phrase]:
@@ -3613,7 +3612,7 @@ def parse_query(query: str) -> list[Phrase]:
     phrases: list[Phrase] = []
     left = SEARCH_WORDS_MAX
     for word in dict.fromkeys(query.split()):
-        if tokens := tuple(map(fold, WORD.findall(segment(word))))[:left]:
+        if tokens := tuple(WORD.findall(fold(segment(word))))[:left]:
             left -= len(tokens)
             phrases.append(Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN))
     whole = [one._replace(is_prefix=False) for one in phrases[:-SEARCH_PREFIX_WORDS_MAX]]
@@ -3652,40 +3651,19 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
 
 def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
     """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
-    spans: list[tuple[int, int]] = []
-    words: list[str] = []
-    first: int | None = None
-    wanted = phrases[0]
-    for found in WORD.finditer(text):
-        spans.append(found.span())
-        words.append(fold(found[0]))
-        if first is not None and len(words) > first + SNIPPET_WORDS:
-            break
-        if first is None and words[-1].startswith(wanted.tokens[-1]) and wanted.matches(words[-len(wanted.tokens) :]):
-            first = len(words) - 1
-    start = max((first or 0) - SNIPPET_WORDS_BEFORE, 0)
-    end = min(start + SNIPPET_WORDS, len(spans))
-    marked = {
-        index + more
-        for index in range(start, end)
-        for phrase in phrases
-        if words[index].startswith(phrase.tokens[0]) and phrase.matches(words[index : index + len(phrase.tokens)])
-        for more in range(len(phrase.tokens))
-    }
-    return snippet_parts(text, spans, start, end, marked)
-
-
-def snippet_parts(
-    text: str, spans: Sequence[tuple[int, int]], start: int, end: int, marked: Iterable[int]
-) -> list[SnippetPart]:
-    """The text from word `start` up to word `end`, with the marked words apart."""
-    at = spans[start][0] if start > 0 else 0
-    pieces = ["…" if start > 0 else ""]
-    for index in sorted(one for one in marked if start <= one < end):
-        word_start, word_end = spans[index]
-        pieces += [text[at:word_start], MARK_START, text[word_start:word_end], MARK_END]
-        at = word_end
-    pieces += [text[at : spans[end - 1][1]], "…"] if end < len(spans) else [text[at:]]
+    longest_first = sorted((phrase.pattern() for phrase in phrases), key=len, reverse=True)
+    wanted, folded = re.compile(rf"(?<![^\W_])(?:{'|'.join(longest_first)})"), fold(text)
+    first = wanted.search(folded)
+    at = first.start() if first else 0
+    before = [word.start() for word in WORD.finditer(text, max(at - SNIPPET_CHARACTERS_BEFORE, 0), at)]
+    start = [*before, at][-SNIPPET_WORDS_BEFORE - 1 :][0]
+    ends = [word.end() for word in itertools.islice(WORD.finditer(text, start), SNIPPET_WORDS + 1)]
+    end = ends[SNIPPET_WORDS - 1] if len(ends) > SNIPPET_WORDS else len(text)
+    pieces = ["…"] if WORD.search(text, 0, start) else [text[:start]]
+    for found in wanted.finditer(folded, start, end):
+        pieces += [text[start : found.start()], MARK_START, text[found.start() : found.end()], MARK_END]
+        start = found.end()
+    pieces += [text[start:end], "…" if end < len(text) else ""]
     parts, mark = [], False
     for piece in re.split(f"([{MARK_START}{MARK_END}])", unsegment("".join(pieces))):
         if piece in (MARK_START, MARK_END):
