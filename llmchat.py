@@ -3568,30 +3568,28 @@ def owner_token(owner: str) -> str:
     return "o" + hashlib.sha256(owner.encode()).hexdigest()[:16]
 
 
-def index_message(connection: sqlite3.Connection, owner: str, message_id: int, text: str) -> None:
-    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (message_id,))
+def index_text(connection: sqlite3.Connection, owner: str, row_id: int, text: str) -> None:
+    """Makes a text findable in place of what its row held: a message's; or, where the id is negative, a title."""
+    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (row_id,))
     if text:
-        values = (message_id, owner_token(owner), segment(text))
-        connection.execute("INSERT INTO message_fts (rowid, owner, text) VALUES (?, ?, ?)", values)
+        column = "text" if row_id > 0 else "title"
+        query = f"INSERT INTO message_fts (rowid, owner, {column}) VALUES (?, ?, ?)"
+        connection.execute(query, (row_id, owner_token(owner), segment(text)))
 
 
 def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
-    owner = connection.execute(
+    owner = value_of(
+        connection,
         "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ? AND hidden = 0",
-        (message_id,),
-    ).fetchone()
+        message_id,
+    )
+    if owner is None:
+        return
     rows = connection.execute(
         "SELECT text FROM delta WHERE message_id = ? AND kind = 'text' AND offset < ? ORDER BY offset",
         (message_id, INDEXED_CHARACTERS_MAX),
     )
-    if owner is not None:
-        index_message(connection, owner[0], message_id, "".join(text for (text,) in rows))
-
-
-def index_title(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
-    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (-conversation_id,))
-    values = (-conversation_id, owner_token(owner), segment(title))
-    connection.execute("INSERT INTO message_fts (rowid, owner, title) VALUES (?, ?, ?)", values)
+    index_text(connection, owner, message_id, "".join(text for (text,) in rows))
 
 
 class Phrase(NamedTuple):
@@ -3642,10 +3640,9 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
             best.setdefault(conversation_id, row)
     summaries = []
     for conversation_id, row in best.items():
-        summary = summary_of(require_conversation(connection, owner, conversation_id))
         text = value_of(connection, "SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", row)
         match = Match(row if row > 0 else None, snippet_of(text, phrases))
-        summaries.append(ConversationSummary(**summary, match=match))
+        summaries.append(summary_of(require_conversation(connection, owner, conversation_id), match))
     return ConversationList(summaries, None)
 
 
@@ -3728,8 +3725,8 @@ def commit_together(
         connection.execute("PRAGMA synchronous=FULL")
     try:
         connection.execute("BEGIN IMMEDIATE")
-        run = run_alone if len(operations) == 1 else run_in_savepoint
-        outcomes = [run(connection, operation) for operation in operations]
+        is_alone = len(operations) == 1
+        outcomes = [run_operation(connection, operation, is_alone=is_alone) for operation in operations]
         if connection.in_transaction:
             connection.execute("COMMIT")
     except BaseException:
@@ -3742,27 +3739,19 @@ def commit_together(
     return outcomes
 
 
-def run_alone(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
-    """An operation that has the transaction to itself: if it is refused, there is nothing else to keep."""
-    try:
-        return operation(connection)
-    except Exception as exc:
-        if is_disk_error(exc):
-            raise
-        connection.execute("ROLLBACK")
-        return exc
-
-
-def run_in_savepoint(connection: sqlite3.Connection, operation: Callable[..., Any]) -> Any:
-    connection.execute("SAVEPOINT operation")
+def run_operation(connection: sqlite3.Connection, operation: Callable[..., Any], *, is_alone: bool) -> Any:
+    """The value of an operation, or the exception of one that is refused. Alone, it needs no savepoint."""
+    if not is_alone:
+        connection.execute("SAVEPOINT operation")
     try:
         value = operation(connection)
     except Exception as exc:
         if is_disk_error(exc):
             raise
-        connection.execute("ROLLBACK TO operation")
+        connection.execute("ROLLBACK" if is_alone else "ROLLBACK TO operation")
         value = exc
-    connection.execute("RELEASE operation")
+    if not is_alone:
+        connection.execute("RELEASE operation")
     return value
 
 
@@ -3771,33 +3760,35 @@ def is_disk_error(exc: Exception) -> bool:
     return isinstance(exc, sqlite3.OperationalError) or type(exc) is sqlite3.DatabaseError
 
 
+def read_at_once(connection: sqlite3.Connection, operation: Callable[..., T], *arguments: Any) -> T:
+    connection.execute("BEGIN")
+    try:
+        return operation(connection, *arguments)
+    finally:
+        connection.execute("COMMIT")
+
+
 def touch(connection: sqlite3.Connection) -> None:
     """Writes a page and changes nothing: proves that the database can be written."""
     connection.execute(f"PRAGMA user_version = {value_of(connection, 'PRAGMA user_version')}")
 
 
+COLUMNS_SHOWN = (
+    "id", "conversation_id", "parent_id", "role", "status", "provider", "model", "finish_reason", "created_at_ms"
+)  # fmt: skip
+
+
 def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
-    joined = join_deltas(content)
-    elapsed = [
-        None if at is None else at - row["created_at_ms"]
-        for at in (row["first_delta_at_ms"], row["ended_at_ms"], row["first_text_at_ms"])
-    ]
+    joined, created_at_ms = join_deltas(content), row["created_at_ms"]
+    times = (row["first_delta_at_ms"], row["ended_at_ms"], row["first_text_at_ms"])
     return Message(
-        id=row["id"],
-        conversation_id=row["conversation_id"],
-        parent_id=row["parent_id"],
-        role=row["role"],
-        status=row["status"],
-        provider=row["provider"],
-        model=row["model"],
+        **{name: row[name] for name in COLUMNS_SHOWN},
         text=text_of(joined),
         content=joined,
-        finish_reason=row["finish_reason"],
         error=json.loads(row["error_json"]) if row["error_json"] else None,
         usage=msgspec.json.decode(row["usage_json"], type=Usage) if row["usage_json"] else None,
-        timing=Timing(*elapsed),
+        timing=Timing(*(None if at is None else at - created_at_ms for at in times)),
         attempts=json.loads(row["attempts_json"]),
-        created_at_ms=row["created_at_ms"],
     )
 
 
@@ -3840,7 +3831,7 @@ def insert_turn(
     )
     insert_content(connection, message_id, turn.content)
     if owner is not None:
-        index_message(connection, owner, message_id, text_of(turn.content))
+        index_text(connection, owner, message_id, text_of(turn.content))
     return message_id
 
 
@@ -3942,7 +3933,7 @@ def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created
         created_at_ms=created_at_ms, updated_at_ms=created_at_ms,
     )  # fmt: skip
     if not new.hidden:
-        index_title(connection, new.owner, conversation_id, title)
+        index_text(connection, new.owner, -conversation_id, title)
     return conversation_id
 
 
@@ -3958,26 +3949,34 @@ def make_title(text: str) -> str:
     return (cut[: cut.rfind(" ")] if " " in cut[TITLE_CHARACTERS_MAX // 2 :] else cut).rstrip(" ,;:.") + "…"
 
 
+SELECT_CONVERSATION = (
+    "SELECT *, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id) AS running"
+    " FROM conversation"
+)
+
+
 def require_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> sqlite3.Row:
     """The conversation's row. Raises NotFound, also for another owner's: that it exists is nobody's business."""
-    row = connection.execute(
-        "SELECT *, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id) AS running"
-        " FROM conversation WHERE id = ? AND owner = ?",
-        (conversation_id, owner),
-    ).fetchone()
+    query = f"{SELECT_CONVERSATION} WHERE id = ? AND owner = ?"
+    row = connection.execute(query, (conversation_id, owner)).fetchone()
     if row is None:
         raise NotFound(f"conversation_id: there is no conversation {conversation_id}")
     return cast(sqlite3.Row, row)
 
 
+def newest_leaf(connection: sqlite3.Connection, conversation_id: int) -> int | None:
+    """It is the newest message of all."""
+    return cast(
+        "int | None", value_of(connection, "SELECT max(id) FROM message WHERE conversation_id = ?", conversation_id)
+    )
+
+
 def find_parent(connection: sqlite3.Connection, conversation_id: int, parent_id: int | UnsetType | None) -> int | None:
-    """The message that a new one follows. UNSET: the newest leaf, which is the newest message of all."""
+    """The message that a new one follows. UNSET: the newest leaf."""
     if parent_id is UNSET:
-        newest = "SELECT max(id) FROM message WHERE conversation_id = ?"
-        return cast("int | None", value_of(connection, newest, conversation_id))
-    if parent_id is None:
-        return None
-    if value_of(connection, "SELECT conversation_id FROM message WHERE id = ?", parent_id) != conversation_id:
+        return newest_leaf(connection, conversation_id)
+    of_parent = "SELECT conversation_id FROM message WHERE id = ?"
+    if parent_id is not None and value_of(connection, of_parent, parent_id) != conversation_id:
         raise InvalidRequest(f"parent_id: there is no message {parent_id} in conversation {conversation_id}")
     return parent_id
 
@@ -4094,13 +4093,22 @@ def group_rows(rows: Iterable[tuple[int, str, str]]) -> Iterator[list[tuple[int,
         yield group
 
 
-def select_path(connection: sqlite3.Connection, message_id: int) -> tuple[Turn, ...]:
+PATH = (
+    "WITH RECURSIVE path (id, parent_id, depth) AS (SELECT id, parent_id, 0 FROM message WHERE id = ?"
+    " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id)"
+)
+
+
+def path_ids(connection: sqlite3.Connection, message_id: int | None) -> list[int]:
+    """The ids from the root to a message; None: there is none."""
+    rows = connection.execute(f"{PATH} SELECT id FROM path ORDER BY depth DESC", (message_id,))
+    return [found for (found,) in rows]
+
+
+def select_path(connection: sqlite3.Connection, message_id: int | None) -> tuple[Turn, ...]:
     """The turns from the root to a message, with their content."""
     rows = connection.execute(
-        "WITH RECURSIVE path (id, parent_id, depth) AS ("
-        " SELECT id, parent_id, 0 FROM message WHERE id = ?"
-        " UNION ALL SELECT message.id, message.parent_id, depth + 1 FROM path JOIN message ON message.id = path.parent_id)"
-        " SELECT message.id, role, provider, params_json, kind, text FROM path JOIN message USING (id)"
+        f"{PATH} SELECT message.id, role, params_json, kind, text FROM path JOIN message USING (id)"
         " LEFT JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
         (message_id,),
     )
@@ -4126,20 +4134,8 @@ def select_message(connection: sqlite3.Connection, owner: str, message_id: int) 
     return cast(sqlite3.Row, row)
 
 
-@contextlib.contextmanager
-def reading(connection: sqlite3.Connection) -> Iterator[None]:
-    """Several SELECTs as of one moment."""
-    connection.execute("BEGIN")
-    try:
-        yield
-    finally:
-        connection.execute("COMMIT")
-
-
 def load_message(connection: sqlite3.Connection, owner: str, message_id: int) -> Message:
-    """A whole message, as of one moment."""
-    with reading(connection):
-        return whole_message(connection, select_message(connection, owner, message_id))
+    return whole_message(connection, select_message(connection, owner, message_id))
 
 
 def load_page(
@@ -4152,23 +4148,22 @@ def load_page(
     """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row.
 
     `join` may be `list`: then every row is a piece of its own, as it was when it was published."""
-    with reading(connection):
-        message = message_of(select_message(connection, owner, message_id), ())
-        last = connection.execute(
-            "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1", (message_id,)
-        ).fetchone()
-        rows = connection.execute(
-            "SELECT offset, kind, text FROM delta WHERE message_id = :id AND offset >= coalesce("
-            "(SELECT max(offset) FROM delta WHERE message_id = :id AND offset <= :cursor), 0) ORDER BY offset",
-            {"id": message_id, "cursor": cursor},
-        )
-        found, characters = [], 0
-        for offset, kind, text in rows:
-            unread = text[max(cursor - offset, 0) :]
-            found += [Delta(kind, unread)] if unread else []
-            characters += len(unread)
-            if characters >= FRAME_CHARACTERS_MAX * 4:
-                break
+    message = message_of(select_message(connection, owner, message_id), ())
+    last = connection.execute(
+        "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1", (message_id,)
+    ).fetchone()
+    rows = connection.execute(
+        "SELECT offset, kind, text FROM delta WHERE message_id = :id AND offset >= coalesce("
+        "(SELECT max(offset) FROM delta WHERE message_id = :id AND offset <= :cursor), 0) ORDER BY offset",
+        {"id": message_id, "cursor": cursor},
+    )
+    found, characters = [], 0
+    for offset, kind, text in rows:
+        unread = text[max(cursor - offset, 0) :]
+        found += [Delta(kind, unread)] if unread else []
+        characters += len(unread)
+        if characters >= FRAME_CHARACTERS_MAX * 4:
+            break
     pieces, offset = [], cursor
     for delta in join(found):
         for piece in split_delta(delta):
@@ -4177,53 +4172,42 @@ def load_page(
     return Page(pieces, last["offset"] + len(last["text"]) if last else 0, message)
 
 
+def summary_of(row: sqlite3.Row, match: Match | None = None) -> ConversationSummary:
+    names = ("id", "title", "system", "created_at_ms", "updated_at_ms")
+    parameters, running = msgspec.json.decode(row["params_json"], type=Parameters), bool(row["running"])
+    return ConversationSummary(
+        **{name: row[name] for name in names}, parameters=parameters, running=running, match=match
+    )
+
+
 def list_conversations(
     connection: sqlite3.Connection, owner: str, limit: int, before: tuple[int, int] | None
 ) -> ConversationList:
     """A page of an owner's conversations; `before` is (updated_at_ms, id) of the last one on the page before."""
     rows = connection.execute(
-        "SELECT conversation.*, EXISTS (SELECT 1 FROM message WHERE status = 'running' AND conversation_id = conversation.id)"
-        " AS running FROM conversation WHERE owner = ? AND hidden = 0 AND (updated_at_ms, id) < (?, ?)"
+        f"{SELECT_CONVERSATION} WHERE owner = ? AND hidden = 0 AND (updated_at_ms, id) < (?, ?)"
         " ORDER BY updated_at_ms DESC, id DESC LIMIT ?",
         (owner, *(before or (2**63 - 1, 2**63 - 1)), limit + 1),
     ).fetchall()
-    page = [ConversationSummary(**summary_of(row)) for row in rows[:limit]]
-    more = len(rows) > limit
-    return ConversationList(page, f"{page[-1].updated_at_ms}-{page[-1].id}" if more else None)
-
-
-def summary_of(row: sqlite3.Row) -> dict[str, Any]:
-    names = ("id", "title", "system", "created_at_ms", "updated_at_ms")
-    parameters = msgspec.json.decode(row["params_json"], type=Parameters)
-    return {**{name: row[name] for name in names}, "parameters": parameters, "running": bool(row["running"])}
-
-
-def path_to_newest(parents: Mapping[int, int | None]) -> list[int]:
-    """The ids from the root to the newest leaf, which is the newest message of all."""
-    path: list[int] = []
-    leaf = max(parents, default=None)
-    while leaf is not None:
-        path.append(leaf)
-        leaf = parents[leaf]
-    return path[::-1]
+    page = [summary_of(row) for row in rows[:limit]]
+    return ConversationList(page, f"{page[-1].updated_at_ms}-{page[-1].id}" if len(rows) > limit else None)
 
 
 def load_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> Conversation:
-    with reading(connection):
-        summary = summary_of(require_conversation(connection, owner, conversation_id))
-        rows = connection.execute(
-            "SELECT * FROM message WHERE conversation_id = ? ORDER BY id", (conversation_id,)
-        ).fetchall()
-        contents: dict[int, list[Delta]] = {row["id"]: [] for row in rows}
-        for message_id, kind, text in connection.execute(
-            "SELECT message_id, kind, text FROM delta WHERE message_id IN"
-            " (SELECT id FROM message WHERE conversation_id = ?) ORDER BY message_id, offset",
-            (conversation_id,),
-        ):
-            contents[message_id].append(Delta(kind, text))
-    path = path_to_newest({row["id"]: row["parent_id"] for row in rows})
+    summary = summary_of(require_conversation(connection, owner, conversation_id))
+    rows = connection.execute(
+        "SELECT * FROM message WHERE conversation_id = ? ORDER BY id", (conversation_id,)
+    ).fetchall()
+    contents: dict[int, list[Delta]] = {row["id"]: [] for row in rows}
+    for message_id, kind, text in connection.execute(
+        "SELECT message_id, kind, text FROM delta WHERE message_id IN"
+        " (SELECT id FROM message WHERE conversation_id = ?) ORDER BY message_id, offset",
+        (conversation_id,),
+    ):
+        contents[message_id].append(Delta(kind, text))
     messages = [message_of(row, contents[row["id"]]) for row in rows]
-    return Conversation(**summary, messages=messages, path=path)
+    path = path_ids(connection, newest_leaf(connection, conversation_id))
+    return Conversation(**msgspec.structs.asdict(summary), messages=messages, path=path)
 
 
 def update_conversation(
@@ -4231,19 +4215,16 @@ def update_conversation(
 ) -> ConversationSummary:
     """Sets title, system or parameters; that is no activity, so the conversation keeps its place in the list."""
     row = require_conversation(connection, owner, conversation_id)
-    title, system = changes.get("title", row["title"]), changes.get("system", row["system"])
-    params = {
-        **json.loads(row["params_json"]),
-        **{name: changes[name] for name in changes if name not in ("title", "system")},
-    }
-    params_json = encode_json({name: value for name, value in params.items() if value is not None}).decode()
+    values = {"title": row["title"], "system": row["system"], **json.loads(row["params_json"]), **changes}
+    title, system = values.pop("title"), values.pop("system")
+    params_json = encode_json({name: value for name, value in values.items() if value is not None}).decode()
     connection.execute(
         "UPDATE conversation SET title = ?, system = ?, params_json = ? WHERE id = ?",
         (title, system, params_json, conversation_id),
     )
     if title != row["title"]:
-        index_title(connection, owner, conversation_id, title)
-    return ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
+        index_text(connection, owner, -conversation_id, title)
+    return summary_of(require_conversation(connection, owner, conversation_id))
 
 
 def delete_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int) -> list[int]:
@@ -4295,40 +4276,34 @@ def select_response(connection: sqlite3.Connection, owner: str, message_id: int)
 
 
 def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
-    with reading(connection):
-        row = select_response(connection, owner, message_id)
-        asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
-        asked.pop("input_turns", None)
-        return StoredResponse(whole_message(connection, row), asked)
+    row = select_response(connection, owner, message_id)
+    asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
+    asked.pop("input_turns", None)
+    return StoredResponse(whole_message(connection, row), asked)
 
 
 def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
-    """The ids of the messages that an answer was asked with, newest first."""
-    count, parent_id = json.loads(row["response_json"] or "{}").get("input_turns", 1), row["parent_id"]
-    ids: list[int] = []
-    while parent_id is not None and len(ids) < count:
-        ids.append(parent_id)
-        parent_id = connection.execute("SELECT parent_id FROM message WHERE id = ?", (parent_id,)).fetchone()[0]
-    return ids
+    """The ids of the messages that an answer was asked with, oldest first."""
+    path = path_ids(connection, row["parent_id"])
+    count = json.loads(row["response_json"] or "{}").get("input_turns", 1)
+    return path[max(len(path) - count, 0) :]
 
 
 def load_input(connection: sqlite3.Connection, owner: str, message_id: int) -> list[tuple[int, Turn]]:
     """What an answer was asked with: (message id, turn), oldest first."""
-    with reading(connection):
-        ids = input_ids(connection, select_response(connection, owner, message_id))
-        turns = select_path(connection, ids[0]) if ids else ()
-    return list(zip(reversed(ids), turns[len(turns) - len(ids) :], strict=True))
+    row = select_response(connection, owner, message_id)
+    ids, turns = input_ids(connection, row), select_path(connection, row["parent_id"])
+    return list(zip(ids, turns[len(turns) - len(ids) :], strict=True))
 
 
 def load_previous(connection: sqlite3.Connection, owner: str, message_id: int) -> tuple[int, tuple[Turn, ...]]:
     """The conversation of an answer that another one is to follow, and the turns up to it. Raises NotFound, Conflict."""
-    with reading(connection):
-        row = select_response(connection, owner, message_id)
-        if row["hidden"]:
-            raise NotFound(f"previous_response_id: resp_{message_id} was not stored")
-        if row["status"] == "running":
-            raise Conflict(f"previous_response_id: resp_{message_id} is still in progress")
-        return row["conversation_id"], select_path(connection, message_id)
+    row = select_response(connection, owner, message_id)
+    if row["hidden"]:
+        raise NotFound(f"previous_response_id: resp_{message_id} was not stored")
+    if row["status"] == "running":
+        raise Conflict(f"previous_response_id: resp_{message_id} is still in progress")
+    return row["conversation_id"], select_path(connection, message_id)
 
 
 def delete_response(connection: sqlite3.Connection, owner: str, message_id: int) -> bool:
@@ -4338,7 +4313,7 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
     if row["status"] == "running":
         return False
     doomed, parent_id = [message_id], row["parent_id"]
-    for asked_id in input_ids(connection, row):
+    for asked_id in reversed(input_ids(connection, row)):
         if value_of(connection, "SELECT count(*) FROM message WHERE parent_id = ?", asked_id) > 1:
             break
         doomed.append(asked_id)
@@ -4348,7 +4323,7 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
         connection.execute(
             f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),)
         )
-    if value_of(connection, "SELECT max(id) FROM message WHERE conversation_id = ?", row["conversation_id"]) is None:
+    if newest_leaf(connection, row["conversation_id"]) is None:
         delete_conversation(connection, owner, row["conversation_id"])
     return True
 
@@ -4376,6 +4351,34 @@ def insert_session(connection: sqlite3.Connection, session: Session) -> None:
 
 def delete_session(connection: sqlite3.Connection, cookie_hash: str) -> None:
     connection.execute("DELETE FROM session WHERE cookie_hash = ?", (cookie_hash,))
+
+
+class UsageRow(Struct):
+    """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
+
+    day: str
+    provider: str | None
+    model: str | None
+    messages: int
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+
+
+def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[UsageRow]:
+    rows = connection.execute(
+        "SELECT date(message.created_at_ms / 1000, 'unixepoch') AS day, provider, model, count(*),"
+        " CAST(total(json_extract(usage_json, '$.input_tokens')) AS INTEGER),"
+        " CAST(total(json_extract(usage_json, '$.output_tokens')) AS INTEGER),"
+        " max(json_extract(usage_json, '$.estimated')) FROM message JOIN conversation ON conversation.id = conversation_id"
+        " WHERE owner = ? AND usage_json IS NOT NULL AND message.created_at_ms >= ?"
+        " GROUP BY day, provider, model ORDER BY day DESC, provider, model",
+        (owner, now_ms() - days * 86_400_000),
+    )
+    return [
+        UsageRow(day, provider, model, messages, asked, answered, bool(estimated))
+        for day, provider, model, messages, asked, answered, estimated in rows
+    ]
 
 
 # ── archives: conversations as files ────────────────────────────────────────────────────────────────────────────────
@@ -4498,12 +4501,10 @@ def load_outline(
     connection: sqlite3.Connection, owner: str, conversation_id: int
 ) -> tuple[ConversationSummary, list[int], int]:
     """A conversation, the ids of its messages from the first to the newest, and how many are in other branches."""
-    with reading(connection):
-        summary = ConversationSummary(**summary_of(require_conversation(connection, owner, conversation_id)))
-        rows = connection.execute("SELECT id, parent_id FROM message WHERE conversation_id = ?", (conversation_id,))
-        parents = dict(map(tuple, rows))
-    path = path_to_newest(parents)
-    return summary, path, len(parents) - len(path)
+    summary = summary_of(require_conversation(connection, owner, conversation_id))
+    path = path_ids(connection, newest_leaf(connection, conversation_id))
+    count = value_of(connection, "SELECT count(*) FROM message WHERE conversation_id = ?", conversation_id)
+    return summary, path, count - len(path)
 
 
 def markdown_head(conversation: ConversationSummary, messages: int, others: int) -> str:
@@ -5325,7 +5326,7 @@ def import_conversation(connection: sqlite3.Connection, owner: str, conversation
     }
     params_json = encode_json(conversation.parameters).decode()
     conversation_id = insert_row(connection, "conversation", owner=owner, params_json=params_json, **columns)
-    index_title(connection, owner, conversation_id, conversation.title)
+    index_text(connection, owner, -conversation_id, conversation.title)
     return conversation_id
 
 
@@ -5348,35 +5349,7 @@ def import_message(
         origin=message.origin, merged=1,
     )  # fmt: skip
     insert_content(connection, message_id, message.content)
-    index_message(connection, owner, message_id, text_of(message.content))
-
-
-class UsageRow(Struct):
-    """What one model used on one day (UTC). `estimated`: some of it was not counted by the provider."""
-
-    day: str
-    provider: str | None
-    model: str | None
-    messages: int
-    input_tokens: int
-    output_tokens: int
-    estimated: bool
-
-
-def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[UsageRow]:
-    rows = connection.execute(
-        "SELECT date(message.created_at_ms / 1000, 'unixepoch') AS day, provider, model, count(*),"
-        " CAST(total(json_extract(usage_json, '$.input_tokens')) AS INTEGER),"
-        " CAST(total(json_extract(usage_json, '$.output_tokens')) AS INTEGER),"
-        " max(json_extract(usage_json, '$.estimated')) FROM message JOIN conversation ON conversation.id = conversation_id"
-        " WHERE owner = ? AND usage_json IS NOT NULL AND message.created_at_ms >= ?"
-        " GROUP BY day, provider, model ORDER BY day DESC, provider, model",
-        (owner, now_ms() - days * 86_400_000),
-    )
-    return [
-        UsageRow(day, provider, model, messages, asked, answered, bool(estimated))
-        for day, provider, model, messages, asked, answered, estimated in rows
-    ]
+    index_text(connection, owner, message_id, text_of(message.content))
 
 
 class Store:
@@ -5427,10 +5400,10 @@ class Store:
             self._lock = -1
 
     async def read(self, operation: Callable[..., T], *arguments: Any) -> T:
-        """Runs an operation that only reads, in the reader's thread."""
+        """Runs an operation that only reads, in the reader's thread: all that it finds is of one moment."""
         assert self._reader is not None, "the store is open"
         try:
-            return await self._reader.run(operation, *arguments)
+            return await self._reader.run(read_at_once, operation, *arguments)
         except sqlite3.Error as exc:
             raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
 
