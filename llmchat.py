@@ -3316,6 +3316,19 @@ async def open_database(path: str, *, read_only: bool) -> Database:
     return database
 
 
+DAMAGED_ADVICE = "; start on a backup with --db, or save what can be read: sqlite3 DAMAGED .recover | sqlite3 NEW"
+
+
+def create_private(path: str) -> None:
+    """Makes a file for its owner alone, which must not be there; what SQLite puts beside it takes the same mode."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def disk_reason(exc: sqlite3.Error | OSError) -> str:
+    """What SQLite or the system says, without the path."""
+    return getattr(exc, "strerror", None) or reason_of(exc)
+
+
 def prepare_database(path: str, *, suspect: bool) -> int:
     """Creates or migrates the file and ends what a dead process left running. Returns how many messages that were.
 
@@ -3327,27 +3340,17 @@ def prepare_database(path: str, *, suspect: bool) -> int:
     if Path(path).is_dir():
         raise StartError(f"database {path}: is a folder")
     try:
-        create_private(path)
+        with contextlib.suppress(FileExistsError):
+            create_private(path)
         with contextlib.closing(connect(path, read_only=False)) as connection:
             if suspect:
                 check_database(connection, path)
             migrate(connection, path)
             connection.execute("PRAGMA journal_mode=WAL")  # after it, since it writes: a refused file stays as it was
             return interrupt_running(connection)
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, OSError) as exc:
         damaged = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
-        raise StartError(f"database {path}: {reason_of(exc)}{DAMAGED_ADVICE if damaged else ''}") from exc
-    except OSError as exc:
-        raise StartError(f"database {path}: {exc.strerror or exc}") from exc
-
-
-def create_private(path: str) -> None:
-    """The file, made for its owner alone if it is not there; what SQLite puts beside it takes the same mode."""
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-
-
-DAMAGED_ADVICE = "; start on a backup with --db, or save what can be read: sqlite3 DAMAGED .recover | sqlite3 NEW"
+        raise StartError(f"database {path}: {disk_reason(exc)}{DAMAGED_ADVICE if damaged else ''}") from exc
 
 
 def check_database(connection: sqlite3.Connection, path: str) -> None:
@@ -3436,10 +3439,8 @@ def open_copy(path: str) -> BinaryIO:
             return name.open("rb")
         finally:
             name.unlink(missing_ok=True)
-    except sqlite3.Error as exc:
-        raise StoreUnavailable(f"the database cannot be copied: {reason_of(exc)}", retry_after_seconds=5) from exc
-    except OSError as exc:
-        raise StoreUnavailable(f"the database cannot be copied: {exc.strerror}", retry_after_seconds=5) from exc
+    except (sqlite3.Error, OSError) as exc:
+        raise StoreUnavailable(f"the database cannot be copied: {disk_reason(exc)}", retry_after_seconds=5) from exc
 
 
 def remove_left_copies(path: str) -> None:
@@ -3456,11 +3457,10 @@ def save_backup(path: str, target: str) -> int:
     """
     partial_copy = f"{target}.partial"
     try:
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
-    except FileExistsError as exc:
-        raise StartError(f"backup {target}: is there already; a backup overwrites nothing") from exc
+        create_private(target)
     except OSError as exc:
-        raise StartError(f"backup {target}: {exc.strerror}") from exc
+        is_there = "is there already; a backup overwrites nothing"
+        raise StartError(f"backup {target}: {is_there if isinstance(exc, FileExistsError) else exc.strerror}") from exc
     try:
         copy_database(path, partial_copy)
         os.replace(partial_copy, target)
@@ -3498,20 +3498,17 @@ def network_file_system(folder: str, mounts: str) -> str | None:
 def interrupt_running(connection: sqlite3.Connection) -> int:
     """Recovery: what still runs in the file belongs to a process that died."""
     connection.execute("BEGIN IMMEDIATE")
-    running = connection.execute("SELECT id FROM message WHERE status = 'running'").fetchall()
-    connection.execute(
-        "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'",
+    rows = connection.execute(
+        "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'"
+        " RETURNING id, conversation_id",
         (now_ms(),),
-    )
-    connection.execute(
-        "UPDATE conversation SET updated_at_ms = ? WHERE hidden = 1 AND id IN"
-        " (SELECT conversation_id FROM message WHERE id IN (SELECT value FROM json_each(?)))",
-        (now_ms(), json.dumps([message_id for (message_id,) in running])),
-    )
-    for (message_id,) in running:
+    ).fetchall()
+    for message_id, conversation_id in rows:
+        ended_now = "UPDATE conversation SET updated_at_ms = ? WHERE id = ? AND hidden = 1"
+        connection.execute(ended_now, (now_ms(), conversation_id))
         index_ended(connection, message_id)
     connection.execute("COMMIT")
-    return len(running)
+    return len(rows)
 
 
 # ── full text ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3800,49 +3797,36 @@ def whole_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Message:
 
 def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
     """Stores a question and the running message of its answer. Raises NotFound, InvalidRequest, Conflict."""
-    if new.idempotency_key is not None and (earlier := find_repeated(connection, new)):
+    if earlier := find_repeated(connection, new):
         return earlier
-    created_at_ms = now_ms()
     conversation_id, parent_id = new.conversation_id, new.parent_id
     if conversation_id is None:
         if isinstance(parent_id, int):
             raise InvalidRequest(f"parent_id: {parent_id} was given without the conversation_id that it belongs to")
-        conversation_id = insert_conversation(connection, new, created_at_ms)
-        parent_id = None
+        conversation_id, parent_id = insert_conversation(connection, new), None
     else:
         require_conversation(connection, new.owner, conversation_id)
         parent_id = find_parent(connection, conversation_id, parent_id)
     if new.system is not None:
         connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
-    searched_by = None if new.hidden else new.owner
     for turn in new.turns:
-        parent_id = insert_turn(connection, searched_by, conversation_id, parent_id, turn, created_at_ms)
-    return insert_answer(connection, new, conversation_id, parent_id, created_at_ms)
-
-
-def insert_turn(
-    connection: sqlite3.Connection, owner: str | None, conversation_id: int, parent_id: int | None, turn: Turn,
-    created_at_ms: int,
-) -> int:  # fmt: skip
-    """Stores a message that is whole; returns its id. `owner` is whose search finds it; None: nobody's."""
-    params_json = encode_json({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}).decode()
-    message_id = insert_message(
-        connection, conversation_id, parent_id, turn.role, "completed", created_at_ms, params_json=params_json
-    )
-    insert_content(connection, message_id, turn.content)
-    if owner is not None:
-        index_text(connection, owner, message_id, text_of(turn.content))
-    return message_id
+        params_json = encode_json({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}).decode()
+        parent_id = insert_message(
+            connection, conversation_id, parent_id, turn.role, "completed", now_ms(), params_json=params_json
+        )
+        insert_content(connection, parent_id, turn.content)
+        if not new.hidden:
+            index_text(connection, new.owner, parent_id, text_of(turn.content))
+    return insert_answer(connection, new, conversation_id, parent_id)
 
 
 def insert_answer(
-    connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, created_at_ms: int
+    connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None
 ) -> Started:
     """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
-    row = connection.execute(
-        "SELECT system, params_json, hidden FROM conversation WHERE id = ?", (conversation_id,)
-    ).fetchone()
-    asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
+    params_json = value_of(connection, "SELECT params_json FROM conversation WHERE id = ?", conversation_id)
+    asked = {**json.loads(params_json), **msgspec.to_builtins(new.parameters)}
+    created_at_ms = now_ms()
     message_id = insert_message(
         connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
         provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(asked).decode(),
@@ -3850,27 +3834,34 @@ def insert_answer(
         response_json=encode_json(new.response).decode() if new.response is not None else None,
     )  # fmt: skip
     connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
+    row = select_message(connection, new.owner, message_id)
     answers = "SELECT count(*) FROM message WHERE conversation_id = ? AND role = 'assistant'"
+    is_first = not row["hidden"] and value_of(connection, answers, conversation_id) == 1
+    return started_of(connection, row, parent_id, is_first=is_first)
+
+
+def started_of(connection: sqlite3.Connection, row: sqlite3.Row, last_id: int | None, **more: Any) -> Started:
+    """What the generation of a message begins with; `last_id` is of the last of its turns."""
     return Started(
-        conversation_id,
-        message_id,
-        parent_id,
-        row["system"] if new.answer_system is None else new.answer_system,
-        () if parent_id is None else select_path(connection, parent_id),
-        msgspec.convert(asked, Parameters),
-        is_first=not row["hidden"] and value_of(connection, answers, conversation_id) == 1,
+        row["conversation_id"],
+        row["id"],
+        row["parent_id"],
+        row["conversation_system"] if row["system"] is None else row["system"],
+        select_path(connection, last_id),
+        msgspec.json.decode(row["params_json"], type=Parameters),
         hidden=bool(row["hidden"]),
+        **more,
     )
 
 
 def regenerate_message(connection: sqlite3.Connection, message_id: int, new: NewMessage) -> Started:
     """Stores a running sibling of an answer. Raises NotFound, InvalidRequest, Conflict."""
-    if new.idempotency_key is not None and (earlier := find_repeated(connection, new)):
+    if earlier := find_repeated(connection, new):
         return earlier
     row = select_answer(connection, new.owner, message_id)
     asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
     new = replace(new, parameters=msgspec.convert(asked, Parameters), answer_system=row["system"])
-    return insert_answer(connection, new, row["conversation_id"], row["parent_id"], now_ms())
+    return insert_answer(connection, new, row["conversation_id"], row["parent_id"])
 
 
 def continue_message(connection: sqlite3.Connection, owner: str, message_id: int, target: Target) -> Started:
@@ -3885,22 +3876,8 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
         (target.provider.name, target.model, message_id),
     )
     before = whole_message(connection, row)
-    conversation = connection.execute(
-        "SELECT system, hidden FROM conversation WHERE id = ?", (before.conversation_id,)
-    ).fetchone()
-    return Started(
-        before.conversation_id,
-        message_id,
-        before.parent_id,
-        conversation["system"] if row["system"] is None else row["system"],
-        select_path(connection, message_id),
-        msgspec.convert(json.loads(row["params_json"]), Parameters),
-        hidden=bool(conversation["hidden"]),
-        content=tuple(before.content),
-        usage=before.usage,
-        timing=before.timing,
-        attempts=tuple(before.attempts),
-    )
+    kept = {"usage": before.usage, "timing": before.timing, "attempts": tuple(before.attempts)}
+    return started_of(connection, row, message_id, content=tuple(before.content), **kept)
 
 
 def select_answer(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
@@ -3914,6 +3891,8 @@ def select_answer(connection: sqlite3.Connection, owner: str, message_id: int) -
 
 def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | None:
     """The message that a request with the same Idempotency-Key started. Raises Conflict if it was another request."""
+    if new.idempotency_key is None:
+        return None
     row = connection.execute(
         "SELECT message.* FROM message JOIN conversation ON conversation.id = conversation_id"
         " WHERE idempotency_key = ? AND owner = ?",
@@ -3926,8 +3905,8 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
     return Started(row["conversation_id"], row["id"], row["parent_id"], repeated=True, status=row["status"])
 
 
-def insert_conversation(connection: sqlite3.Connection, new: NewMessage, created_at_ms: int) -> int:
-    title = make_title("\n".join(text_of(turn.content) for turn in new.turns))
+def insert_conversation(connection: sqlite3.Connection, new: NewMessage) -> int:
+    title, created_at_ms = make_title("\n".join(text_of(turn.content) for turn in new.turns)), now_ms()
     conversation_id = insert_row(
         connection, "conversation", owner=new.owner, title=title, system=new.system or "", hidden=new.hidden,
         created_at_ms=created_at_ms, updated_at_ms=created_at_ms,
@@ -4123,10 +4102,10 @@ def select_path(connection: sqlite3.Connection, message_id: int | None) -> tuple
 
 
 def select_message(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
-    """A message's row, and whether its conversation is hidden. Raises NotFound, also for another owner's."""
+    """A message's row, with what its conversation has to say. Raises NotFound, also for another owner's."""
     row = connection.execute(
-        "SELECT message.*, hidden FROM message JOIN conversation ON conversation.id = conversation_id"
-        " WHERE message.id = ? AND owner = ?",
+        "SELECT message.*, hidden, conversation.system AS conversation_system"
+        " FROM message JOIN conversation ON conversation.id = conversation_id WHERE message.id = ? AND owner = ?",
         (message_id, owner),
     ).fetchone()
     if row is None:
