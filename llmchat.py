@@ -3402,15 +3402,11 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
     elif value_of(connection, "SELECT count(*) FROM sqlite_schema"):
         raise StartError(f"database {path}: holds tables that are not llmchat's")
     for number, script in enumerate(scripts[have:], have + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        with connection:  # commits, or rolls back
+            connection.execute("BEGIN IMMEDIATE")
             for statement in sql_statements(script.read_text(encoding="utf-8")):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
 
 
 def sql_statements(script: str) -> Iterator[str]:
@@ -3758,11 +3754,9 @@ def is_disk_error(exc: Exception) -> bool:
 
 
 def read_at_once(connection: sqlite3.Connection, operation: Callable[..., T], *arguments: Any) -> T:
-    connection.execute("BEGIN")
-    try:
+    with connection:
+        connection.execute("BEGIN")
         return operation(connection, *arguments)
-    finally:
-        connection.execute("COMMIT")
 
 
 def touch(connection: sqlite3.Connection) -> None:
@@ -3964,11 +3958,9 @@ def insert_message(
     connection: sqlite3.Connection, conversation_id: int, parent_id: int | None, role: str, status: str,
     created_at_ms: int, **more: Any,
 ) -> int:  # fmt: skip
-    columns = {"ended_at_ms": None if status == "running" else created_at_ms, **more}
-    return insert_row(
-        connection, "message", conversation_id=conversation_id, parent_id=parent_id, role=role, status=status,
-        created_at_ms=created_at_ms, **columns,
-    )  # fmt: skip
+    more.setdefault("ended_at_ms", None if status == "running" else created_at_ms)
+    of_all = {"role": role, "status": status, "created_at_ms": created_at_ms}
+    return insert_row(connection, "message", conversation_id=conversation_id, parent_id=parent_id, **of_all, **more)
 
 
 def insert_content(connection: sqlite3.Connection, message_id: int, content: Iterable[Delta]) -> None:
@@ -4056,18 +4048,17 @@ def merge_deltas(connection: sqlite3.Connection, message_id: int, ended_at_ms: i
     return None
 
 
-def group_rows(rows: Iterable[tuple[int, str, str]]) -> Iterator[list[tuple[int, str, str]]]:
+def group_rows(rows: Iterable[tuple[int, str, str | None]]) -> Iterator[list[tuple[int, str, str]]]:
     """Rows (offset, kind, text) in the groups that may become one row each."""
-    group: list[tuple[int, str, str]] = []
+    group: list[Any] = []
     characters = 0
     for row in rows:
         _, kind, text = row
-        fits = kind in MERGED_KINDS and group and kind == group[0][1] and characters + len(text) <= FRAME_CHARACTERS_MAX
-        if group and not fits:
+        characters += len(text or "")
+        if group and (kind not in MERGED_KINDS or kind != group[0][1] or characters > FRAME_CHARACTERS_MAX):
             yield group
-            group, characters = [], 0
+            group, characters = [], len(text or "")
         group.append(row)
-        characters += len(text) if kind in MERGED_KINDS else 0
     if group:
         yield group
 
