@@ -3282,14 +3282,10 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     connection.create_function("segment", 1, segment, deterministic=True)
     connection.create_function("owner_token", 1, owner_token, deterministic=True)
     try:
-        for pragma in (
-            f"busy_timeout={DATABASE_BUSY_MS}",
-            f"journal_size_limit={WAL_BYTES_MAX}",
-            "foreign_keys=ON",
-            "synchronous=NORMAL",
-            "temp_store=MEMORY",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
+        connection.executescript(
+            f"PRAGMA busy_timeout={DATABASE_BUSY_MS}; PRAGMA journal_size_limit={WAL_BYTES_MAX};"
+            "PRAGMA foreign_keys=ON; PRAGMA synchronous=NORMAL; PRAGMA temp_store=MEMORY"
+        )
     except sqlite3.Error:
         connection.close()
         raise
@@ -3480,14 +3476,12 @@ def network_file_system(folder: str, mounts: str) -> str | None:
 
     `mounts` is /proc/mounts; its paths have spaces and backslashes as octal escapes (man 5 fstab).
     """
-    best, kind = -1, ""
-    for fields_of_mount in (line.split(" ") for line in mounts.splitlines()):
-        if len(fields_of_mount) < 3:
-            continue
-        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields_of_mount[1])
-        inside = folder == place or folder.startswith(place.rstrip("/") + "/")
-        if inside and len(place) >= best:  # of two on the same place, the later one is what is seen
-            best, kind = len(place), fields_of_mount[2]
+    longest, kind = 0, ""
+    for line in mounts.splitlines():
+        _, escaped, kind_there, *_ = [*line.split(" "), "", "", ""]
+        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), escaped)
+        if place and f"{folder}/".startswith(place.rstrip("/") + "/") and len(place) >= longest:
+            longest, kind = len(place), kind_there  # of two on the same place, the later one is what is seen
     return kind if NETWORK_FILE_SYSTEMS.fullmatch(kind) else None
 
 
@@ -3629,10 +3623,9 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
     found += [(value_of(connection, within, row), row) for (row,) in texts]
     best: dict[int, int] = {}
     for conversation_id, row in found:
-        if len(best) < limit:
-            best.setdefault(conversation_id, row)
+        best.setdefault(conversation_id, row)
     summaries = []
-    for conversation_id, row in best.items():
+    for conversation_id, row in itertools.islice(best.items(), limit):
         text = value_of(connection, "SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", row)
         match = Match(row if row > 0 else None, snippet_of(text, phrases))
         summaries.append(summary_of(require_conversation(connection, owner, conversation_id), match))
@@ -4229,13 +4222,6 @@ def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched
 # ── what a response of section 13 needs: the answer, what it was asked with, what it follows ──
 
 
-class StoredResponse(NamedTuple):
-    """An answer, and what its response repeats of its request (nothing, for one that the page asked for)."""
-
-    message: Message
-    asked: dict[str, Any]
-
-
 def select_response(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
     """The row of an answer. Raises NotFound, also for a message of another role."""
     with contextlib.suppress(NotFound):
@@ -4245,11 +4231,12 @@ def select_response(connection: sqlite3.Connection, owner: str, message_id: int)
     raise NotFound(f"response_id: there is no response resp_{message_id}")
 
 
-def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> StoredResponse:
+def load_response(connection: sqlite3.Connection, owner: str, message_id: int) -> tuple[Message, dict[str, Any]]:
+    """An answer, and what its response repeats of its request (nothing, for one that the page asked for)."""
     row = select_response(connection, owner, message_id)
     asked = {"store": not row["hidden"], "instructions": row["system"], **json.loads(row["response_json"] or "{}")}
     asked.pop("input_turns", None)
-    return StoredResponse(whole_message(connection, row), asked)
+    return whole_message(connection, row), asked
 
 
 def input_ids(connection: sqlite3.Connection, row: sqlite3.Row) -> list[int]:
@@ -4300,11 +4287,11 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
 
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
     """Sets a title that a model made, unless somebody has set one meanwhile."""
-    first = value_of(connection, "SELECT min(id) FROM message WHERE conversation_id = ?", conversation_id)
+    path = select_path(
+        connection, value_of(connection, "SELECT min(id) FROM message WHERE conversation_id = ?", conversation_id)
+    )
     shown = value_of(connection, "SELECT title FROM conversation WHERE id = ? AND owner = ?", conversation_id, owner)
-    if first is None or shown is None:
-        return
-    if shown == make_title(text_of(select_path(connection, first)[0].content)):
+    if path and shown == make_title(text_of(path[0].content)):
         update_conversation(connection, owner, conversation_id, {"title": title})
 
 
@@ -8844,9 +8831,8 @@ RESPONSE_ERROR_CODES = {"provider_rate_limited": "rate_limit_exceeded", "provide
 TERMINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed"}  # else response.incomplete
 
 
-def response_shape(stored: StoredResponse) -> dict[str, Any]:
+def response_shape(message: Message, repeated: Mapping[str, Any]) -> dict[str, Any]:
     """Everything of a response object that is known when it is created, and repeats its request."""
-    message, repeated = stored
     return {
         "id": f"resp_{message.id}",
         "object": "response",
@@ -8999,8 +8985,8 @@ class ResponseView(OpenAIView):
 
 async def load_view(request: Request, message_id: int, after: int = -1) -> tuple[Message, ResponseView]:
     """An answer as it is now, and a view for it."""
-    stored = await service_of(request).store.read(load_response, owner_of(request), message_id)
-    return stored.message, ResponseView(message_id, response_shape(stored), after)
+    message, repeated = await service_of(request).store.read(load_response, owner_of(request), message_id)
+    return message, ResponseView(message_id, response_shape(message, repeated), after)
 
 
 async def response_now(request: Request, message_id: int) -> dict[str, Any]:
