@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
+import llmchat
 from tests.client import EventStream, Reader
 from tests.conftest import Server
 from tests.provider import Cut, Hang, Provider, openai_error, openai_text
@@ -224,6 +227,22 @@ def test_only_the_newest_words_of_a_long_query_match_as_prefixes_and_those_beyon
     assert shown.startswith("…") and shown.endswith("word19x") and {"text": "word15x", "mark": True} in match["snippet"]
     match = server.get("/api/v1/conversations", params={"query": "word00x"}).json()["conversations"][0]["match"]
     assert match["snippet"][0] == {"text": "word00x", "mark": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "shown"),
+    [
+        ("Über naïve Café-Gäste", "cafe", "Über naïve [Café]-Gäste"),
+        ("天気はとてもいいです", "いい 天気", "[天気]はとても[いい]です"),
+        ("İstanbul istan", "istanbul", "[İstanbul] istan"),
+        ("# Hello, foo-bar foo bar", "foo-bar", "# Hello, [foo-bar] [foo bar]"),
+        ("x_y z", "y", "x_[y] z"),
+        ("a " * 100 + "needle" + " b" * 100, "needle", "…" + "a " * 6 + "[needle]" + " b" * 17 + "…"),
+    ],
+)
+def test_a_snippet_marks_what_the_index_finds(text: str, query: str, shown: str) -> None:
+    parts = llmchat.snippet_of(llmchat.segment(text), llmchat.parse_query(query))
+    assert "".join(f"[{part.text}]" if part.mark else part.text for part in parts) == shown
 
 
 def test_a_query_is_text_whatever_it_holds(server: Server, provider: Provider) -> None:

@@ -323,6 +323,37 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
     run(main())
 
 
+def test_all_that_one_read_finds_is_of_one_moment(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.db")
+
+    def count_around_a_write(connection: sqlite3.Connection) -> list[int]:
+        counts = []
+        for text in ("one", "two"):
+            counts.append(connection.execute("SELECT count(*) FROM conversation").fetchone()[0])
+            with contextlib.closing(llmchat.connect(path, read_only=False)) as writer:
+                llmchat.start_message(writer, new_message(text))
+        return counts
+
+    async def main() -> None:
+        async with opened(Path(path)) as store:
+            assert await store.read(count_around_a_write) == [0, 0]
+            assert await store.read(count_around_a_write) == [2, 2]
+
+    run(main())
+
+
+def test_an_answer_that_is_not_stored_and_broke_off_is_kept_for_a_while_from_the_recovery_on(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.db")
+    llmchat.prepare_database(path, suspect=False)
+    with contextlib.closing(llmchat.connect(path, read_only=False)) as connection:
+        for hidden in (True, False):
+            llmchat.start_message(connection, new_message(hidden=hidden))
+        connection.execute("UPDATE conversation SET updated_at_ms = 1")
+        assert llmchat.prepare_database(path, suspect=False) == 2
+        rows = connection.execute("SELECT hidden, updated_at_ms > 1 FROM conversation ORDER BY id")
+        assert list(map(tuple, rows)) == [(1, 1), (0, 0)]
+
+
 # ── a database that is locked ──
 
 
