@@ -325,6 +325,8 @@ function morphAll(parent, at, wanted) {
   }
 }
 
+const WHOLE_CHARACTERS_MIN = 8_000; // of HTML: in shorter answers the guessed heights of blocks cost more than they save
+
 class AnswerBody {
   constructor(element) {
     this.element = element;
@@ -345,7 +347,7 @@ class AnswerBody {
   }
 
   show(html) {
-    if (this.isEmpty) this.element.classList.add("whole");
+    if (this.isEmpty && html.length > WHOLE_CHARACTERS_MIN) this.element.classList.add("whole");
     this.isFresh = true;
     this.apply([[0, html]], "");
   }
