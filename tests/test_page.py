@@ -1491,6 +1491,7 @@ def test_signing_in_out_and_a_session_that_ended(browser: Browser, provider: Pro
         page.tab.goto(server.url)
         page.tab.get_by_label("Token").fill("a-token-of-a-good-length-0123456789")
         page.tab.get_by_role("button", name="Sign in").click()
+        expect(page.tab.locator("#model-name")).to_contain_text("/")  # the page has started
         provider.script(openai_text("Welcome."))
         page.ask("Hello")
         page.finished()
