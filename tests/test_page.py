@@ -35,6 +35,7 @@ from tests.provider import Cut, Hang, Provider, openai_error, openai_reasoning, 
 from tests.tcp_proxy import TcpProxy
 from tests.test_markdown import HOSTILE, URL_FORMS, URLS
 
+pytestmark = pytest.mark.flaky(reruns=1)  # a browser on a busy machine; a rerun is shown, and wants a cause
 CHROMIUM = (
     os.environ.get("CHROMIUM")
     or shutil.which("chromium")
@@ -743,7 +744,9 @@ def test_11_what_is_being_read_stays_where_it_is_while_older_turns_are_drawn(pag
     page.tab.locator(f"#list a[href='{many}']").click()
     bubble = page.tab.locator(".bubble", has_text="Question 98")
     expect(bubble).to_be_attached()
-    page.run("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # nobody is faster
+    page.run(
+        "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )  # nobody is faster
     bubble.evaluate("(node) => node.scrollIntoView({block: 'center'})")
     expect(page.tab.locator("#jump")).to_be_visible()
     before = bubble.bounding_box()
