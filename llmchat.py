@@ -81,6 +81,7 @@ import tempfile
 import time
 import unicodedata
 import urllib.parse
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -1245,7 +1246,7 @@ class ToolCall:
 Chunk = TypeVar("Chunk")
 
 
-class Decoder:
+class Decoder(ABC):
     """Decodes one answer; it is used once. Here is what the dialects share: the end, and text whose surrogate pairs a
     provider has cut between two events.
 
@@ -1264,13 +1265,13 @@ class Decoder:
         self._halves: dict[str, str] = {}  # by kind: the first half of a pair
         self._mending = False
 
+    @abstractmethod
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
         """Appends what one SSE event brings. Raises ProviderError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
         """The same for an answer that came as one JSON document. Raises ProviderError."""
-        raise NotImplementedError
 
     def end(self, deltas: list[Delta]) -> None:
         """Takes the end of the stream. Raises ProviderTruncated if the answer was not whole."""
@@ -3026,17 +3027,19 @@ def models_of(document: Any) -> list[str]:
     return [name.removeprefix("models/") for name in names if isinstance(name, str)]
 
 
-def open_transport(limits: httpx.Limits) -> Any:
-    """httpx's transport over aiohttp, with a way past both for what arrives."""
+# Of aiohttp's StreamReader and its protocol, this much is relied on beyond what aiohttp promises.
+READER_INTERNALS = ("_buffer", "_size", "_protocol")
+
+
+@functools.cache
+def tap_class() -> type[Any]:
+    """A class for the readers of open bodies; made when aiohttp is first needed, whose import takes long."""
     from aiohttp import StreamReader
-    from httpx_aiohttp import AiohttpTransport
-    from httpx_aiohttp.transport import AiohttpResponseStream
+
+    assert all(hasattr(StreamReader, name) for name in READER_INTERNALS), "aiohttp's reader has changed"
 
     class Tap(StreamReader):
-        """An open body's reader that hands every piece on at once, instead of keeping it and waking a task.
-
-        aiohttp's parser holds on to the reader that it made, so that one becomes a Tap, with an Answer for a buffer.
-        """
+        """Hands every piece on at once, instead of keeping it and waking a task. Its buffer is an Answer."""
 
         __slots__ = ()
 
@@ -3067,24 +3070,35 @@ def open_transport(limits: httpx.Limits) -> Any:
         async def close(self) -> None:
             """The connection closes with the response."""
 
-    def attach(reader: Any, answer: Answer) -> Source:
-        came, reader._buffer, reader._size = reader._buffer, answer, 0
-        reader.__class__ = Tap
-        for data in came:
-            answer.feed(data)
-        if reader.exception() is not None:
-            answer.break_off(reader.exception())
-        elif reader.is_eof():
-            answer.finish()
-        elif reader._protocol._reading_paused:
-            reader.resume()
-        return cast(Source, reader)
+    return Tap
+
+
+def tap(reader: Any, answer: Answer) -> Source:
+    """Turns an open body's reader into a Tap: the parser holds on to the one that it made, so that one has to change.
+    What has come since the head was read goes to the answer at once."""
+    came, reader._buffer, reader._size = reader._buffer, answer, 0
+    reader.__class__ = tap_class()
+    for data in came:
+        answer.feed(data)
+    if reader.exception() is not None:
+        answer.break_off(reader.exception())
+    elif reader.is_eof():
+        answer.finish()
+    elif reader._protocol._reading_paused:
+        reader.resume()
+    return cast(Source, reader)
+
+
+def open_transport(limits: httpx.Limits) -> Any:
+    """httpx's transport over aiohttp, with a way past both for what arrives: the extension `attach` of a response."""
+    from httpx_aiohttp import AiohttpTransport
+    from httpx_aiohttp.transport import AiohttpResponseStream
 
     class Transport(AiohttpTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             response = await super().handle_async_request(request)
             assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
-            response.extensions["attach"] = partial(attach, response.stream._aiohttp_response.content)
+            response.extensions["attach"] = partial(tap, response.stream._aiohttp_response.content)
             return response
 
     transport = Transport(limits=limits)
@@ -5188,7 +5202,7 @@ class Unzipper:
             raise TooLarge(f"body: what comes out of the zip has more than {ARCHIVE_BYTES_MAX:,} bytes, the limit")
         with zip_errors():
             if entry.compress_type not in (0, 8):
-                raise NotImplementedError("its files are neither stored nor deflated")
+                raise ValueError("its files are neither stored nor deflated")
             with self._archive.open(name) as file:
                 while data := file.read(ARCHIVE_READ_BYTES):
                     yield data

@@ -30,6 +30,7 @@ import threading
 import time
 import urllib.parse
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -64,7 +65,7 @@ class WatchedReader(asyncio.StreamReader):
             self.on_end()
 
 
-class LoopThread:
+class LoopThread(ABC):
     """A listening loopback socket, served by an event loop in its own thread, one task per connection.
 
     `start` and `close` (or `with`) own all of it: after `close` no thread, task or socket is left.
@@ -126,8 +127,9 @@ class LoopThread:
         with self.changed:
             self.changed.notify_all()
 
+    @abstractmethod
     async def serve(self, reader: WatchedReader, writer: asyncio.StreamWriter) -> None:
-        raise NotImplementedError
+        """Answers one connection, for as long as it is open."""
 
     async def _main(self, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
