@@ -2604,7 +2604,7 @@ class Answer:
         self.failure: GenerationError | None = None
         self._response = response
         self._source: Source | None = None
-        self._on_arrival: Callable[[], object] = bool
+        self._on_arrival: Callable[[], object] = lambda: None
         self._arrived: list[bytes] = []
         self._arrived_bytes = 0
         self._sse = SseDecoder()
@@ -2681,8 +2681,7 @@ class Answer:
             self._set_patience(bool(deltas))
         if self._is_at_end and failure is None and self.failure is None and not self._is_decoded:
             self._is_decoded = True
-            failure = self._broken if self._patience is None else None
-            failure = failure or self._decode_end(deltas)
+            failure = (None if self._is_whole() else self._broken) or self._decode_end(deltas)
         if failure is not None:
             self.fail(failure)
         if self.is_held and self._source is not None:
@@ -2690,13 +2689,16 @@ class Answer:
             self._source.resume()  # last, since more may arrive in it, and the end
         return deltas
 
+    def _is_whole(self) -> bool:
+        return self.decoder.done or self.decoder.finish_reason is not None
+
     def _set_patience(self, has_grown: bool) -> None:
         """An answer that is whole does not wait for its connection to end.
 
         A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
         its end can be used again.
         """
-        if self.decoder.finish_reason is None and not self.decoder.done:
+        if self._over.is_set() or not self._is_whole():
             return
         if self._patience is None or self.decoder.done or has_grown:
             if self._patience is not None:

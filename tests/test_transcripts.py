@@ -170,6 +170,20 @@ def test_a_recorded_answer_is_whole(name: str, text: str, tokens: int | None) ->
     assert tokens is None or counts(result)[1] == tokens
 
 
+def test_an_answer_that_is_decoded_after_its_end_is_whole_and_leaves_no_timer_behind() -> None:
+    recording = load("llamacpp-chat-stream")
+
+    async def run() -> list[Delta]:
+        response = httpx.Response(200, stream=Body(recording.body))
+        answer = Answer(Provider("recorded", recording.dialect, "http://127.0.0.1/v1"), response)
+        await answer.receive(lambda: None)
+        deltas = answer.take()
+        assert answer.failure is None and answer._patience is None
+        return deltas
+
+    assert text_of(asyncio.run(run())) == HELLO
+
+
 def test_a_recorded_answer_of_length_ends_with_that_reason() -> None:
     assert read_whole("llamacpp-chat-length").finish_reason == "length"
 
