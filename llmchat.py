@@ -59,6 +59,7 @@ import codecs
 import contextlib
 import email.utils
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -174,6 +175,7 @@ RETRY_DELAY_SECONDS_MAX = 8  # of our own backoff
 RETRY_AFTER_SECONDS_MAX = 120  # a provider that asks for more is not waited for
 
 FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
+FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
 FLUSH_COST_RATIO = 4  # a flush may take one part in this many of the time
 FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
@@ -2646,7 +2648,7 @@ class Answer:
         if self._arrived_bytes > ARRIVED_BYTES_MAX and not self.is_held and self._source is not None:
             self.is_held = True
             self._source.pause()
-        if is_first:
+        if is_first or self.is_held:
             self._on_arrival()
 
     def finish(self) -> None:
@@ -2841,6 +2843,7 @@ class Providers:
         """Opens the transport, if it is not. Its import goes on in a thread, for it takes as long as the whole start."""
         if self._transport is None:
             await asyncio.to_thread(importlib.import_module, "httpx_aiohttp")
+            gc.freeze()  # what is there by now stays: the collector need not look at all of it again and again
         if self._transport is None:
             import httpx
 
@@ -5961,6 +5964,7 @@ class Generations:
         self._rendered_characters = 0
         self._dirty: dict[int, Generation] = {}
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
         self._next_flush_at = 0.0
         self._sweeper: asyncio.TimerHandle | None = None
@@ -6089,6 +6093,8 @@ class Generations:
     def _mark(self, generation: Generation) -> None:
         self._dirty[generation.message_id] = generation
         self._wake.set()
+        if generation.answer is not None and generation.answer.is_held:
+            self._hurry.set()
 
     # ── the producer ──
 
@@ -6204,17 +6210,28 @@ class Generations:
                 continue
             started_at = time.monotonic()
             await self._flush(batch)
-            cost = time.monotonic() - started_at
-            self.flush_ms = cost * 1000
-            interval = min(
-                max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO), FLUSH_INTERVAL_SECONDS_MAX
-            )
-            self._next_flush_at = max(self._next_flush_at + interval, started_at - FLUSH_BURST_SECONDS + interval)
+            self._set_pace(batch, started_at)
+
+    def _set_pace(self, batch: Sequence[Flush], started_at: float) -> None:
+        """When the next flush may come. Waiting makes pieces fewer and longer; where they are long, it gains nothing."""
+        cost = time.monotonic() - started_at
+        self.flush_ms = cost * 1000
+        pieces = [delta for flush in batch for _, delta in flush.pieces]
+        characters = sum(len(delta.text) for delta in pieces)
+        gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
+        interval = max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO * gain)
+        paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
+        self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
 
     async def _pace(self) -> None:
+        """Waits for the next flush's turn, unless a provider has to wait for it."""
+        self._hurry.clear()
+        if any(generation.answer is not None and generation.answer.is_held for generation in self._dirty.values()):
+            return
         wait = self._next_flush_at - time.monotonic()
         if wait > 0:
-            await asyncio.sleep(wait)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), wait)
 
     async def _flush(self, batch: Sequence[Flush]) -> None:
         """Commits a batch, however long the database makes it wait, and publishes it."""
