@@ -3535,8 +3535,8 @@ UNSPACED = re.compile(
 )
 INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
 SEARCH_WORDS_MAX = 16  # of one query; a character of a script without spaces counts as one
-SEARCH_PREFIX_CHARACTERS_MIN = 2  # of a word that matches as a prefix; a single letter begins half of all words
-SEARCH_PREFIX_WORDS_MAX = 4  # newest words of a query that match as prefixes: for each, FTS5 merges all that it begins
+SEARCH_PREFIX_CHARACTERS_MIN = 3  # of a word that matches as a prefix, one less of the last, which is being typed
+SEARCH_PREFIX_WORDS_MAX = 2  # newest words of a query that match as prefixes: for each, FTS5 merges all that it begins
 SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
 SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
 SNIPPET_CHARACTERS_BEFORE = 500  # that these few words are looked for in
@@ -3622,9 +3622,11 @@ def parse_query(query: str) -> list[Phrase]:
     for word in dict.fromkeys(query.split()):
         if tokens := tuple(WORD.findall(fold(segment(word))))[:left]:
             left -= len(tokens)
-            phrases.append(Phrase(tokens, len(tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN))
-    whole = [one._replace(is_prefix=False) for one in phrases[:-SEARCH_PREFIX_WORDS_MAX]]
-    return whole + phrases[-SEARCH_PREFIX_WORDS_MAX:]
+            phrases.append(Phrase(tokens, False))
+    for back, phrase in enumerate(phrases[: -SEARCH_PREFIX_WORDS_MAX - 1 : -1], start=1):
+        long_enough = len(phrase.tokens[-1]) >= SEARCH_PREFIX_CHARACTERS_MIN - (back == 1)
+        phrases[-back] = phrase._replace(is_prefix=long_enough)
+    return phrases
 
 
 def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
