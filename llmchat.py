@@ -201,6 +201,7 @@ ARCHIVE_GROUP_MESSAGES = 100  # the same
 ARCHIVE_READ_BYTES = 256 * 1024  # of one read
 LEFT_OUT_MAX = 50  # different reasons that an import tells
 
+CHORE_RETRY_SECONDS = 60  # after the database refused what is done after answers' ends
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
 MERGE_COST_RATIO = 4  # merging may take one part in this many of the time, and one
@@ -5536,6 +5537,11 @@ class Seam:
         self._least = 1 if prefilled else SEAM_CHARACTERS_MIN
         self._held: str | None = ""
 
+    def join(self, deltas: Iterable[Delta]) -> list[Delta]:
+        """The deltas without what the text says again."""
+        joined = [Delta("text", self.feed(one.text)) if one.kind == "text" else one for one in deltas]
+        return [one for one in joined if one.text]
+
     def feed(self, text: str) -> str:
         """What of the text is new, as far as that is known yet."""
         if self._held is None:
@@ -5706,6 +5712,87 @@ class Flush(NamedTuple):
         return [(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
 
 
+class Attempt:
+    """One question to one model: its answer, if it comes to that, and the clock that catches its silence (monotonic
+    seconds)."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.started_at = time.monotonic()
+        self.last_delta_at: float | None = None
+        self.answer: Answer | None = None
+        self.timeout: asyncio.Timeout | None = None  # while it is under way
+        self.seam: Seam | None = None
+        self.is_over = False
+
+    @property
+    def is_held(self) -> bool:
+        return self.answer is not None and self.answer.is_held
+
+    def silent_until(self, config: Config) -> float:
+        """When it counts as stalled if nothing comes; keep-alives move that, but not for ever."""
+        if self.timeout is None or self.is_held:
+            return float("inf")
+        since = self.last_delta_at or self.started_at
+        if self.answer is not None:
+            since = max(since, self.answer.grown_at)
+        patience = config.first_delta_timeout_seconds if self.last_delta_at is None else config.stall_timeout_seconds
+        heard = self.answer.heard_at if self.answer is not None else since
+        return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
+
+    def expire(self) -> None:
+        """It has stalled: what waits for it gets a TimeoutError."""
+        if self.timeout is not None and not self.timeout.expired():
+            self.timeout.reschedule(asyncio.get_running_loop().time())
+
+    def stalled(self) -> Stalled:
+        since = self.last_delta_at or self.started_at
+        what = "no first delta" if self.last_delta_at is None else "no further delta"
+        return Stalled(f"{self.target.provider.name} sent {what} for {time.monotonic() - since:.1f} s")
+
+    def record(self, error: dict[str, Any] | None) -> dict[str, Any]:
+        """As it is kept with the message."""
+        elapsed_ms = round((time.monotonic() - self.started_at) * 1000)
+        return {"provider": self.target.provider.name, "model": self.target.model, "error": error, "ms": elapsed_ms}
+
+
+class Ring:
+    """The newest published frames, bounded in number and bytes. Their ids are their offsets: a stream's memory is
+    mostly this."""
+
+    def __init__(self, offset: int, events_max: int) -> None:
+        self._frames: deque[bytes] = deque()
+        self._floor = offset  # before the oldest frame
+        self._bytes = 0
+        self._events_max = events_max
+
+    def append(self, frames: Sequence[bytes], size: int) -> None:
+        self._frames.extend(frames)
+        self._bytes += size
+        while len(self._frames) > self._events_max or (self._bytes > RING_BYTES_MAX and len(self._frames) > 1):
+            dropped = self._frames.popleft()
+            self._floor = offset_of(dropped, self._floor)
+            self._bytes -= len(dropped)
+
+    def beyond(self, cursor: int) -> list[bytes] | None:
+        """The frames that a cursor lacks; None: the ring does not reach it.
+
+        The cursor must be where an event ends, as every cursor that was handed out is; one that stands inside an
+        event goes to the store, which can cut.
+        """
+        offset, is_at_event, beyond = self._floor, cursor == self._floor, []
+        for frame in self._frames if cursor >= self._floor else ():
+            offset = offset_of(frame, offset)
+            is_at_event = is_at_event or offset == cursor
+            if offset > cursor or cursor == 0:
+                beyond.append(frame)
+        return beyond if is_at_event else None
+
+    @property
+    def newest(self) -> bytes:
+        return self._frames[-1]
+
+
 class Generation:
     """The running production of one message: what is pending, what was published, who looks on.
 
@@ -5720,39 +5807,39 @@ class Generation:
         self.conversation_id = started.conversation_id
         self.parent_id = started.parent_id
         self.targets = targets
-        self.target = targets[0]
-        self.task: asyncio.Task[None] | None = None
+        self.attempt: Attempt | None = None  # the newest
+        self.attempts = list(started.attempts)  # records of those that are over
         self.ending: Ending | None = None
-        self.attempts = list(started.attempts)
+        self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        # monotonic seconds
+        self.started_at = time.monotonic()
+        self.first_delta_at: float | None = None
+        self.first_text_at: float | None = None
         # content on its way
         self.pending: list[Delta] = []
         self.characters = self._quarter_tokens = 0  # of the whole answer
-        self.seam: Seam | None = None
         self.offset = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
         self.subscribers: set[Subscriber] = set()
         self.ended = asyncio.Event()  # the `end` event is out
         self.rendering: Rendering | None = None
-        self._ring: deque[bytes] = deque()  # frames, whose ids are their offsets: a stream's memory is mostly this
-        self._ring_floor = self.published  # the offset before the ring's oldest event
-        self._ring_bytes = 0
-        self._ring_events_max = config.ring_events
-        # the guards' clocks, monotonic seconds
-        self.started_at = time.monotonic()
-        self.first_delta_at: float | None = None
-        self.first_text_at: float | None = None
-        self.attempt_at = self.started_at
-        self.attempting = False
-        self.last_delta_at: float | None = None  # of this attempt
-        self.answer: Answer | None = None
-        self.stall_timeout: asyncio.Timeout | None = None  # around the running attempt
-        self.timer: asyncio.TimerHandle | None = None
+        self._ring = Ring(self.published, config.ring_events)
         # the guards over content
         self._characters_max = config.answer_characters_max
         self._circles = {
             kind: RepetitionGuard(config.repetition_count, config.repetition_characters)
             for kind in sorted(MERGED_KINDS)
         }
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its provider waits for us."""
+        return self.attempt is not None and self.attempt.is_held
+
+    @property
+    def target(self) -> Target:
+        return self.attempt.target if self.attempt is not None else self.targets[0]
 
     @property
     def provider(self) -> str:
@@ -5766,24 +5853,22 @@ class Generation:
 
     def collect(self) -> None:
         """Decodes what has arrived, into pending. What the guards catch in it ends the answer."""
-        if self.answer is None or self.ending is not None:
+        attempt = self.attempt
+        if attempt is None or attempt.answer is None or self.ending is not None:
             return
         try:
-            if deltas := self.answer.take():
-                self.add(deltas)
+            if deltas := attempt.answer.take():
+                attempt.last_delta_at = time.monotonic()
+                self.add(deltas if attempt.seam is None else attempt.seam.join(deltas))
         except GenerationError as exc:
-            self.answer.fail(exc)
+            attempt.answer.fail(exc)
 
     def add(self, deltas: list[Delta]) -> None:
-        """Takes what the provider sent, into pending. Raises GenerationError when a guard catches something in it."""
-        self.last_delta_at = time.monotonic()
+        """Takes content into pending. Raises GenerationError when a guard catches something in it."""
         if self.first_delta_at is None:
-            self.first_delta_at = self.last_delta_at
-        if self.seam is not None:
-            joined = [Delta(one.kind, self.seam.feed(one.text)) if one.kind == "text" else one for one in deltas]
-            deltas = [one for one in joined if one.text]
+            self.first_delta_at = time.monotonic()
         if self.first_text_at is None and any(one.kind == "text" for one in deltas):
-            self.first_text_at = self.last_delta_at
+            self.first_text_at = time.monotonic()
         self.pending += deltas
         length, circle = 0, None
         for delta in deltas:
@@ -5822,93 +5907,174 @@ class Generation:
             for known, at in ((before.first_delta_ms, self.first_delta_at), (before.first_text_ms, self.first_text_at))
         )
         total = round((time.monotonic() - self.started_at) * 1000) + earlier
-        unfinished = [self.attempt_record(self.ending.error)] if self.attempting else []
-        attempts = (*self.attempts, *unfinished)
+        attempts = tuple(self.attempts)
+        if self.attempt is not None and not self.attempt.is_over:
+            attempts = (*attempts, self.attempt.record(self.ending.error))
         return Outcome(self.message_id, self.ending, self.target, self.usage(), attempts, first, total, first_text)
 
     def usage(self) -> Usage | None:
         """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
         at most what went in. None: nothing was asked that would cost anything."""
-        if self.answer is None:
+        answer = self.attempt.answer if self.attempt is not None else None
+        if answer is None:
             return self.started.usage
-        counted, written = self.answer.decoder.usage, (self._quarter_tokens + 3) // 4
+        counted, written = answer.decoder.usage, (self._quarter_tokens + 3) // 4
         if counted is None:
             counted = Usage(sum(estimate_tokens(turn.content) for turn in self.started.turns), written, estimated=True)
-        elif self.answer.decoder.finish_reason is None:
+        elif answer.decoder.finish_reason is None:
             output_tokens = max(counted.output_tokens, written)
             counted = msgspec.structs.replace(counted, output_tokens=output_tokens, estimated=True)
         return add_usage(self.started.usage, counted)
-
-    def attempt_record(self, error: dict[str, Any] | None) -> dict[str, Any]:
-        """The running attempt as it is kept with the message."""
-        elapsed_ms = round((time.monotonic() - self.attempt_at) * 1000)
-        return {"provider": self.provider, "model": self.model, "error": error, "ms": elapsed_ms}
 
     # ── publishing ──
 
     def publish(self, events: Sequence[tuple[int, bytes]]) -> None:
         """Puts committed events, or one that carries no content, before everyone who looks on: (offset after it, frame)."""
         offset, data = events[0] if len(events) == 1 else (events[-1][0], b"".join([frame for _, frame in events]))
-        self._ring.extend([frame for _, frame in events])
-        self._ring_bytes += len(data)
-        while len(self._ring) > self._ring_events_max or (self._ring_bytes > RING_BYTES_MAX and len(self._ring) > 1):
-            dropped = self._ring.popleft()
-            self._ring_floor = offset_of(dropped, self._ring_floor)
-            self._ring_bytes -= len(dropped)
+        self._ring.append([frame for _, frame in events], len(data))
         self.published = offset
         for subscriber in self.subscribers:
             subscriber.put(offset, data)
 
     def attach(self, cursor: int, send_now: Callable[[bytes], bool]) -> tuple[Subscriber, bytes] | None:
-        """A subscriber from this cursor on and the part of the ring that it lacks; None: the ring does not reach it.
-
-        The cursor must be where an event ends, as every cursor that was handed out is; one that stands inside an
-        event goes to the store, which can cut.
-        """
-        if not self._ring_floor <= cursor <= self.published:
+        """A subscriber from this cursor on and the part of the ring that it lacks; None: the ring does not reach it."""
+        beyond = self._ring.beyond(cursor) if cursor <= self.published else None
+        if beyond is None:
             return None
-        offset, is_at_event, behind = self._ring_floor, cursor == self._ring_floor, []
-        for frame in self._ring:
-            offset = offset_of(frame, offset)
-            is_at_event = is_at_event or offset == cursor
-            if offset > cursor or cursor == 0:
-                behind.append(frame)
-        if not is_at_event:
-            return None
-        if self.ended.is_set() and not behind:
-            behind = [self._ring[-1]]
+        if self.ended.is_set() and not beyond:
+            beyond = [self._ring.newest]
         subscriber = Subscriber(self.published, send_now)
         self.subscribers.add(subscriber)
-        return subscriber, b"".join(behind)
-
-    # ── the guards' clock ──
-
-    def silent_until(self, config: Config) -> float:
-        """When the running attempt counts as stalled if nothing comes; keep-alives move it, but not for ever."""
-        if self.stall_timeout is None or (self.answer is not None and self.answer.is_held):  # the silence is ours
-            return float("inf")
-        since = self.last_delta_at or self.attempt_at
-        if self.answer is not None:
-            since = max(since, self.answer.grown_at)
-        patience = config.first_delta_timeout_seconds if self.last_delta_at is None else config.stall_timeout_seconds
-        heard = self.answer.heard_at if self.answer is not None else since
-        return max(since + patience, min(heard + patience, since + config.keepalive_seconds))
+        return subscriber, b"".join(beyond)
 
 
-class Merger:
-    """Merges the rows of answers that ended a while ago: a stream leaves one every few milliseconds.
+class Publisher(Protocol):
+    """What the flusher tells of its work."""
 
-    One task, which looks at the start and when `wake` says that something has ended; it sleeps until the oldest answer
-    is due, and without a timer when there is none. Between small transactions it leaves the database to the others.
+    def publish(self, flush: Flush) -> None:
+        """It is committed."""
+
+    async def abandon(self, generation: Generation) -> None:
+        """The database works, but refuses this one."""
+
+    def give_up(self, error: StoreUnavailable) -> None:
+        """The database has been away for too long."""
+
+
+class Flusher:
+    """Commits what all generations have pending, and is the only writer of deltas: one task, one transaction after the
+    other. It works at once when it was idle, and paces itself by what a flush costs."""
+
+    def __init__(self, config: Config, store: Store, publisher: Publisher) -> None:
+        self.flush_ms = 0.0  # what the last flush took
+        self._config = config
+        self._store = store
+        self._publisher = publisher
+        self._marked: dict[int, Generation] = {}
+        self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._next_flush_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.create_task(self._flush_forever(), name="flusher")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def mark(self, generation: Generation) -> None:
+        """There is something to flush."""
+        self._marked[generation.message_id] = generation
+        self._wake.set()
+        if generation.is_held:
+            self._hurry.set()
+
+    def forget(self, generation: Generation) -> None:
+        self._marked.pop(generation.message_id, None)
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            await self._pace()
+            self._wake.clear()
+            marked, self._marked = self._marked, {}
+            batch = [flush for generation in marked.values() if (flush := generation.take()) is not None]
+            if batch:
+                started_at = time.monotonic()
+                await self._flush(batch)
+                self._set_pace(batch, started_at)
+
+    async def _pace(self) -> None:
+        """Waits for the next flush's turn, unless a provider has to wait for it."""
+        self._hurry.clear()
+        wait = self._next_flush_at - time.monotonic()
+        if wait > 0 and not any(generation.is_held for generation in self._marked.values()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), wait)
+
+    def _set_pace(self, batch: Sequence[Flush], started_at: float) -> None:
+        """When the next flush may come. Waiting makes pieces fewer and longer; where they are long, it gains nothing."""
+        cost = time.monotonic() - started_at
+        self.flush_ms = cost * 1000
+        pieces = [delta for flush in batch for _, delta in flush.pieces]
+        characters = sum(len(delta.text) for delta in pieces)
+        gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
+        interval = max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO * gain)
+        paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
+        self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
+
+    async def _flush(self, batch: Sequence[Flush]) -> None:
+        """Commits a batch, however long the database makes it wait, and has it published."""
+        rows = [row for flush in batch for row in flush.rows()]
+        outcomes = [flush.outcome for flush in batch if flush.outcome is not None]
+        try:
+            await self.commit(rows, outcomes)
+        except Exception:  # the database works, but something in here does not go in: find it, spare the others
+            if len(batch) > 1:
+                for flush in batch:
+                    await self._flush([flush])
+            else:
+                await self._publisher.abandon(batch[0].generation)
+        else:
+            for flush in batch:
+                self._publisher.publish(flush)
+
+    async def commit(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+        failing_since: float | None = None
+        while True:
+            try:
+                await self._store.write(save_flush, rows, outcomes, durable=bool(outcomes))
+            except StoreUnavailable as exc:
+                if failing_since is None:
+                    failing_since = time.monotonic()
+                    log.error("flush failed", extra={"fields": {"error": exc.message}})
+                elif time.monotonic() - failing_since > FLUSH_PATIENCE_SECONDS:
+                    self._publisher.give_up(exc)
+                await asyncio.sleep(FLUSH_RETRY_SECONDS)
+            else:
+                if failing_since is not None:
+                    seconds = round(time.monotonic() - failing_since, 1)
+                    log.info("flush works again", extra={"fields": {"after_seconds": seconds}})
+                return
+
+
+class Chore:
+    """Work that is due some time after an answer's end. It says in how many seconds it is due again; None: there is none.
+
+    One task, which looks at the start and when `wake` says that something has ended; it sleeps until more is due, and
+    without a timer when there is none.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, name: str, work: Callable[[], Awaitable[float | None]]) -> None:
+        self._name = name
+        self._work = work
         self._ended = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        self._task = asyncio.create_task(self._merge_forever(), name="merger")
+        self._task = asyncio.create_task(self._work_forever(), name=self._name)
 
     async def close(self) -> None:
         if self._task is not None:
@@ -5919,44 +6085,49 @@ class Merger:
         """An answer has ended."""
         self._ended.set()
 
-    async def _merge_forever(self) -> None:
+    async def _work_forever(self) -> None:
         while True:
             self._ended.clear()
             try:
-                seconds = await self._merge_what_is_due()
+                seconds = await self._work()
             except (StoreUnavailable, sqlite3.Error) as exc:
-                log.warning("rows not merged", extra={"fields": {"error": reason_of(exc)}})
-                seconds = MERGE_AFTER_SECONDS
+                log.warning(f"{self._name} failed", extra={"fields": {"error": reason_of(exc)}})
+                seconds = CHORE_RETRY_SECONDS
             if seconds is None:
                 await self._ended.wait()
             else:
                 await asyncio.sleep(seconds)
 
-    async def _merge_what_is_due(self) -> float | None:
-        """Returns the seconds until the next answer is due; None: there is none."""
-        while (found := await self._store.read(find_unmerged)) is not None:
-            message_id, ended_at_ms = found
-            wait = MERGE_AFTER_SECONDS - (now_ms() - ended_at_ms) / 1000
-            if wait > 0:
-                return min(wait, MERGE_AFTER_SECONDS)  # a clock that was set back is not waited for
-            offset: int | None = 0
-            while offset is not None:
-                started_at = time.monotonic()
-                offset = await self._store.write(merge_deltas, message_id, ended_at_ms, offset)
-                await asyncio.sleep((time.monotonic() - started_at) * MERGE_COST_RATIO)
-        return None
+
+async def merge_what_is_due(store: Store) -> float | None:
+    """Merges the rows of answers that ended a while ago: a stream leaves one every few milliseconds.
+
+    Between small transactions it leaves the database to the others.
+    """
+    while (found := await store.read(find_unmerged)) is not None:
+        message_id, ended_at_ms = found
+        wait = MERGE_AFTER_SECONDS - (now_ms() - ended_at_ms) / 1000
+        if wait > 0:
+            return min(wait, MERGE_AFTER_SECONDS)  # a clock that was set back is not waited for
+        offset: int | None = 0
+        while offset is not None:
+            started_at = time.monotonic()
+            offset = await store.write(merge_deltas, message_id, ended_at_ms, offset)
+            await asyncio.sleep((time.monotonic() - started_at) * MERGE_COST_RATIO)
+    return None
 
 
 class Generations:
     """Everything that runs: starts it, stops it, flushes it, streams it, drains it."""
 
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
-        self.merger = Merger(store)
+        self.flusher = Flusher(config, store, self)
+        self.merger = Chore("merger", partial(merge_what_is_due, store))
+        self.sweeper = Chore("sweeper", self._sweep)
         self.running: dict[int, Generation] = {}
         self.draining = False
         self.streams: Counter[int] = Counter()  # open streams per message
         self.owner_streams: Counter[str] = Counter()  # and per owner
-        self.flush_ms = 0.0  # what the last flush took
         self._config = config
         self._store = store
         self._providers = providers
@@ -5964,34 +6135,24 @@ class Generations:
         self._tasks: set[asyncio.Task[None]] = set()
         self._rendered: dict[tuple[int, int, str], str] = {}
         self._rendered_characters = 0
-        self._dirty: dict[int, Generation] = {}
-        self._wake = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._flusher: asyncio.Task[None] | None = None
-        self._next_flush_at = 0.0
-        self._sweeper: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        self._flusher = asyncio.create_task(self._flush_forever(), name="flusher")
-        self._start_sweep()
+        self.flusher.open()
         self.merger.open()
+        self.sweeper.open()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
         for generation in list(self.running.values()):
             self._end(generation, Ending("interrupted"))
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         for task in self._tasks:
             task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         await self.merger.close()
+        await self.sweeper.close()
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
-        if self._flusher is not None:
-            self._flusher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._flusher
+        await self.flusher.close()
 
     async def drain(self) -> None:
         """Takes no new generations, gives the running ones `drain_seconds`, ends the rest as interrupted."""
@@ -6086,17 +6247,11 @@ class Generations:
         if generation.ending is None:
             generation.collect()
             generation.ending = ending
-            self._mark(generation)
+            self.flusher.mark(generation)
         if generation.timer is not None:
             generation.timer.cancel()
         if generation.task is not None and generation.task is not asyncio.current_task():
             generation.task.cancel()
-
-    def _mark(self, generation: Generation) -> None:
-        self._dirty[generation.message_id] = generation
-        self._wake.set()
-        if generation.answer is not None and generation.answer.is_held:
-            self._hurry.set()
 
     # ── the producer ──
 
@@ -6124,57 +6279,48 @@ class Generations:
         for target in generation.targets:
             if failure is not None:
                 self._notice(generation, "falling_back", failure, to=str(target))
-            generation.target = target
-            for attempt in range(1, self._config.attempts + 1):
-                failure = await self._attempt(generation, target)
+            for number in range(1, self._config.attempts + 1):
+                attempt = generation.attempt = Attempt(target)
+                failure = await self._ask(generation, attempt)
+                generation.attempts.append(attempt.record(None if failure is None else failure.detail()))
+                attempt.is_over = True
                 if failure is None:
-                    assert generation.answer is not None, "an attempt that went well had an answer"
-                    return Ending("completed", finish_reason=generation.answer.decoder.finish_reason)
+                    assert attempt.answer is not None, "an attempt that went well had an answer"
+                    return Ending("completed", finish_reason=attempt.answer.decoder.finish_reason)
                 if generation.first_delta_at is not None:
                     raise failure
-                delay = retry_delay(failure, attempt) if isinstance(failure, ProviderError) else None
-                if delay is None or attempt == self._config.attempts:
+                delay = retry_delay(failure, number) if isinstance(failure, ProviderError) else None
+                if delay is None or number == self._config.attempts:
                     break
-                self._notice(generation, "retrying", failure, attempt=attempt + 1, delay_ms=round(delay * 1000))
+                self._notice(generation, "retrying", failure, attempt=number + 1, delay_ms=round(delay * 1000))
                 await asyncio.sleep(delay)
         assert failure is not None, "there is at least one target"
         raise failure
 
-    async def _attempt(self, generation: Generation, target: Target) -> GenerationError | None:
-        """One question to one model. Returns what went wrong, or None."""
-        started = generation.started
+    async def _ask(self, generation: Generation, attempt: Attempt) -> GenerationError | None:
+        """Asks once, and takes the answer in. Returns what went wrong, or None."""
+        started, target = generation.started, attempt.target
         question = Question(
             target.model, started.system, started.turns, started.parameters, continues=bool(started.content)
         )
-        generation.attempt_at, generation.last_delta_at = time.monotonic(), None
-        generation.attempting, generation.answer = True, None
-        failure: GenerationError | None = None
         try:
             async with (
-                asyncio.timeout(None) as generation.stall_timeout,
-                self._providers.ask(target, question) as generation.answer,
+                asyncio.timeout(None) as attempt.timeout,
+                self._providers.ask(target, question) as attempt.answer,
             ):
                 if started.content:
-                    generation.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
-                await generation.answer.receive(partial(self._mark, generation))
+                    attempt.seam = Seam(text_of(started.content), self._providers.prefills(target.provider))
+                await attempt.answer.receive(partial(self.flusher.mark, generation))
                 generation.collect()
-                failure = generation.answer.failure
+                return attempt.answer.failure
         except TimeoutError:
-            failure = self._stalled(generation)
+            return attempt.stalled()
         except GenerationError as exc:
-            failure = exc
+            return exc
         finally:
-            generation.stall_timeout = None
-            if generation.seam is not None and (rest := generation.seam.end()) and generation.ending is None:
+            attempt.timeout = None
+            if attempt.seam is not None and (rest := attempt.seam.end()) and generation.ending is None:
                 generation.add([Delta("text", rest)])
-        generation.attempts.append(generation.attempt_record(None if failure is None else failure.detail()))
-        generation.attempting = False
-        return failure
-
-    def _stalled(self, generation: Generation) -> Stalled:
-        since = generation.last_delta_at or generation.attempt_at
-        what = "no first delta" if generation.last_delta_at is None else "no further delta"
-        return Stalled(f"{generation.provider} sent {what} for {time.monotonic() - since:.1f} s")
 
     def _notice(self, generation: Generation, code: str, failure: GenerationError, **more: Any) -> None:
         data = {"code": code, **more, "error": failure.detail()}
@@ -6191,85 +6337,17 @@ class Generations:
             error = DeadlineExceeded(f"the generation ran for {self._config.generation_timeout_seconds:g} s, the limit")
             self._end(generation, Ending("failed", error=error.detail()))
             return
-        loop = asyncio.get_running_loop()
-        due = generation.silent_until(self._config)
-        if now >= due and generation.stall_timeout is not None and not generation.stall_timeout.expired():
-            generation.stall_timeout.reschedule(loop.time())
+        attempt = generation.attempt
+        due = attempt.silent_until(self._config) if attempt is not None else float("inf")
+        if attempt is not None and now >= due:
+            attempt.expire()
         patience = min(self._config.stall_timeout_seconds, self._config.first_delta_timeout_seconds)
         wait = min(deadline - now, patience, due - now if due > now else patience)
-        generation.timer = loop.call_later(wait, self._watch, generation)
+        generation.timer = asyncio.get_running_loop().call_later(wait, self._watch, generation)
 
-    # ── the flusher ──
+    # ── what the flusher tells ──
 
-    async def _flush_forever(self) -> None:
-        while True:
-            await self._wake.wait()
-            await self._pace()
-            self._wake.clear()
-            dirty, self._dirty = self._dirty, {}
-            batch = [flush for generation in dirty.values() if (flush := generation.take()) is not None]
-            if not batch:
-                continue
-            started_at = time.monotonic()
-            await self._flush(batch)
-            self._set_pace(batch, started_at)
-
-    def _set_pace(self, batch: Sequence[Flush], started_at: float) -> None:
-        """When the next flush may come. Waiting makes pieces fewer and longer; where they are long, it gains nothing."""
-        cost = time.monotonic() - started_at
-        self.flush_ms = cost * 1000
-        pieces = [delta for flush in batch for _, delta in flush.pieces]
-        characters = sum(len(delta.text) for delta in pieces)
-        gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
-        interval = max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO * gain)
-        paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
-        self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
-
-    async def _pace(self) -> None:
-        """Waits for the next flush's turn, unless a provider has to wait for it."""
-        self._hurry.clear()
-        if any(generation.answer is not None and generation.answer.is_held for generation in self._dirty.values()):
-            return
-        wait = self._next_flush_at - time.monotonic()
-        if wait > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), wait)
-
-    async def _flush(self, batch: Sequence[Flush]) -> None:
-        """Commits a batch, however long the database makes it wait, and publishes it."""
-        rows = [row for flush in batch for row in flush.rows()]
-        outcomes = [flush.outcome for flush in batch if flush.outcome is not None]
-        try:
-            await self._commit(rows, outcomes)
-        except Exception:  # the database works, but something in here does not go in: find it, spare the others
-            if len(batch) > 1:
-                for flush in batch:
-                    await self._flush([flush])
-            else:
-                await self._abandon(batch[0].generation)
-        else:
-            for flush in batch:
-                self._publish(flush)
-
-    async def _commit(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
-        failing_since: float | None = None
-        while True:
-            try:
-                await self._store.write(save_flush, rows, outcomes, durable=bool(outcomes))
-            except StoreUnavailable as exc:
-                if failing_since is None:
-                    failing_since = time.monotonic()
-                    log.error("flush failed", extra={"fields": {"error": exc.message}})
-                elif time.monotonic() - failing_since > FLUSH_PATIENCE_SECONDS:
-                    self._give_up(exc)
-                await asyncio.sleep(FLUSH_RETRY_SECONDS)
-            else:
-                if failing_since is not None:
-                    seconds = round(time.monotonic() - failing_since, 1)
-                    log.info("flush works again", extra={"fields": {"after_seconds": seconds}})
-                return
-
-    async def _abandon(self, generation: Generation) -> None:
+    async def abandon(self, generation: Generation) -> None:
         """A generation whose rows the database refuses, as when its message was deleted by another program.
 
         What it had in its hands is dropped, so that at least its end can be stored, if there is still a message.
@@ -6279,13 +6357,13 @@ class Generations:
         generation.ending = Ending("failed", error=InternalError("the answer cannot be stored").detail())
         outcome = replace(generation.outcome(), usage=None, attempts=())
         with contextlib.suppress(sqlite3.Error):
-            await self._commit([], [outcome])
-        self._dirty.pop(generation.message_id, None)
+            await self.flusher.commit([], [outcome])
+        self.flusher.forget(generation)
         self.running.pop(generation.message_id, None)
         if not generation.ended.is_set():
             self._announce(generation, outcome)
 
-    def _give_up(self, error: StoreUnavailable) -> None:
+    def give_up(self, error: StoreUnavailable) -> None:
         """The database has been away for too long: everything that runs ends, before all who look on, as failed.
 
         Also what was just completed or stopped: nobody is told of an end that is not stored.
@@ -6297,7 +6375,7 @@ class Generations:
                 generation.ending = failed
                 self._announce(generation, generation.outcome())
 
-    def _publish(self, flush: Flush) -> None:
+    def publish(self, flush: Flush) -> None:
         """What was committed, to everyone who looks on."""
         generation = flush.generation
         if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
@@ -6314,31 +6392,14 @@ class Generations:
             if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
                 self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
             if generation.started.hidden:
-                self._sweep_in(self._config.unstored_seconds)
+                self.sweeper.wake()
 
-    def _sweep_in(self, seconds: float) -> None:
-        """Sets the timer of the sweep, which runs only while there is something to delete one day."""
-        loop = asyncio.get_running_loop()
-        if self._sweeper is not None and self._sweeper.when() <= loop.time() + seconds:
-            return
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        self._sweeper = loop.call_later(seconds, self._start_sweep)
-
-    def _start_sweep(self) -> None:
-        self._sweeper = None
-        self._keep(asyncio.create_task(self._sweep(), name="sweep"))
-
-    async def _sweep(self) -> None:
+    async def _sweep(self) -> float | None:
         """Deletes answers that nobody stored, some time after their end: a client that lost its connection, or asks again
         with the same Idempotency-Key, has that long to come back. Those that somebody still reads wait."""
         kept_ms = round(self._config.unstored_seconds * 1000)
-        try:
-            oldest = await self._store.write(sweep_unstored, now_ms() - kept_ms, list(self.streams))
-        except StoreUnavailable:
-            oldest = now_ms()
-        if oldest is not None:
-            self._sweep_in(max((oldest + kept_ms - now_ms()) / 1000, SWEEP_SECONDS_MIN))
+        oldest_ms = await self._store.write(sweep_unstored, now_ms() - kept_ms, list(self.streams))
+        return max((oldest_ms + kept_ms - now_ms()) / 1000, SWEEP_SECONDS_MIN) if oldest_ms is not None else None
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         """Owns a task until it has ended; `close` awaits it."""
@@ -7789,7 +7850,7 @@ async def get_health(request: Request) -> Response:
         answer.database_writable = writable
         answer.running_generations = len(generations.running)
         answer.subscribers = sum(generations.streams.values())
-        answer.last_flush_ms = round(generations.flush_ms, 3)
+        answer.last_flush_ms = round(generations.flusher.flush_ms, 3)
         answer.uptime_seconds = round(time.monotonic() - service.started_at, 3)
     return json_response(answer) if answer.status == "ok" else json_response(answer, 503, {"Retry-After": "1"})
 

@@ -213,7 +213,7 @@ async def engine(folder: Path, provider: Provider) -> AsyncIterator[llmchat.Gene
     generations.open()
     try:
         yield generations
-        assert not generations.running and not generations._dirty and not generations.streams
+        assert not generations.running and not generations.flusher._marked and not generations.streams
     finally:
         await generations.close()
         await providers.close()

@@ -315,6 +315,7 @@ def test_a_database_that_cannot_be_written_stops_no_sweep_for_ever_and_no_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llmchat, "MERGE_AFTER_SECONDS", 0.1)
+    monkeypatch.setattr(llmchat, "CHORE_RETRY_SECONDS", 0.1)
     failures = iter([llmchat.StoreUnavailable("full"), sqlite3.DatabaseError("malformed")])
     find_unmerged = llmchat.find_unmerged
 
