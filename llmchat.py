@@ -5560,10 +5560,10 @@ class Seam:
         return held[repeat:]
 
 
-class Subscriber:
-    """Where an open stream meets what is published. `cursor` follows what was sent, or taken out of the queue to be.
+class Subscription:
+    """Where a subscriber meets what is published. `cursor` follows what was sent, or taken out of the queue to be.
 
-    While its reader waits, everything before has been sent, and a frame goes straight to `send_now`, without waking a
+    While its subscriber waits, everything before has been sent, and a frame goes straight to `send_now`, without waking a
     task; only what that refuses, since the client does not keep up, is queued.
     """
 
@@ -5631,7 +5631,7 @@ class Rendering:
     """
 
     def __init__(self) -> None:
-        self.subscribers: set[Subscriber] = set()
+        self.subscriptions: set[Subscription] = set()
         self._stream = MarkdownStream()
         self.ended = asyncio.Event()  # the `end` event is out
         self._fed = ""  # text that waits for the next frame
@@ -5651,21 +5651,21 @@ class Rendering:
             self._wake.set()
             return
         self._others.append(delta)
-        for subscriber in self.subscribers:
-            subscriber.put(offset, encode_delta(delta, offset))
+        for subscription in self.subscriptions:
+            subscription.put(offset, encode_delta(delta, offset))
 
     def end(self, frame: bytes) -> None:
         """Takes the `end` event: it goes out after the last frame of HTML."""
         self._end_frame = frame
         self._wake.set()
 
-    def attach(self, send_now: Callable[[bytes], bool]) -> tuple[Subscriber, bytes]:
-        """A new subscriber, and everything up to now."""
-        subscriber = Subscriber(self.offset, send_now)
-        self.subscribers.add(subscriber)
+    def attach(self, send_now: Callable[[bytes], bool]) -> tuple[Subscription, bytes]:
+        """A new subscription, and everything up to now."""
+        subscription = Subscription(self.offset, send_now)
+        self.subscriptions.add(subscription)
         self._wake.set()
         others = b"".join(encode_delta(delta, self.offset) for delta in join_deltas(self._others))
-        return subscriber, others + encode_html(self._snapshot, self.offset)
+        return subscription, others + encode_html(self._snapshot, self.offset)
 
     async def render_forever(self) -> None:
         """Renders what was fed, frame by frame, until the end is out."""
@@ -5674,7 +5674,7 @@ class Rendering:
             await self._wake.wait()
             self._wake.clear()
             is_last = bool(self._end_frame)
-            if not self.subscribers or not (self._fed or is_last):
+            if not self.subscriptions or not (self._fed or is_last):
                 continue
             text, self._fed, offset = self._fed, "", self.offset
             frame = await asyncio.to_thread(self._render, text, is_last)
@@ -5692,8 +5692,8 @@ class Rendering:
 
     def publish(self, offset: int, data: bytes) -> None:
         """Puts an event before everyone who looks on."""
-        for subscriber in self.subscribers:
-            subscriber.put(offset, data)
+        for subscription in self.subscriptions:
+            subscription.put(offset, data)
 
 
 def encode_html(frame: HtmlFrame, offset: int) -> bytes:
@@ -5821,7 +5821,7 @@ class Generation:
         self.characters = self._quarter_tokens = 0  # of the whole answer
         self.offset = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
-        self.subscribers: set[Subscriber] = set()
+        self.subscriptions: set[Subscription] = set()
         self.ended = asyncio.Event()  # the `end` event is out
         self.rendering: Rendering | None = None
         self._ring = Ring(self.published, config.ring_events)
@@ -5933,19 +5933,19 @@ class Generation:
         offset, data = events[0] if len(events) == 1 else (events[-1][0], b"".join([frame for _, frame in events]))
         self._ring.append([frame for _, frame in events], len(data))
         self.published = offset
-        for subscriber in self.subscribers:
-            subscriber.put(offset, data)
+        for subscription in self.subscriptions:
+            subscription.put(offset, data)
 
-    def attach(self, cursor: int, send_now: Callable[[bytes], bool]) -> tuple[Subscriber, bytes] | None:
-        """A subscriber from this cursor on and the part of the ring that it lacks; None: the ring does not reach it."""
+    def attach(self, cursor: int, send_now: Callable[[bytes], bool]) -> tuple[Subscription, bytes] | None:
+        """A subscription from this cursor on and the part of the ring that it lacks; None: the ring does not reach it."""
         beyond = self._ring.beyond(cursor) if cursor <= self.published else None
         if beyond is None:
             return None
         if self.ended.is_set() and not beyond:
             beyond = [self._ring.newest]
-        subscriber = Subscriber(self.published, send_now)
-        self.subscribers.add(subscriber)
-        return subscriber, b"".join(beyond)
+        subscription = Subscription(self.published, send_now)
+        self.subscriptions.add(subscription)
+        return subscription, b"".join(beyond)
 
 
 class Publisher(Protocol):
@@ -6118,7 +6118,7 @@ async def merge_what_is_due(store: Store) -> float | None:
 
 
 class Generations:
-    """Everything that runs: starts it, stops it, flushes it, streams it, drains it."""
+    """Everything that runs: starts it, stops it, streams it, drains it."""
 
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
         self.flusher = Flusher(config, store, self)
@@ -6447,7 +6447,7 @@ class Generations:
 
     # ── subscribers ──
 
-    async def subscribe(self, owner: str, message_id: int, cursor: int, name: str = "after") -> Stream:
+    async def subscribe(self, owner: str, message_id: int, cursor: int, name: str = "after") -> Subscriber:
         """A stream from a cursor on; `name` is what the request calls it. Raises NotFound, InvalidRequest."""
         about, status, length = await self._look_at(owner, message_id, cursor)
         reset = cursor > length and status == "interrupted"  # after a power cut a client may hold more than the disk
@@ -6455,17 +6455,17 @@ class Generations:
             raise InvalidRequest(f"{name}: {cursor} is beyond the end of message {message_id}, which is at {length}")
         cursor = 0 if reset else cursor
         first = encode_start(start_data(about, message_id, status, cursor))
-        return Stream(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
+        return Subscriber(self, owner, message_id, cursor, RESET_FRAME + first if reset else first)
 
-    async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlStream:
+    async def subscribe_to_html(self, owner: str, message_id: int) -> HtmlSubscriber:
         """A stream of HTML; it has no cursor. Raises NotFound."""
         about, status, _ = await self._look_at(owner, message_id, 0)
-        return HtmlStream(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
+        return HtmlSubscriber(self, owner, message_id, 0, encode_start(start_data(about, message_id, status, 0)))
 
-    async def subscribe_to_view(self, owner: str, message_id: int, view: View) -> ViewStream:
+    async def subscribe_to_view(self, owner: str, message_id: int, view: View) -> ViewSubscriber:
         """An open stream of all events, translated. Raises NotFound, Overloaded."""
         about, status, _ = await self._look_at(owner, message_id, 0)
-        return ViewStream(self, owner, message_id, encode_start(start_data(about, message_id, status, 0)), view)
+        return ViewSubscriber(self, owner, message_id, encode_start(start_data(about, message_id, status, 0)), view)
 
     async def _look_at(self, owner: str, message_id: int, cursor: int) -> tuple[Generation | Message, str, int]:
         """What a new stream is about, its status and its length. Raises NotFound."""
@@ -6528,8 +6528,8 @@ class Generations:
         return self._config.heartbeat_seconds
 
 
-class Stream:
-    """One subscriber's whole life, from its cursor to `end`; a context, in which it counts for its message's limit and
+class Subscriber:
+    """The whole life of an open stream, from its cursor to `end`; a context, in which it counts for its message's limit and
     its heart beats. `close` may be called at any time, from a callback."""
 
     def __init__(self, generations: Generations, owner: str, message_id: int, cursor: int, first: bytes) -> None:
@@ -6538,15 +6538,15 @@ class Stream:
         self._message_id = message_id
         self._cursor = cursor
         self._first = first
-        self._source: Generation | Rendering | None = None  # what the subscriber is attached to
-        self._subscriber: Subscriber | None = None
+        self._source: Generation | Rendering | None = None  # what is subscribed to
+        self._subscription: Subscription | None = None
         self._closed = False
         self._finished = False
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
         self.write: Callable[[bytes], bool] | None = None  # sends, unless the client does not keep up
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Subscriber:
         """Raises Overloaded, RateLimited."""
         self._generations.check_streams(self._owner, self._message_id)
         self._generations.streams[self._message_id] += 1
@@ -6576,8 +6576,8 @@ class Stream:
         return True
 
     def _wake(self, frame: bytes = b"") -> None:
-        if self._subscriber is not None and self._subscriber.queue.empty():
-            self._subscriber.queue.put_nowait((self._subscriber.cursor, frame))
+        if self._subscription is not None and self._subscription.queue.empty():
+            self._subscription.queue.put_nowait((self._subscription.cursor, frame))
 
     async def read(self) -> bytes | None:
         """What is to be sent next, everything that is there in one piece; None: the stream is over."""
@@ -6585,14 +6585,14 @@ class Stream:
         while not data:
             if self._closed or self._finished:
                 return None
-            subscriber, source = self._subscriber, self._source
-            if subscriber is None or source is None or subscriber.lagging:
+            subscription, source = self._subscription, self._source
+            if subscription is None or source is None or subscription.lagging:
                 self._detach()
                 data = await self._catch_up()
-            elif source.ended.is_set() and subscriber.queue.empty():
+            elif source.ended.is_set() and subscription.queue.empty():
                 self._finished = True
             else:
-                data = await subscriber.get()
+                data = await subscription.get()
         self._sent_at = time.monotonic()
         return data
 
@@ -6615,15 +6615,15 @@ class Stream:
     async def _load(self) -> Page:
         return await self._generations.load(self._owner, self._message_id, self._cursor)
 
-    def _attach(self, source: Generation | Rendering, subscriber: Subscriber, behind: bytes) -> bytes:
-        self._source, self._subscriber, self._cursor = source, subscriber, subscriber.cursor
-        return behind
+    def _attach(self, source: Generation | Rendering, subscription: Subscription, missed: bytes) -> bytes:
+        self._source, self._subscription, self._cursor = source, subscription, subscription.cursor
+        return missed
 
     def _detach(self) -> None:
-        if self._source is not None and self._subscriber is not None:
-            self._source.subscribers.discard(self._subscriber)
-            self._cursor = self._subscriber.cursor
-        self._source = self._subscriber = None
+        if self._source is not None and self._subscription is not None:
+            self._source.subscriptions.discard(self._subscription)
+            self._cursor = self._subscription.cursor
+        self._source = self._subscription = None
 
     def _beat(self) -> None:
         """Sends a heartbeat once nothing was sent for a while; one timer that sets itself anew."""
@@ -6635,7 +6635,7 @@ class Stream:
         self._timer = asyncio.get_running_loop().call_later(seconds - silent, self._beat)
 
 
-class HtmlStream(Stream):
+class HtmlSubscriber(Subscriber):
     """The same with the text as HTML: `html` events in place of text deltas."""
 
     async def _catch_up(self) -> bytes:
@@ -6660,7 +6660,7 @@ class View(Protocol):
     def translate(self, name: bytes, data: bytes) -> bytes: ...
 
 
-class ViewStream(Stream):
+class ViewSubscriber(Subscriber):
     """The same in another wire format. It always begins at the start, and gets every event as it was when it was
     published, a row of the store each, so that whatever a view counts comes out the same every time."""
 
@@ -7437,7 +7437,7 @@ def direct_write(send: Send) -> Callable[[bytes], bool] | None:
 
 
 class EventStream(Response):
-    """A Server-Sent Events response: sends a stream's frames until its end or the client's."""
+    """A Server-Sent Events response: sends a subscriber's frames until its end or the client's."""
 
     media_type = "text/event-stream"
     HEADERS: ClassVar[list[tuple[bytes, bytes]]] = [
@@ -7446,11 +7446,11 @@ class EventStream(Response):
         (b"x-accel-buffering", b"no"),
     ]
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, subscriber: Subscriber) -> None:
+        self._subscriber = subscriber
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._stream as stream:  # refuses before anything is sent
+        with self._subscriber as subscriber:  # refuses before anything is sent
             await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
             if scope["method"] == "HEAD":
                 await send({"type": "http.response.body", "body": b""})
@@ -7458,16 +7458,16 @@ class EventStream(Response):
             # A task of its own sends, and this one only waits for the client: to wake a task is to climb through all the
             # layers that await each other in it, and here are a dozen. The envelope has nothing to do after the headers.
             send = scope["server_send"]
-            stream.write = direct_write(send)
-            sending = asyncio.create_task(self._send(stream, send), name="stream")
+            subscriber.write = direct_write(send)
+            sending = asyncio.create_task(self._send(subscriber, send), name="stream")
             try:
                 await watch_client(receive)
             finally:
-                stream.close()
+                subscriber.close()
                 await sending
 
-    async def _send(self, stream: Stream, send: Send) -> None:
-        while (data := await stream.read()) is not None:
+    async def _send(self, subscriber: Subscriber, send: Send) -> None:
+        while (data := await subscriber.read()) is not None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -7797,7 +7797,7 @@ async def list_generations(request: Request) -> Response:
             model=one.model,
             characters=one.published,
             seconds=round(time.monotonic() - one.started_at, 3),
-            subscribers=len(one.subscribers),
+            subscribers=len(one.subscriptions),
         )
         for one in running
     ]

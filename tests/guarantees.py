@@ -28,11 +28,11 @@ for name, value in tuning["constants"].items():
     setattr(llmchat, name, value)
 
 
-def count_lagging(drop=llmchat.Subscriber.drop):
+def count_lagging(drop=llmchat.Subscription.drop):
     def counted(self):
         print("lagging", file=sys.stderr)
         drop(self)
-    llmchat.Subscriber.drop = counted
+    llmchat.Subscription.drop = counted
 
 
 def keep_little_in_the_kernel(send_bytes, open_socket=llmchat.open_socket):

@@ -234,7 +234,7 @@ async def pass_steps(count: int) -> None:
         await asyncio.sleep(0)
 
 
-async def read_stream(stream: llmchat.Stream, reader: Reader) -> None:
+async def read_stream(stream: llmchat.Subscriber, reader: Reader) -> None:
     with stream:
         while (data := await stream.read()) is not None:
             take(reader, data)
@@ -277,7 +277,7 @@ def test_a_generation_that_is_stopped_at_any_step_ends_stopped_and_closes_its_co
     run_engine(tmp_path, provider, work)
 
 
-async def subscribed(generations: llmchat.Generations, message_id: int, cursor: int = 0) -> llmchat.Stream:
+async def subscribed(generations: llmchat.Generations, message_id: int, cursor: int = 0) -> llmchat.Subscriber:
     return await generations.subscribe("local", message_id, cursor)
 
 
