@@ -201,6 +201,7 @@ ARCHIVE_GROUP_MESSAGES = 100  # the same
 ARCHIVE_READ_BYTES = 256 * 1024  # of one read
 LEFT_OUT_MAX = 50  # different reasons that an import tells
 
+REST_SECONDS = 10  # without an answer, before free memory is given back
 CHORE_RETRY_SECONDS = 60  # after the database refused what is done after answers' ends
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
@@ -5473,7 +5474,8 @@ async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnsw
 # from the providers pauses because what has arrived is bounded, and after FLUSH_PATIENCE_SECONDS the generations end as
 # `failed` for everyone who looks on; their content and status are still written when the database is back.
 #
-# Also here, since they follow an answer's end: its title, the merging of its rows, the sweep of what nobody stored.
+# Also here, since they follow an answer's end: its title, the merging of its rows, the sweep of what nobody stored, and
+# the return of memory.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 log = logging.getLogger("llmchat")
@@ -6117,6 +6119,15 @@ async def merge_what_is_due(store: Store) -> float | None:
     return None
 
 
+def give_back_memory() -> None:
+    """Returns free memory to the system. glibc keeps what it has once needed: after a busy hour that is half of it all.
+    (https://man7.org/linux/man-pages/man3/malloc_trim.3.html)"""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # other systems' C libraries do without
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Generations:
     """Everything that runs: starts it, stops it, streams it, drains it."""
 
@@ -6124,6 +6135,7 @@ class Generations:
         self.flusher = Flusher(config, store, self)
         self.merger = Chore("merger", partial(merge_what_is_due, store))
         self.sweeper = Chore("sweeper", self._sweep)
+        self.tidier = Chore("tidier", self._tidy)
         self.running: dict[int, Generation] = {}
         self.draining = False
         self.streams: Counter[int] = Counter()  # open streams per message
@@ -6133,6 +6145,7 @@ class Generations:
         self._providers = providers
         self._starting: Counter[str] = Counter()  # by owner: what is being committed and will run
         self._tasks: set[asyncio.Task[None]] = set()
+        self._busy_at: float | None = None  # when an answer last ended; None: memory has been given back since
         self._rendered: dict[tuple[int, int, str], str] = {}
         self._rendered_characters = 0
 
@@ -6140,6 +6153,7 @@ class Generations:
         self.flusher.open()
         self.merger.open()
         self.sweeper.open()
+        self.tidier.open()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
@@ -6151,6 +6165,7 @@ class Generations:
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         await self.merger.close()
         await self.sweeper.close()
+        await self.tidier.close()
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         await self.flusher.close()
 
@@ -6385,7 +6400,9 @@ class Generations:
                 for offset, delta in flush.pieces:
                     generation.rendering.feed(offset, delta)
         if flush.outcome is not None:
+            self._busy_at = time.monotonic()
             self.merger.wake()
+            self.tidier.wake()
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
@@ -6400,6 +6417,16 @@ class Generations:
         kept_ms = round(self._config.unstored_seconds * 1000)
         oldest_ms = await self._store.write(sweep_unstored, now_ms() - kept_ms, list(self.streams))
         return max((oldest_ms + kept_ms - now_ms()) / 1000, SWEEP_SECONDS_MIN) if oldest_ms is not None else None
+
+    async def _tidy(self) -> float | None:
+        """Gives memory back once nothing has happened for a while."""
+        if self._busy_at is None:
+            return None
+        if self.running or time.monotonic() - self._busy_at < REST_SECONDS:
+            return REST_SECONDS
+        self._busy_at = None
+        await asyncio.to_thread(give_back_memory)
+        return None
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         """Owns a task until it has ended; `close` awaits it."""

@@ -27,6 +27,7 @@ from tests.provider import Provider, openai_end
 
 STALLED, READING, ABORTED, CHATTING, CHATS = 50, 2, 200, 8, 10
 ANSWER_CHARACTERS = 10_000_000
+REST_SECONDS = 1.0  # after an answer, before free memory is given back; 10 as delivered
 GROWTH_BYTES_MAX = 40_000_000  # of memory at rest, from the first cycle on
 
 
@@ -100,7 +101,7 @@ def soak(folder: Path, seconds: float, characters: int, provider: Provider) -> t
     """Cycles for so long, at least two. Returns the figures, and what was wrong."""
     more = {"LLMCHAT_ANSWER_CHARACTERS_MAX": str(2 * characters), "LLMCHAT_GENERATIONS_MAX": "1000"}
     content, wrong, at_rest = varied_text(characters), [], []
-    with contextlib.closing(Process(folder, provider, **more)) as server:
+    with contextlib.closing(Process(folder, provider, constants={"REST_SECONDS": REST_SECONDS}, **more)) as server:
         files = server.first_descriptors()
         start = (server.memory_bytes("VmRSS"), len(files), server.wal_bytes())
         cycle, deadline = Cycle(server, provider, content), time.monotonic() + seconds
@@ -108,6 +109,7 @@ def soak(folder: Path, seconds: float, characters: int, provider: Provider) -> t
             wrong += cycle()
             wrong += find_leaks(server, provider, files)
             provider.requests.clear()
+            time.sleep(REST_SECONDS * 3)  # by then it has given back what memory it could
             at_rest.append(server.memory_bytes("VmRSS"))
             print(
                 f"cycle {len(at_rest)}: {at_rest[-1] / 1e6:.1f} MB at rest, peak {server.memory_bytes() / 1e6:.1f} MB"

@@ -257,14 +257,18 @@ def run_app(path: Path, scenario: Callable[[Any], Any]) -> None:
     asyncio.run(run())
 
 
-async def answer_of_demo(service: Any) -> int:
-    """A finished answer of some dozen rows."""
-    target = await service.providers.resolve("demo", "reasoning")
+async def start_demo(service: Any, model: str) -> int:
+    target = await service.providers.resolve("demo", model)
     turns = (llmchat.Turn("user", (Delta("text", "Hello"),)),)
     new = llmchat.NewMessage("local", None, llmchat.UNSET, turns, None, (target,), llmchat.Parameters())
-    started = await service.generations.start(new)
-    await service.generations.running[started.message_id].ended.wait()
-    return int(started.message_id)
+    return int((await service.generations.start(new)).message_id)
+
+
+async def answer_of_demo(service: Any) -> int:
+    """A finished answer of some dozen rows."""
+    message_id = await start_demo(service, "reasoning")
+    await service.generations.running[message_id].ended.wait()
+    return message_id
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -309,6 +313,30 @@ def test_when_nothing_has_ended_the_sweep_sleeps_without_a_timer(tmp_path: Path)
         await until(lambda: not merger._ended._waiters)
 
     run_app(tmp_path / "llmchat.db", scenario)
+
+
+def test_memory_is_given_back_once_nothing_has_run_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(llmchat, "REST_SECONDS", 0.05)
+    monkeypatch.setattr(llmchat, "give_back_memory", lambda: given.append("given"))
+
+    async def scenario(service: Any) -> None:
+        tidier = service.generations.tidier
+        await until(lambda: len(tidier._ended._waiters) == 1)
+        assert not given, "nothing has run yet"
+        slow = await start_demo(service, "slow")
+        await answer_of_demo(service)
+        await asyncio.sleep(0.3)
+        assert not given, "something still runs"
+        await service.generations.stop("local", slow)
+        await until(lambda: bool(given) and len(tidier._ended._waiters) == 1)
+        assert given == ["given"]
+
+    run_app(tmp_path / "llmchat.db", scenario)
+
+
+def test_giving_memory_back_is_harmless() -> None:
+    llmchat.give_back_memory()
 
 
 def test_a_database_that_cannot_be_written_stops_no_sweep_for_ever_and_no_end(
