@@ -45,8 +45,12 @@ def test_every_test_file_and_command_that_is_named_exists() -> None:
     assert len(named) > 8 and [name for name in named if not (ROOT / name).is_file()] == []
 
 
-def test_the_first_command_is_within_twenty_lines() -> None:
-    assert "python llmchat.py" in "\n".join(README.split("\n")[:20])
+def test_the_first_screen_has_a_command_that_runs_it_and_one_that_tests_it_each_from_nothing_but_python() -> None:
+    commands = [line.strip() for line in README.split("\n")[:20] if line.startswith("    ")]
+    install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    assert [command.startswith(install) for command in commands] == [True, True]
+    assert commands[0].endswith("&& .venv/bin/python llmchat.py")
+    assert "-r tests/requirements.txt && .venv/bin/python -m pytest" in commands[1]
 
 
 def test_the_metadata_in_the_file_names_the_requirements() -> None:
