@@ -6150,10 +6150,8 @@ class Generations:
         self._rendered_characters = 0
 
     def open(self) -> None:
-        self.flusher.open()
-        self.merger.open()
-        self.sweeper.open()
-        self.tidier.open()
+        for one in (self.flusher, self.merger, self.sweeper, self.tidier):
+            one.open()
 
     async def close(self) -> None:
         """Ends what still runs, then the flusher. `drain` was patient; this is not."""
@@ -6163,9 +6161,8 @@ class Generations:
             task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
-        await self.merger.close()
-        await self.sweeper.close()
-        await self.tidier.close()
+        for chore in (self.merger, self.sweeper, self.tidier):
+            await chore.close()
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         await self.flusher.close()
 
@@ -6190,26 +6187,26 @@ class Generations:
 
     async def start(self, new: NewMessage) -> Started:
         """Commits the question and starts its answer. Raises Draining, Overloaded, and what start_message raises."""
-        return await self._start(new.owner, new.targets, start_message, new)
+        return await self._start(new.owner, new.targets, start_message, new, asked=new)
 
     async def regenerate(self, message_id: int, new: NewMessage) -> Started:
         """Starts a sibling of an answer. Raises as `start` does."""
-        return await self._start(new.owner, new.targets, regenerate_message, message_id, new)
+        return await self._start(new.owner, new.targets, regenerate_message, message_id, new, asked=new)
 
     async def go_on(self, owner: str, message_id: int, target: Target) -> Started:
         """Goes on with an answer that broke off, in the same message. Raises as `start` does."""
         return await self._start(owner, (target,), continue_message, owner, message_id, target)
 
     async def _start(
-        self, owner: str, targets: tuple[Target, ...], operation: Callable[..., Started], *arguments: Any
-    ) -> Started:
-        new = arguments[-1]
+        self, owner: str, targets: tuple[Target, ...], operation: Callable[..., Started], *arguments: Any,
+        asked: NewMessage | None = None,
+    ) -> Started:  # fmt: skip
         try:
             self._check_room(owner)
-        except LlmchatError:  # a repeat asks for nothing new
-            keyed = isinstance(new, NewMessage) and new.idempotency_key is not None
-            if keyed and (earlier := await self._store.read(find_repeated, new)):
-                return earlier
+        except LlmchatError:
+            keyed = asked is not None and asked.idempotency_key is not None
+            if keyed and (earlier := await self._store.read(find_repeated, asked)):
+                return earlier  # a repeat asks for nothing new
             raise
         self._starting[owner] += 1
         try:
