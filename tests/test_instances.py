@@ -44,6 +44,7 @@ LIST = "/etc/nginx/llmchat-owners"
 LISTEN, SERVER = "  listen 80;", re.compile(r"^  server \S+:8000( .*\n)", re.MULTILINE)
 NAME = "chat.example.org"
 TOKENS = {f"owner-{number}": f"{number:02d}-Secret_of.owner-{number}" for number in range(48)}
+TOKENS["owner-0"] += "-and-a-long-one" * 10
 USERS = ", ".join(f"{owner}:{token}" for owner, token in TOKENS.items())
 MAIN = """
 daemon off;
@@ -146,6 +147,17 @@ def start_instance(folder: Path, provider: Provider) -> Server:
     return Server(folder, **settings, **settings_for(provider))
 
 
+@contextlib.contextmanager
+def down(instance: Server) -> Iterator[None]:
+    """Kills the instance, and starts it again where it was."""
+    instance.arguments = ("--port", str(instance.port))
+    instance.kill()
+    try:
+        yield
+    finally:
+        instance.start()
+
+
 def ask(client: httpx.Client) -> None:
     response = client.post("/api/v1/chat", json={"message": "Hello", "stream": False})
     assert response.status_code == 200, response.text
@@ -185,8 +197,9 @@ def site(shared_provider: Provider, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_every_owner_lives_on_one_instance_and_every_instance_has_owners(site: Site) -> None:
     for owner in TOKENS:
-        with site.nginx.client(owner) as client:
-            ask(client)
+        with site.nginx.browser() as browser:
+            sign_in(browser, owner)
+            ask(browser)
     assert [owner for owner in TOKENS if 0 not in site.counts(owner) or sum(site.counts(owner)) < 2] == []
     assert all(owners_on(one) for one in site.instances)
 
@@ -296,23 +309,47 @@ def test_failed_sign_ins_are_counted_by_the_clients_address(site: Site) -> None:
     wait_until(lambda: any("address=127.0.0.2" in line for one in site.instances for line in one.log), "the log's line")
 
 
+def test_nginx_says_whether_its_client_speaks_tls_and_not_the_client(site: Site) -> None:
+    owner = site.owner_at(0)
+    with site.nginx.browser() as browser:
+        response = browser.post("/sign-in", data={"token": TOKENS[owner]}, headers={"X-Forwarded-Proto": "https"})
+    assert [one for one in response.headers.get_list("set-cookie") if "Secure" in one] == []
+    assert len(response.headers.get_list("set-cookie")) == 2
+
+
 # ── instances go and come ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_while_an_instance_is_down_its_owners_wait_and_all_others_go_on(site: Site) -> None:
-    waiting, active = site.owner_at(0), site.owner_at(1)
+@pytest.mark.parametrize("number", [0, 1])
+def test_while_an_instance_is_down_its_owners_wait_and_all_others_go_on(site: Site, number: int) -> None:
+    waiting, active = site.owner_at(number), site.owner_at(1 - number)
     before, rows = conversations(site.nginx, waiting), site.counts(waiting)
-    site.instances[0].arguments = ("--port", str(site.instances[0].port))
-    site.instances[0].kill()
-    try:
-        with site.nginx.client(waiting) as refused, site.nginx.client(active) as client:
-            for _ in range(3):  # left to itself, nginx tries the next one at once, and goes there for 10 s
-                assert refused.get("/api/v1/conversations").status_code == 502
-                assert refused.post("/api/v1/chat", json={"message": "Hello"}).status_code == 502
-                ask(client)
-    finally:
-        site.instances[0].start()
+    with (
+        down(site.instances[number]),
+        site.nginx.client(waiting) as refused,
+        site.nginx.client(active) as client,
+    ):
+        for _ in range(3):  # left to itself, nginx tries the next one at once, and goes there for 10 s
+            assert refused.get("/api/v1/conversations").status_code == 502
+            assert refused.post("/api/v1/chat", json={"message": "Hello"}).status_code == 502
+            ask(client)
     assert conversations(site.nginx, waiting) == before != [] and site.counts(waiting) == rows
+
+
+def test_an_instance_that_dies_breaks_the_stream_and_what_was_seen_goes_on_when_it_is_back(
+    site: Site, provider: Provider
+) -> None:
+    owner, reader = site.owner_at(1), Reader()
+    gated(provider, *PARTS)
+    with site.nginx.stream(owner, "POST", "/api/v1/chat", {"message": "Hello"}) as stream:
+        start = next(stream.events())
+        reader.take(start)
+        read_up_to(reader, stream, "".join(PARTS[0]))
+        with down(site.instances[1]):
+            assert list(stream.events()) == [] and not stream.ended, "a stream that broke looks whole"
+    path, cursor = f"/api/v1/messages/{start.data['message_id']}/stream", {"Last-Event-ID": str(reader.cursor)}
+    read_all(site.nginx.stream(owner, "GET", path, **cursor), reader)
+    assert reader.content == "".join(PARTS[0]) and reader.end is not None and reader.end["status"] == "interrupted"
 
 
 def test_an_instance_more_takes_owners_who_bring_what_they_have(
