@@ -247,7 +247,9 @@ def test_all_documents_after_one_another_are_equal_at_every_prefix() -> None:
     assert_equal_at_every_prefix("\n\n".join(DOCUMENTS), piece_characters=97)
 
 
-@pytest.mark.skipif(not os.environ.get("COMMONMARK_JSON"), reason="COMMONMARK_JSON names no file of the spec's examples")
+@pytest.mark.skipif(
+    not os.environ.get("COMMONMARK_JSON"), reason="COMMONMARK_JSON names no file of the spec's examples"
+)
 def test_every_example_of_the_specification_is_equal_at_every_prefix() -> None:
     examples = json.loads(Path(os.environ["COMMONMARK_JSON"]).read_text("utf-8"))
     for case in examples:
