@@ -5065,10 +5065,10 @@ def claude_result(content: Any) -> list[Delta]:
 
 def read_document(source: ArchiveFile) -> Iterator[Record]:
     """A list of conversations; or an archive of ours, which has one; or one conversation by itself."""
-    if source.window.peek() == "{":
-        yield from read_object(source)
-    else:
-        yield from read_list(source)
+    start = source.window.peek()
+    if start not in ("{", "["):
+        source.window.refuse("expected a JSON list or object, or a zip,")
+    yield from read_object(source) if start == "{" else read_list(source)
     if source.window.peek():
         source.window.refuse("something follows the end")
 

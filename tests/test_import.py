@@ -403,8 +403,8 @@ def test_tokens_beyond_all_reason_are_summed_all_the_same(database: sqlite3.Conn
         ),
         ({"hello": "world"}, "body: holds no conversations of a format that is known"),
         ({}, "body: holds no conversations of a format that is known"),
-        ("text", "body: cannot be imported: expected [ at character 0"),
-        (7, "body: cannot be imported: expected [ at character 0"),
+        ("text", "body: cannot be imported: expected a JSON list or object, or a zip, at character 0"),
+        (7, "body: cannot be imported: expected a JSON list or object, or a zip, at character 0"),
     ],
 )
 def test_a_document_of_another_kind_is_refused(database: sqlite3.Connection, archive: Any, words: str) -> None:
@@ -880,8 +880,8 @@ def test_wrong_types_anywhere_never_break_an_import_and_never_take_the_next_conv
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", "body: cannot be imported: expected [ at character 0, where it ends"),
-        (b"   \n", "body: cannot be imported: expected [ at character 4, where it ends"),
+        (b"", "body: cannot be imported: expected a JSON list or object, or a zip, at character 0, where it ends"),
+        (b"   \n", "body: cannot be imported: expected a JSON list or object, or a zip, at character 4, where it ends"),
         (b"[", "expecting value at character 1, where it ends"),
         (b"[1 2]", "expected , at character 3"),
         (b"[1,]", "expecting value at character 3"),
