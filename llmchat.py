@@ -358,6 +358,20 @@ def error_classes(root: type[LlmchatError] = LlmchatError) -> Iterator[type[Llmc
 ERROR_STATUSES = {error.code: error.status for error in error_classes()}
 
 
+# What the decoder's complaints call types by Python's names, as JSON and /openapi.json call them.
+JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+
+
+def in_json_words(complaint: Exception) -> str:
+    """What a decoder says: 'Expected `string | null`, got `integer`'; the names of fields stay as they are."""
+    names = "|".join(JSON_TYPES)
+    return re.sub(
+        r"(?<=xpected )`[^`]*`|(?<=, got )`[^`]*`",
+        lambda types: re.sub(rf"\b({names})\b", lambda one: JSON_TYPES[one[0]], types[0]),
+        str(complaint),
+    )
+
+
 class StartError(Exception):
     """The service cannot start. Its one line is printed and the exit status is 2; there is no traceback."""
 
@@ -4765,7 +4779,7 @@ def our_conversation(head: dict[str, Any], messages: Iterator[Any], source: Arch
     try:
         conversation = msgspec.convert(storable({**head, "messages": []}), ArchivedConversation)
     except NOT_OURS as exc:
-        source.leave_out(f"a conversation with its messages: {exc}", 1 + sum(1 for _ in messages))
+        source.leave_out(f"a conversation with its messages: {in_json_words(exc)}", 1 + sum(1 for _ in messages))
         return
     source.where = conversation.title or source.where
     yield conversation, None
@@ -4773,7 +4787,7 @@ def our_conversation(head: dict[str, Any], messages: Iterator[Any], source: Arch
         try:
             message = our_message(value)
         except NOT_OURS as exc:
-            source.leave_out(f"a message: {exc}")
+            source.leave_out(f"a message: {in_json_words(exc)}")
         else:
             yield conversation, message
 
@@ -7361,9 +7375,10 @@ def convert(value: Any, kind: type[T], strict: bool = True) -> T:
 
 
 def explain_validation(error: Exception, document: Any, kind: Any) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
-    match = re.fullmatch(r"(?s)(.*) - at `\$(.*)`", str(error))
-    complaint, path = match.groups() if match else (str(error), "")
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
+    said = in_json_words(error)
+    match = re.fullmatch(r"(?s)(.*) - at `\$(.*)`", said)
+    complaint, path = match.groups() if match else (said, "")
     names = re.findall(r"[\w-]+", path)
     if found := re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", complaint):
         words = "is required" if found[1] == "missing required" else "is not a field of this request"
