@@ -426,7 +426,9 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
     "mistral": facts(
-        "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any", "prefill_prefix"
+        "https://api.mistral.ai/v1",
+        "MISTRAL_API_KEY",
+        *("no_stream_options", "tool_choice_any", "prefill_prefix", "nine_character_ids"),
     ),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
     "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
@@ -1031,9 +1033,9 @@ TOOL_NAME_CHARACTERS_MAX = 64
 TOOL_CALL_ID_CHARACTERS_MAX = 40  # OpenAI's limit; Anthropic has the pattern, and both want an id once in a request
 
 
-def answered(turns: Sequence[Turn]) -> list[Turn]:
+def answered(turns: Sequence[Turn], quirks: frozenset[str]) -> list[Turn]:
     """The turns with what their roles may hold, without tool calls that nobody answered and without results of no call
-    or of one that has a result: every provider refuses them. Calls come after a question, and have ids that any
+    or of one that has a result: every provider refuses them. Calls come after a question, and have ids that the
     provider takes, whoever made them."""
     kept: list[Turn] = []
     names: dict[str | None, str] = {}  # of the open calls: their ids here, and upstream
@@ -1048,13 +1050,13 @@ def answered(turns: Sequence[Turn]) -> list[Turn]:
         asked = asked or (turn.role == "user" and says_something(turn))
         following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
         results = {other.tool_call_id for other in following} if asked else set()
-        content, names = name_calls(turn.content, results, taken)
+        content, names = name_calls(turn.content, results, taken, quirks)
         kept.append(replace(turn, content=content))
     return kept
 
 
 def name_calls(
-    content: Iterable[Delta], results: set[str | None], taken: set[str]
+    content: Iterable[Delta], results: set[str | None], taken: set[str], quirks: frozenset[str]
 ) -> tuple[tuple[Delta, ...], dict[str | None, str]]:
     """An answer's content with only the calls that have a result, and the ids that those have upstream, by their own;
     what is `taken` already is given to no other."""
@@ -1065,7 +1067,7 @@ def name_calls(
             call = json.loads(delta.text)
             if call["id"] not in results or call["id"] in names:
                 continue
-            names[call["id"]] = name = tool_call_id(call["id"], taken)
+            names[call["id"]] = name = tool_call_id(call["id"], taken, quirks)
             taken.add(name)
             if name != call["id"]:
                 delta = Delta("tool_call", encode_json({**call, "id": name}).decode())
@@ -1073,12 +1075,15 @@ def name_calls(
     return tuple(kept), names
 
 
-def tool_call_id(identity: str, taken: Iterable[str]) -> str:
-    """The id itself where every provider takes it, else one made of it, the same in each request."""
-    if re.fullmatch(rf"[a-zA-Z0-9_-]{{1,{TOOL_CALL_ID_CHARACTERS_MAX}}}", identity) and identity not in taken:
+def tool_call_id(identity: str, taken: Iterable[str], quirks: frozenset[str]) -> str:
+    """The id itself where the provider takes it, else one made of it, the same in each request."""
+    pattern, start, digits = rf"[a-zA-Z0-9_-]{{1,{TOOL_CALL_ID_CHARACTERS_MAX}}}", "call_", 24
+    if "nine_character_ids" in quirks:  # Mistral: "must be a-z, A-Z, 0-9, with a length of 9"
+        pattern, start, digits = "[a-zA-Z0-9]{9}", "", 9
+    if re.fullmatch(pattern, identity) and identity not in taken:
         return identity
-    made = (hashlib.sha256(f"{number} {identity}".encode()).hexdigest()[:24] for number in itertools.count())
-    return next(name for one in made if (name := f"call_{one}") not in taken)
+    made = (hashlib.sha256(f"{number} {identity}".encode()).hexdigest()[:digits] for number in itertools.count())
+    return next(name for one in made if (name := start + one) not in taken)
 
 
 def tool_name(name: str) -> str:
@@ -1523,7 +1528,7 @@ class OpenAIDialect:
         return "no_prefill" not in quirks and not quirks.isdisjoint(PREFILL_FIELDS)
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
-        turns = alternate(answered(question.turns))
+        turns = alternate(answered(question.turns, quirks))
         if question.continues and not self.prefills(quirks):  # else an answer at the end is the client's business
             turns = ask_to_continue(turns)
         messages = [self._message(turn, quirks) for turn in turns]
@@ -1759,7 +1764,7 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = [anthropic_turn(turn, provider) for turn in answered(question.turns) if turn.role != "system"]
+        turns = [anthropic_turn(turn, provider) for turn in answered(question.turns, quirks) if turn.role != "system"]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
         outgoing = alternate(turns) if self.prefills(quirks) else ask_to_continue(alternate(turns))
         messages: list[dict[str, Any]] = [{"role": turn.role, "content": anthropic_blocks(turn)} for turn in outgoing]
@@ -2831,6 +2836,7 @@ LEARNT_QUIRKS = {
     b"stream_options": "no_stream_options",
     b"max_completion_tokens": "max_completion_tokens",
     b"prefill": "no_prefill",
+    b"a-z, A-Z, 0-9, with a length of 9": "nine_character_ids",  # Mistral's models have it with other providers too
 }
 
 
