@@ -943,11 +943,12 @@ def only_sse_fields(block: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message as it goes upstream; `tool_call_id` is set on role `tool`."""
+    """A message as it goes upstream; `tool_call_id` is set on role `tool`, and `id_field` is where a request has it."""
 
     role: str
     content: tuple[Delta, ...]
     tool_call_id: str | None = None
+    id_field: str = ""  # empty: the turn is stored
 
 
 class Parameters(Struct, frozen=True, omit_defaults=True):
@@ -1033,25 +1034,39 @@ TOOL_NAME_CHARACTERS_MAX = 64
 TOOL_CALL_ID_CHARACTERS_MAX = 40  # OpenAI's limit; Anthropic has the pattern, and both want an id once in a request
 
 
+def is_answer(turn: Turn) -> bool:
+    """Whether tools' results behind a turn are of its calls: an answer that failed before a character is passed over."""
+    return turn.role == "assistant" and says_something(turn)
+
+
+def called_ids(turn: Turn) -> set[str]:
+    return {json.loads(delta.text)["id"] for delta in turn.content if delta.kind == "tool_call"}
+
+
 def answered(turns: Sequence[Turn], quirks: frozenset[str]) -> list[Turn]:
     """The turns with what their roles may hold, without tool calls that nobody answered and without results of no call
-    or of one that has a result: every provider refuses them. Calls come after a question, and have ids that the
-    provider takes, whoever made them."""
+    or of one that has a result: every provider refuses them. Who sends a result of no call is told so before
+    (`refuse_unasked_results`); one that is stored, by an import or on a branch, is left out here, and the conversation
+    goes on. Calls come after a question, their results right behind them, whatever was said in between, and have ids
+    that the provider takes, whoever made them."""
     kept: list[Turn] = []
     names: dict[str | None, str] = {}  # of the open calls: their ids here, and upstream
     taken: set[str] = set()
-    asked = False
+    asked, place = False, 0  # of the next result
     for position, turn in enumerate(turns):
         turn = replace(turn, content=tuple(one for one in turn.content if one.kind in ROLE_KINDS[turn.role]))
         if turn.role == "tool":
-            name = names.pop(turn.tool_call_id, None)
-            kept += [replace(turn, tool_call_id=name)] if name else []
+            if name := names.pop(turn.tool_call_id, None):
+                kept.insert(place, replace(turn, tool_call_id=name))
+                place += 1
             continue
         asked = asked or (turn.role == "user" and says_something(turn))
-        following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
-        results = {other.tool_call_id for other in following} if asked else set()
-        content, names = name_calls(turn.content, results, taken, quirks)
-        kept.append(replace(turn, content=content))
+        if is_answer(turn):
+            following = itertools.takewhile(lambda other: not is_answer(other), turns[position + 1 :])
+            results = {other.tool_call_id for other in following if other.role == "tool"} if asked else set()
+            content, names = name_calls(turn.content, results, taken, quirks)
+            turn, place = replace(turn, content=content), len(kept) + 1
+        kept.append(turn)
     return kept
 
 
@@ -3843,6 +3858,7 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
         parent_id = find_parent(connection, conversation_id, parent_id)
     if new.system is not None:
         connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    refuse_unasked_results(connection, parent_id, new.turns)
     for turn in new.turns:
         params_json = encode_json({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}).decode()
         parent_id = insert_message(
@@ -3852,6 +3868,24 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
         if not new.hidden:
             index_text(connection, new.owner, parent_id, text_of(turn.content))
     return insert_answer(connection, new, conversation_id, parent_id)
+
+
+def refuse_unasked_results(connection: sqlite3.Connection, parent_id: int | None, turns: Iterable[Turn]) -> None:
+    """Raises InvalidRequest for a tool's result of a request that the answer before it, there or stored, did not call
+    for: no provider would get it. OpenAI refuses it too; in which order results come, and what is said in between,
+    makes no difference."""
+    called: set[str] | None = None
+    for turn in turns:
+        if is_answer(turn):
+            called = called_ids(turn)
+        if not turn.id_field:
+            continue
+        if called is None:
+            last = next(filter(is_answer, reversed(select_path(connection, parent_id))), None)
+            called = called_ids(last) if last is not None else set()
+        if turn.tool_call_id not in called:
+            words = "a message with role 'tool' must be a response to a preceding message with 'tool_calls'"
+            raise InvalidRequest(f"{turn.id_field}: {turn.tool_call_id!r} is no call of the answer before it; {words}")
 
 
 def insert_answer(
@@ -7739,7 +7773,7 @@ def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tupl
             content.append(Delta("text", part.text))
         else:
             text = (Delta("text", part.text),) if part.text else ()
-            results.append(Turn("tool", text, tool_call_id=part.tool_call_id))
+            results.append(Turn("tool", text, part.tool_call_id, f"message.{index}.tool_call_id"))
     turns = (*results, Turn("user", tuple(content))) if content else tuple(results)
     if not any(map(says_something, turns)):
         raise InvalidRequest("message: is empty; it has at least one character that is not a space")
@@ -8563,7 +8597,7 @@ class ToolMessage(Struct, tag_field="role", tag="tool"):
     content: Texts
 
     def turn(self, name: str) -> Turn:
-        return Turn("tool", content_of(self.content, name), tool_call_id=self.tool_call_id)
+        return Turn("tool", content_of(self.content, name), self.tool_call_id, f"{name}.tool_call_id")
 
 
 class StreamOptions(Struct):
@@ -8836,7 +8870,7 @@ class InputCallOutput(Struct, tag_field="type", tag="function_call_output"):
     output: Texts
 
     def turn(self, name: str) -> Turn:
-        return Turn("tool", content_of(self.output, name), tool_call_id=self.call_id)
+        return Turn("tool", content_of(self.output, name), self.call_id, f"{name}.call_id")
 
 
 class ReasoningText(Struct):
