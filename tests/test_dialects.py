@@ -180,6 +180,28 @@ def test_of_two_calls_only_the_one_with_a_result_goes_back() -> None:
     assert [block["type"] for block in blocks[2]["content"]] == ["tool_result", "text"]
 
 
+@pytest.mark.parametrize("provider", [OPENAI, ANTHROPIC], ids=lambda one: one.dialect)
+def test_results_go_right_behind_their_calls_whatever_was_said_in_between(provider: Provider) -> None:
+    said = [user("And hurry"), result("two", "call_2"), Turn("system", (Delta("text", "Be brief"),)), result("one")]
+    found = messages(user("a"), assistant(CALL, called("call_2")), *said, user("b"), provider=provider)
+    roles = [message["role"] for message in found]
+    if provider is OPENAI:
+        assert roles == ["user", "assistant", "tool", "tool", "user", "system", "user"]
+        assert [(one["tool_call_id"], one["content"]) for one in found[2:4]] == [("call_2", "two"), ("call_1", "one")]
+    else:
+        assert roles == ["user", "assistant", "user"]
+        assert [block["type"] for block in found[2]["content"]] == ["tool_result", "tool_result", "text"]
+
+
+def test_a_stored_result_behind_another_answer_is_left_out_with_its_call() -> None:
+    found = messages(user("a"), assistant(CALL), user("b"), assistant("Well."), result("late"), user("c"))
+    assert [(message["role"], message["content"]) for message in found] == [
+        ("user", "a\n\nb"),
+        ("assistant", "Well."),
+        ("user", "c"),
+    ]
+
+
 MISTRAL = Provider("mistral", "openai", "https://mistral.test/v1", "k", quirks=PROVIDER_FACTS["mistral"].quirks)
 
 
