@@ -358,6 +358,20 @@ def error_classes(root: type[LlmchatError] = LlmchatError) -> Iterator[type[Llmc
 ERROR_STATUSES = {error.code: error.status for error in error_classes()}
 
 
+# What the decoder's complaints call types by Python's names, as JSON and /openapi.json call them.
+JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+
+
+def in_json_words(complaint: Exception) -> str:
+    """What a decoder says: 'Expected `string | null`, got `integer`'; the names of fields stay as they are."""
+    names = "|".join(JSON_TYPES)
+    return re.sub(
+        r"(?<=xpected )`[^`]*`|(?<=, got )`[^`]*`",
+        lambda types: re.sub(rf"\b({names})\b", lambda one: JSON_TYPES[one[0]], types[0]),
+        str(complaint),
+    )
+
+
 class StartError(Exception):
     """The service cannot start. Its one line is printed and the exit status is 2; there is no traceback."""
 
@@ -412,7 +426,9 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
     ),
     "groq": facts("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
     "mistral": facts(
-        "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "no_stream_options", "tool_choice_any", "prefill_prefix"
+        "https://api.mistral.ai/v1",
+        "MISTRAL_API_KEY",
+        *("no_stream_options", "tool_choice_any", "prefill_prefix", "nine_character_ids"),
     ),
     "deepseek": facts("https://api.deepseek.com", "DEEPSEEK_API_KEY", "reasoning_back"),
     "openrouter": facts("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "prefill"),
@@ -927,11 +943,12 @@ def only_sse_fields(block: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message as it goes upstream; `tool_call_id` is set on role `tool`."""
+    """A message as it goes upstream; `tool_call_id` is set on role `tool`, and `id_field` is where a request has it."""
 
     role: str
     content: tuple[Delta, ...]
     tool_call_id: str | None = None
+    id_field: str = ""  # empty: the turn is stored
 
 
 class Parameters(Struct, frozen=True, omit_defaults=True):
@@ -1017,30 +1034,44 @@ TOOL_NAME_CHARACTERS_MAX = 64
 TOOL_CALL_ID_CHARACTERS_MAX = 40  # OpenAI's limit; Anthropic has the pattern, and both want an id once in a request
 
 
-def answered(turns: Sequence[Turn]) -> list[Turn]:
+def is_answer(turn: Turn) -> bool:
+    """Whether tools' results behind a turn are of its calls: an answer that failed before a character is passed over."""
+    return turn.role == "assistant" and says_something(turn)
+
+
+def called_ids(turn: Turn) -> set[str]:
+    return {json.loads(delta.text)["id"] for delta in turn.content if delta.kind == "tool_call"}
+
+
+def answered(turns: Sequence[Turn], quirks: frozenset[str]) -> list[Turn]:
     """The turns with what their roles may hold, without tool calls that nobody answered and without results of no call
-    or of one that has a result: every provider refuses them. Calls come after a question, and have ids that any
-    provider takes, whoever made them."""
+    or of one that has a result: every provider refuses them. Who sends a result of no call is told so before
+    (`refuse_unasked_results`); one that is stored, by an import or on a branch, is left out here, and the conversation
+    goes on. Calls come after a question, their results right behind them, whatever was said in between, and have ids
+    that the provider takes, whoever made them."""
     kept: list[Turn] = []
     names: dict[str | None, str] = {}  # of the open calls: their ids here, and upstream
     taken: set[str] = set()
-    asked = False
+    asked, place = False, 0  # of the next result
     for position, turn in enumerate(turns):
         turn = replace(turn, content=tuple(one for one in turn.content if one.kind in ROLE_KINDS[turn.role]))
         if turn.role == "tool":
-            name = names.pop(turn.tool_call_id, None)
-            kept += [replace(turn, tool_call_id=name)] if name else []
+            if name := names.pop(turn.tool_call_id, None):
+                kept.insert(place, replace(turn, tool_call_id=name))
+                place += 1
             continue
         asked = asked or (turn.role == "user" and says_something(turn))
-        following = itertools.takewhile(lambda other: other.role == "tool", turns[position + 1 :])
-        results = {other.tool_call_id for other in following} if asked else set()
-        content, names = name_calls(turn.content, results, taken)
-        kept.append(replace(turn, content=content))
+        if is_answer(turn):
+            following = itertools.takewhile(lambda other: not is_answer(other), turns[position + 1 :])
+            results = {other.tool_call_id for other in following if other.role == "tool"} if asked else set()
+            content, names = name_calls(turn.content, results, taken, quirks)
+            turn, place = replace(turn, content=content), len(kept) + 1
+        kept.append(turn)
     return kept
 
 
 def name_calls(
-    content: Iterable[Delta], results: set[str | None], taken: set[str]
+    content: Iterable[Delta], results: set[str | None], taken: set[str], quirks: frozenset[str]
 ) -> tuple[tuple[Delta, ...], dict[str | None, str]]:
     """An answer's content with only the calls that have a result, and the ids that those have upstream, by their own;
     what is `taken` already is given to no other."""
@@ -1051,7 +1082,7 @@ def name_calls(
             call = json.loads(delta.text)
             if call["id"] not in results or call["id"] in names:
                 continue
-            names[call["id"]] = name = tool_call_id(call["id"], taken)
+            names[call["id"]] = name = tool_call_id(call["id"], taken, quirks)
             taken.add(name)
             if name != call["id"]:
                 delta = Delta("tool_call", encode_json({**call, "id": name}).decode())
@@ -1059,12 +1090,15 @@ def name_calls(
     return tuple(kept), names
 
 
-def tool_call_id(identity: str, taken: Iterable[str]) -> str:
-    """The id itself where every provider takes it, else one made of it, the same in each request."""
-    if re.fullmatch(rf"[a-zA-Z0-9_-]{{1,{TOOL_CALL_ID_CHARACTERS_MAX}}}", identity) and identity not in taken:
+def tool_call_id(identity: str, taken: Iterable[str], quirks: frozenset[str]) -> str:
+    """The id itself where the provider takes it, else one made of it, the same in each request."""
+    pattern, start, digits = rf"[a-zA-Z0-9_-]{{1,{TOOL_CALL_ID_CHARACTERS_MAX}}}", "call_", 24
+    if "nine_character_ids" in quirks:  # Mistral: "must be a-z, A-Z, 0-9, with a length of 9"
+        pattern, start, digits = "[a-zA-Z0-9]{9}", "", 9
+    if re.fullmatch(pattern, identity) and identity not in taken:
         return identity
-    made = (hashlib.sha256(f"{number} {identity}".encode()).hexdigest()[:24] for number in itertools.count())
-    return next(name for one in made if (name := f"call_{one}") not in taken)
+    made = (hashlib.sha256(f"{number} {identity}".encode()).hexdigest()[:digits] for number in itertools.count())
+    return next(name for one in made if (name := start + one) not in taken)
 
 
 def tool_name(name: str) -> str:
@@ -1509,7 +1543,7 @@ class OpenAIDialect:
         return "no_prefill" not in quirks and not quirks.isdisjoint(PREFILL_FIELDS)
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
-        turns = alternate(answered(question.turns))
+        turns = alternate(answered(question.turns, quirks))
         if question.continues and not self.prefills(quirks):  # else an answer at the end is the client's business
             turns = ask_to_continue(turns)
         messages = [self._message(turn, quirks) for turn in turns]
@@ -1745,7 +1779,7 @@ class AnthropicDialect:
 
     def body(self, provider: Provider, quirks: frozenset[str], question: Question) -> dict[str, Any]:
         parameters = question.parameters
-        turns = [anthropic_turn(turn, provider) for turn in answered(question.turns) if turn.role != "system"]
+        turns = [anthropic_turn(turn, provider) for turn in answered(question.turns, quirks) if turn.role != "system"]
         systems = [question.system, *(text_of(turn.content) for turn in question.turns if turn.role == "system")]
         outgoing = alternate(turns) if self.prefills(quirks) else ask_to_continue(alternate(turns))
         messages: list[dict[str, Any]] = [{"role": turn.role, "content": anthropic_blocks(turn)} for turn in outgoing]
@@ -2817,6 +2851,7 @@ LEARNT_QUIRKS = {
     b"stream_options": "no_stream_options",
     b"max_completion_tokens": "max_completion_tokens",
     b"prefill": "no_prefill",
+    b"a-z, A-Z, 0-9, with a length of 9": "nine_character_ids",  # Mistral's models have it with other providers too
 }
 
 
@@ -3823,6 +3858,7 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
         parent_id = find_parent(connection, conversation_id, parent_id)
     if new.system is not None:
         connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
+    refuse_unasked_results(connection, parent_id, new.turns)
     for turn in new.turns:
         params_json = encode_json({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}).decode()
         parent_id = insert_message(
@@ -3832,6 +3868,24 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
         if not new.hidden:
             index_text(connection, new.owner, parent_id, text_of(turn.content))
     return insert_answer(connection, new, conversation_id, parent_id)
+
+
+def refuse_unasked_results(connection: sqlite3.Connection, parent_id: int | None, turns: Iterable[Turn]) -> None:
+    """Raises InvalidRequest for a tool's result of a request that the answer before it, there or stored, did not call
+    for: no provider would get it. OpenAI refuses it too; in which order results come, and what is said in between,
+    makes no difference."""
+    called: set[str] | None = None
+    for turn in turns:
+        if is_answer(turn):
+            called = called_ids(turn)
+        if not turn.id_field:
+            continue
+        if called is None:
+            last = next(filter(is_answer, reversed(select_path(connection, parent_id))), None)
+            called = called_ids(last) if last is not None else set()
+        if turn.tool_call_id not in called:
+            words = "a message with role 'tool' must be a response to a preceding message with 'tool_calls'"
+            raise InvalidRequest(f"{turn.id_field}: {turn.tool_call_id!r} is no call of the answer before it; {words}")
 
 
 def insert_answer(
@@ -4765,7 +4819,7 @@ def our_conversation(head: dict[str, Any], messages: Iterator[Any], source: Arch
     try:
         conversation = msgspec.convert(storable({**head, "messages": []}), ArchivedConversation)
     except NOT_OURS as exc:
-        source.leave_out(f"a conversation with its messages: {exc}", 1 + sum(1 for _ in messages))
+        source.leave_out(f"a conversation with its messages: {in_json_words(exc)}", 1 + sum(1 for _ in messages))
         return
     source.where = conversation.title or source.where
     yield conversation, None
@@ -4773,7 +4827,7 @@ def our_conversation(head: dict[str, Any], messages: Iterator[Any], source: Arch
         try:
             message = our_message(value)
         except NOT_OURS as exc:
-            source.leave_out(f"a message: {exc}")
+            source.leave_out(f"a message: {in_json_words(exc)}")
         else:
             yield conversation, message
 
@@ -5065,10 +5119,10 @@ def claude_result(content: Any) -> list[Delta]:
 
 def read_document(source: ArchiveFile) -> Iterator[Record]:
     """A list of conversations; or an archive of ours, which has one; or one conversation by itself."""
-    if source.window.peek() == "{":
-        yield from read_object(source)
-    else:
-        yield from read_list(source)
+    start = source.window.peek()
+    if start not in ("{", "["):
+        source.window.refuse("expected a JSON list or object, or a zip,")
+    yield from read_object(source) if start == "{" else read_list(source)
     if source.window.peek():
         source.window.refuse("something follows the end")
 
@@ -7361,9 +7415,10 @@ def convert(value: Any, kind: type[T], strict: bool = True) -> T:
 
 
 def explain_validation(error: Exception, document: Any, kind: Any) -> str:
-    """A decoder's complaint as field, expectation and value: 'temperature: expected `float` <= 2.0, got 7'."""
-    match = re.fullmatch(r"(?s)(.*) - at `\$(.*)`", str(error))
-    complaint, path = match.groups() if match else (str(error), "")
+    """A decoder's complaint as field, expectation and value: 'temperature: expected `number` <= 2.0, got 7'."""
+    said = in_json_words(error)
+    match = re.fullmatch(r"(?s)(.*) - at `\$(.*)`", said)
+    complaint, path = match.groups() if match else (said, "")
     names = re.findall(r"[\w-]+", path)
     if found := re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", complaint):
         words = "is required" if found[1] == "missing required" else "is not a field of this request"
@@ -7718,7 +7773,7 @@ def turns_of(message: str | list[TextPart | ImagePart | ToolResultPart]) -> tupl
             content.append(Delta("text", part.text))
         else:
             text = (Delta("text", part.text),) if part.text else ()
-            results.append(Turn("tool", text, tool_call_id=part.tool_call_id))
+            results.append(Turn("tool", text, part.tool_call_id, f"message.{index}.tool_call_id"))
     turns = (*results, Turn("user", tuple(content))) if content else tuple(results)
     if not any(map(says_something, turns)):
         raise InvalidRequest("message: is empty; it has at least one character that is not a space")
@@ -8542,7 +8597,7 @@ class ToolMessage(Struct, tag_field="role", tag="tool"):
     content: Texts
 
     def turn(self, name: str) -> Turn:
-        return Turn("tool", content_of(self.content, name), tool_call_id=self.tool_call_id)
+        return Turn("tool", content_of(self.content, name), self.tool_call_id, f"{name}.tool_call_id")
 
 
 class StreamOptions(Struct):
@@ -8815,7 +8870,7 @@ class InputCallOutput(Struct, tag_field="type", tag="function_call_output"):
     output: Texts
 
     def turn(self, name: str) -> Turn:
-        return Turn("tool", content_of(self.output, name), tool_call_id=self.call_id)
+        return Turn("tool", content_of(self.output, name), self.call_id, f"{name}.call_id")
 
 
 class ReasoningText(Struct):

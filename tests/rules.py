@@ -1,9 +1,10 @@
-"""What providers refuse, as far as a request's JSON shows it: an independent reading of both dialects' rules.
+"""What providers refuse, as far as a request's JSON shows it: an independent reading of the dialects' rules.
 
     broken_openai(body)      platform.openai.com/docs/api-reference/chat, and what servers with chat templates add
+    broken_mistral(body)     the same, and docs.mistral.ai/api
     broken_anthropic(body)   docs.claude.com/en/api/messages, and .../build-with-claude/extended-thinking
 
-Both return a sentence for each rule that a request breaks. The rules are those of the strictest server of a dialect;
+Each returns a sentence for each rule that a request breaks. The rules are those of the strictest server of a dialect;
 what is quoted are the words of its refusal. Nothing here knows llmchat.
 """
 
@@ -25,6 +26,11 @@ BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 def broken_openai(body: Json, may_end_with_answer: bool = False) -> list[str]:
     """The rules of OpenAI's dialect that the request breaks."""
     return [f"{place}: {what}" for place, what in openai_breaks(body, may_end_with_answer)]
+
+
+def broken_mistral(body: Json, may_end_with_answer: bool = False) -> list[str]:
+    """The rules that the request breaks of OpenAI's dialect as Mistral speaks it."""
+    return broken_openai(body, may_end_with_answer) + [f"{place}: {what}" for place, what in mistral_breaks(body)]
 
 
 def broken_anthropic(body: Json, may_end_with_answer: bool = False) -> list[str]:
@@ -148,6 +154,22 @@ def openai_one_call_breaks(call: Json) -> Iterator[str]:
         is_object = False
     if not is_object:
         yield "Failed to parse tool call arguments as JSON"  # llama.cpp, vLLM, SGLang
+
+
+# ── Mistral ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mistral_breaks(body: Json) -> Breaks:
+    for index, message in enumerate(body["messages"]):
+        named = [call["id"] for call in message.get("tool_calls", ())]
+        named += [message["tool_call_id"]] if message["role"] == "tool" else []
+        for one in named:
+            if not re.fullmatch("[a-zA-Z0-9]{9}", one):
+                yield f"messages.{index}", f"Tool call id was {one} but must be a-z, A-Z, 0-9, with a length of 9."
+    if body.get("tool_choice") == "required":
+        yield "tool_choice", "is auto, none, any or a tool"
+    if "stream_options" in body:
+        yield "stream_options", "Extra inputs are not permitted"
 
 
 # ── Anthropic ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -143,6 +143,34 @@ def test_a_tool_call_that_nobody_answered_is_left_out_of_the_history(server: Ser
     assert asked(provider) == [("user", "Weather?\n\nNever mind")]
 
 
+def test_a_result_that_no_call_of_the_answer_asked_for_is_refused(server: Server, provider: Provider) -> None:
+    from tests.provider import openai_tool_calls
+
+    result = {"type": "tool_result", "tool_call_id": "call_2", "text": "22 °C"}
+    provider.script(openai_tool_calls(("call_1", "weather", "{}")))
+    answer = whole(server, "Weather?", tools=[{"name": "weather"}])
+    for more in ({"conversation_id": answer["conversation_id"]}, {}):
+        parts = [{"type": "text", "text": "Well?"}, result]
+        response = server.post("/api/v1/chat", {"message": parts, "stream": False, **more})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_request"
+        assert response.json()["error"]["message"].startswith("message.1.tool_call_id: 'call_2' is no call of ")
+    assert server.rows("SELECT (SELECT count(*) FROM conversation), (SELECT count(*) FROM message)") == [(1, 2)]
+
+
+def test_a_result_may_be_sent_again_behind_an_answer_that_failed_without_a_word(
+    server: Server, provider: Provider
+) -> None:
+    from tests.provider import openai_tool_calls
+
+    result = {"type": "tool_result", "tool_call_id": "call_1", "text": "22 °C"}
+    provider.script(openai_tool_calls(("call_1", "weather", "{}")), openai_error(400, "no"), openai_text("Warm."))
+    answer = whole(server, "Weather?", tools=[{"name": "weather"}])
+    again = {"conversation_id": answer["conversation_id"], "stream": False}
+    assert server.post("/api/v1/chat", {"message": [result], **again}).status_code == 422
+    assert whole(server, [result], **again)["text"] == "Warm."
+    assert [role for role, _ in asked(provider)] == ["user", "assistant", "tool"]
+
+
 def test_parameters_and_system_of_a_conversation_hold_until_they_are_unset(server: Server, provider: Provider) -> None:
     answer = whole(server, system="Be brief.")
     path = f"/api/v1/conversations/{answer['conversation_id']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -177,6 +178,61 @@ def test_of_two_calls_only_the_one_with_a_result_goes_back() -> None:
     blocks = messages(*turns, provider=ANTHROPIC)
     assert [block["type"] for block in blocks[1]["content"]] == ["text", "tool_use"]
     assert [block["type"] for block in blocks[2]["content"]] == ["tool_result", "text"]
+
+
+@pytest.mark.parametrize("provider", [OPENAI, ANTHROPIC], ids=lambda one: one.dialect)
+def test_results_go_right_behind_their_calls_whatever_was_said_in_between(provider: Provider) -> None:
+    said = [user("And hurry"), result("two", "call_2"), Turn("system", (Delta("text", "Be brief"),)), result("one")]
+    found = messages(user("a"), assistant(CALL, called("call_2")), *said, user("b"), provider=provider)
+    roles = [message["role"] for message in found]
+    if provider is OPENAI:
+        assert roles == ["user", "assistant", "tool", "tool", "user", "system", "user"]
+        assert [(one["tool_call_id"], one["content"]) for one in found[2:4]] == [("call_2", "two"), ("call_1", "one")]
+    else:
+        assert roles == ["user", "assistant", "user"]
+        assert [block["type"] for block in found[2]["content"]] == ["tool_result", "tool_result", "text"]
+
+
+def test_a_stored_result_behind_another_answer_is_left_out_with_its_call() -> None:
+    found = messages(user("a"), assistant(CALL), user("b"), assistant("Well."), result("late"), user("c"))
+    assert [(message["role"], message["content"]) for message in found] == [
+        ("user", "a\n\nb"),
+        ("assistant", "Well."),
+        ("user", "c"),
+    ]
+
+
+MISTRAL = Provider("mistral", "openai", "https://mistral.test/v1", "k", quirks=PROVIDER_FACTS["mistral"].quirks)
+
+
+def called(identity: str) -> Delta:
+    return Delta("tool_call", json.dumps({"id": identity, "name": "weather", "arguments": "{}"}))
+
+
+def ids_upstream(*ids: str, provider: Provider = MISTRAL) -> list[str]:
+    """What the ids of an answer's calls are upstream; each result is found under the same."""
+    turns = [user("a"), assistant(*map(called, ids)), *(result(one, one) for one in reversed(ids))]
+    _, answer, *results = messages(*turns, provider=provider)
+    found = [call["id"] for call in answer["tool_calls"]]
+    assert {one["tool_call_id"]: one["content"] for one in results} == dict(zip(found, ids, strict=True))
+    return found
+
+
+def test_mistral_gets_ids_of_nine_letters_and_digits_and_its_own_back_as_they_were() -> None:
+    given = ["D681PevKs", "call_abc123", "toolu_01A-", "123456789", "12345678", "1234567890", "abc_12345"]
+    found = ids_upstream(*given)
+    assert [one for one, other in zip(found, given, strict=True) if one == other] == ["D681PevKs", "123456789"]
+    assert all(re.fullmatch("[a-zA-Z0-9]{9}", one) for one in found) and len(set(found)) == len(found)
+    assert ids_upstream(*given) == found, "the same in the next request"
+    assert ids_upstream(*given, provider=OPENAI) == given, "nobody else is concerned"
+
+
+def test_an_id_that_is_made_meets_no_other_of_the_request() -> None:
+    (made,) = ids_upstream("call_1")
+    first, second = ids_upstream("call_1", made)
+    assert first == made != second and re.fullmatch("[a-zA-Z0-9]{9}", second)
+    first, second = ids_upstream(made, "call_1")
+    assert first == made != second and re.fullmatch("[a-zA-Z0-9]{9}", second)
 
 
 def test_garbled_arguments_still_make_an_object_for_anthropic() -> None:

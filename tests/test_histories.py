@@ -24,13 +24,13 @@ from hypothesis import strategies as some
 
 import llmchat
 from llmchat import DIALECTS, PROVIDER_FACTS, Delta, Parameters, Provider, Question, Started, Target, Turn
-from tests.rules import broken_anthropic, broken_openai
+from tests.rules import broken_anthropic, broken_mistral, broken_openai
 from tests.test_import import open_database
 
 EXAMPLES = int(os.environ.get("LLMCHAT_TEST_EXAMPLES", "40"))
 PNG = "iVBORw0KGgo="
 TEXTS = ["Hello", "a", " ", "\n\n", "ends in a space ", "日本 \u2028"]
-CALL_IDS = ["call_1", "call_2", "functions.look:0", "x" * 60, ""]
+CALL_IDS = ["call_1", "call_2", "functions.look:0", "x" * 60, "", "D681PevKs"]
 NAMES = ["look", "web.run", "", "n" * 80]
 ARGUMENTS = ["{}", "", '{"at": 1}', "[1]", '{"at":', '{"at": NaN}', '{"at": "\\ud800"}', "[" * 3_000]
 
@@ -152,7 +152,8 @@ def broken(started: Started, one: Way, ends_with_answer: bool) -> list[str]:
     question = Question("m", started.system, started.turns, started.parameters, continues=bool(started.content))
     body = DIALECTS[one.provider.dialect].body(one.provider, one.quirks, question)
     sent = json.loads(llmchat.encode_json(body))
-    return (broken_openai if one.provider.dialect == "openai" else broken_anthropic)(sent, ends_with_answer)
+    rules = {"anthropic": broken_anthropic, "openai": broken_openai}[one.provider.dialect]
+    return (broken_mistral if one.provider.name == "mistral" else rules)(sent, ends_with_answer)
 
 
 SIGNED = [

@@ -332,24 +332,27 @@ def deltas(kind: str, *texts: str) -> list[dict[str, str]]:
     [
         ({"role": "robot"}, "Invalid enum value 'robot'"),
         ({"status": "done"}, "Invalid enum value 'done'"),
-        ({"created_at_ms": "now"}, "Expected `int`, got `str`"),
-        ({"created_at_ms": -1}, "Expected `int` >= 0"),
-        ({"created_at_ms": 10**400}, "Expected `int`, got `str`"),
-        ({"origin": 7}, "Expected `str`, got `int`"),
-        ({"origin": ""}, "Expected `str` of length >= 1"),
-        ({"origin": "x" * 201}, "Expected `str` of length <= 200"),
+        ({"created_at_ms": "now"}, "Expected `integer`, got `string`"),
+        ({"created_at_ms": -1}, "Expected `integer` >= 0"),
+        ({"created_at_ms": 10**400}, "Expected `integer`, got `string`"),
+        ({"origin": 7}, "Expected `string`, got `integer`"),
+        ({"origin": ""}, "Expected `string` of length >= 1"),
+        ({"origin": "x" * 201}, "Expected `string` of length <= 200"),
         ({"content": {"kind": "text"}}, "Expected `array`, got `object`"),
-        ({"content": ["text"]}, "Expected `object`, got `str`"),
+        ({"content": ["text"]}, "Expected `object`, got `string`"),
         ({"content": deltas("html", "x")}, "content of kind 'html'"),
         ({"content": deltas("tool_call", "x")}, "malformed"),
         ({"content": deltas("tool_call", '{"id": "1", "name": "x"}')}, "missing required field `arguments`"),
         ({"content": deltas("image", '{"media_type": "image/svg+xml", "data": "PHN2Zz4="}')}, "Invalid enum value"),
-        ({"content": deltas("image", '{"media_type": "image/png", "data": "javascript:"}')}, "Expected `str` matching"),
+        (
+            {"content": deltas("image", '{"media_type": "image/png", "data": "javascript:"}')},
+            "Expected `string` matching",
+        ),
         ({"content": deltas("signature", '"x"')}, "Expected `object`"),
-        ({"params": {"temperature": "hot"}}, "Expected `float | null`, got `str`"),
-        ({"params": {"tool_call_id": 7}}, "Expected `str | null`, got `int`"),
+        ({"params": {"temperature": "hot"}}, "Expected `number | null`, got `string`"),
+        ({"params": {"tool_call_id": 7}}, "Expected `string | null`, got `integer`"),
         ({"params": {"x": json.loads("[" * 80 + "]" * 80)}}, "nested deeper than 64 levels"),
-        ({"usage": {"input_tokens": "many"}}, "Expected `int`, got `str`"),
+        ({"usage": {"input_tokens": "many"}}, "Expected `integer`, got `string`"),
         ({"attempts": {}}, "Expected `array`, got `object`"),
     ],
 )
@@ -403,8 +406,8 @@ def test_tokens_beyond_all_reason_are_summed_all_the_same(database: sqlite3.Conn
         ),
         ({"hello": "world"}, "body: holds no conversations of a format that is known"),
         ({}, "body: holds no conversations of a format that is known"),
-        ("text", "body: cannot be imported: expected [ at character 0"),
-        (7, "body: cannot be imported: expected [ at character 0"),
+        ("text", "body: cannot be imported: expected a JSON list or object, or a zip, at character 0"),
+        (7, "body: cannot be imported: expected a JSON list or object, or a zip, at character 0"),
     ],
 )
 def test_a_document_of_another_kind_is_refused(database: sqlite3.Connection, archive: Any, words: str) -> None:
@@ -421,7 +424,7 @@ def test_a_conversation_whose_head_makes_no_sense_is_left_out_and_the_next_one_i
     found = Import(database, archive)
     assert found.counts[0] == 1 and found.error == ""
     assert found.left_out == {
-        "a conversation with its messages: Expected `str`, got `int` - at `$.title`": 1 + messages,
+        "a conversation with its messages: Expected `string`, got `integer` - at `$.title`": 1 + messages,
         "not a conversation of a format that is known": 1,
     }
 
@@ -880,8 +883,8 @@ def test_wrong_types_anywhere_never_break_an_import_and_never_take_the_next_conv
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", "body: cannot be imported: expected [ at character 0, where it ends"),
-        (b"   \n", "body: cannot be imported: expected [ at character 4, where it ends"),
+        (b"", "body: cannot be imported: expected a JSON list or object, or a zip, at character 0, where it ends"),
+        (b"   \n", "body: cannot be imported: expected a JSON list or object, or a zip, at character 4, where it ends"),
         (b"[", "expecting value at character 1, where it ends"),
         (b"[1 2]", "expected , at character 3"),
         (b"[1,]", "expecting value at character 3"),

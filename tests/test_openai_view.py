@@ -238,6 +238,8 @@ def test_what_a_client_asks_goes_upstream_and_what_nobody_knows_is_ignored(serve
 IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
 FOREIGN_IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "a cat"}
 HISTORY: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "developer", "content": [{"type": "text", "text": "In English."}]},
@@ -299,6 +301,12 @@ def test_a_system_message_between_others_stays_where_it_is(server: Server, provi
         ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
+        ({"messages": [*USER, RESULT]}, "messages.1.tool_call_id"),
+        ({"messages": [{"role": "system", "content": "x"}, RESULT, *USER]}, "messages.1.tool_call_id"),
+        ({"messages": [*USER, CALLED, {**RESULT, "tool_call_id": "c2"}]}, "messages.2.tool_call_id"),
+        ({"messages": [*USER, CALLED, RESULT, {**RESULT, "tool_call_id": "c2"}]}, "messages.3.tool_call_id"),
+        ({"messages": [*USER, CALLED, {"role": "assistant", "content": "A cat."}, RESULT]}, "messages.3.tool_call_id"),
+        ({"messages": [*USER, RESULT, CALLED]}, "messages.1.tool_call_id"),
         ({"messages": [{"role": "user", "content": [FOREIGN_IMAGE]}]}, "messages.0.content.0.data"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -314,6 +322,26 @@ def test_what_cannot_be_answered_is_refused_with_the_field_in_openais_shape(
     assert response.status_code == 400 and error["param"] == param and error["message"].startswith(param), error
     assert error["type"] == "invalid_request_error" and response.headers["x-should-retry"] == "false"
     assert len(provider.chats) == before
+
+
+def test_the_refusal_of_a_result_that_nothing_called_for_names_its_id_and_keeps_nothing(server: Server) -> None:
+    before = server.rows("SELECT count(*) FROM message")
+    message = error_of(complete(server, messages=[*USER, RESULT], store=True))["message"]
+    assert "'c1'" in message and "must be a response to a preceding message with 'tool_calls'" in message
+    assert server.rows("SELECT count(*) FROM message") == before
+
+
+def test_results_of_parallel_calls_may_come_in_any_order(server: Server, provider: Provider) -> None:
+    calls = [{**CALL, "id": f"c{number}"} for number in range(4)]
+    results = [{**RESULT, "tool_call_id": call["id"], "content": f"result {call['id']}"} for call in calls]
+    both = {"role": "assistant", "content": "I look.", "tool_calls": calls}
+    again = [*USER, both, results[2], results[0], results[3], results[1]]
+    response = complete(server, messages=[*again, {"role": "assistant", "content": "Cats."}, *again])
+    assert response.status_code == 200, response.text
+    sent = [one for one in asked(provider)["messages"] if one["role"] == "tool"]
+    assert [one["content"] for one in sent] == [f"result c{number}" for number in (2, 0, 3, 1)] * 2
+    called = [call["id"] for one in asked(provider)["messages"] for call in one.get("tool_calls", ())]
+    assert [one["tool_call_id"] for one in sent[:4]] == ["c2", "c0", "c3", "c1"] and sorted(called[:4]) == called[:4]
 
 
 # ── chat completions: what comes back ───────────────────────────────────────────────────────────────────────────────
@@ -960,6 +988,26 @@ def test_a_functions_output_goes_back_to_its_call(server: Server, provider: Prov
         assert ("c2lnbmF0dXJl" in sent) is (how != "items"), "signed reasoning goes back where its signature is known"
 
 
+CALL_ITEM = {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "a cat"}
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_an_output_is_refused_unless_the_previous_response_called_for_it(
+    server: Server, provider: Provider, store: bool
+) -> None:
+    provider.script(MANY, openai_text("Two of them."), openai_text("Done"))
+    tools = [{"type": "function", "name": "look", "parameters": {"type": "object"}}]
+    first = respond(server, "Look", tools=tools).json()
+    options = {"previous_response_id": first["id"], "tools": tools, "store": store}
+    refused = respond(server, [{**OUTPUT, "call_id": "c9"}], **options)
+    assert refused.status_code == 400 and error_of(refused)["param"] == "input.0.call_id"
+    assert "'c9'" in error_of(refused)["message"]
+    hurried = [{**OUTPUT, "call_id": "c2"}, {"role": "developer", "content": "Be brief."}, OUTPUT]
+    assert respond(server, hurried, **options).status_code == 200
+    assert [one["role"] for one in asked(provider)["messages"]] == ["user", "assistant", "tool", "tool", "system"]
+
+
 def test_every_kind_of_input_goes_upstream(server: Server, provider: Provider) -> None:
     image = {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}", "detail": "auto"}
     given = [
@@ -1003,6 +1051,9 @@ def test_every_kind_of_input_goes_upstream(server: Server, provider: Provider) -
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role"),
         ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, "input.0.content.0.type"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0.call_id"),
+        ({"input": [{"role": "user", "content": "x"}, OUTPUT]}, "input.1.call_id"),
+        ({"input": [{"role": "user", "content": "x"}, OUTPUT, CALL_ITEM]}, "input.1.call_id"),
+        ({"input": [CALL_ITEM, {**OUTPUT, "call_id": "c2"}]}, "input.1.call_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"metadata": {"a": 1}}, "metadata"),
     ],

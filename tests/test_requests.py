@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+import llmchat
 from tests.client import EventStream, Reader
 from tests.conftest import Server
 from tests.guarantees import running_server
@@ -162,29 +164,29 @@ def test_a_client_that_goes_away_in_the_middle_of_its_body_leaves_nothing(shared
         ({"message": [{"type": "text"}]}, "message.0.text: is required"),
         ({"message": [{"type": "video", "text": "x"}]}, 'message.0.type: expected text | '),
         ({"message": ["x"]}, 'message.0: expected `object`, got "x"'),
-        ({"message": 5}, "message: expected `str | array`, got 5"),
-        ({"message": None}, "message: expected `str | array`, got null"),
-        ({"message": ""}, 'message: expected `str` of length >= 1, got ""'),
+        ({"message": 5}, "message: expected `string | array`, got 5"),
+        ({"message": None}, "message: expected `string | array`, got null"),
+        ({"message": ""}, 'message: expected `string` of length >= 1, got ""'),
         ({"message": " \n\t\u3000"}, "message: is empty; it has at least one character that is not a space"),
         ({"message": []}, "message: is empty; it has at least one character"),
         ({"message": [{"type": "text", "text": " "}]}, "message: is empty; it has at least one character"),
-        ({"message": "x", "stream": None}, "stream: expected `bool`, got null"),
-        ({"message": "x", "stream": "yes"}, 'stream: expected `bool`, got "yes"'),
-        ({"message": "x", "background": 1}, "background: expected `bool`, got 1"),
-        ({"message": "x", "temperature": "1"}, 'temperature: expected `float | null`, got "1"'),
-        ({"message": "x", "temperature": 7}, "temperature: expected `float` <= 2.0, got 7"),
-        ({"message": "x", "temperature": -0.1}, "temperature: expected `float` >= 0.0, got -0.1"),
-        ({"message": "x", "max_tokens": 0}, "max_tokens: expected `int` >= 1, got 0"),
-        ({"message": "x", "max_tokens": 1.5}, "max_tokens: expected `int | null`, got 1.5"),
-        ({"message": "x", "system": 5}, "system: expected `str | null`, got 5"),
+        ({"message": "x", "stream": None}, "stream: expected `boolean`, got null"),
+        ({"message": "x", "stream": "yes"}, 'stream: expected `boolean`, got "yes"'),
+        ({"message": "x", "background": 1}, "background: expected `boolean`, got 1"),
+        ({"message": "x", "temperature": "1"}, 'temperature: expected `number | null`, got "1"'),
+        ({"message": "x", "temperature": 7}, "temperature: expected `number` <= 2.0, got 7"),
+        ({"message": "x", "temperature": -0.1}, "temperature: expected `number` >= 0.0, got -0.1"),
+        ({"message": "x", "max_tokens": 0}, "max_tokens: expected `integer` >= 1, got 0"),
+        ({"message": "x", "max_tokens": 1.5}, "max_tokens: expected `integer | null`, got 1.5"),
+        ({"message": "x", "system": 5}, "system: expected `string | null`, got 5"),
         ({"message": "x", "tools": {}}, "tools: expected `array | null`, got {}"),
         ({"message": "x", "tools": [1]}, "tools.0: expected `object`, got 1"),
         ({"message": "x", "tools": [{}] * 129}, "tools: expected `array` of length <= 128, got [{}"),
-        ({"message": "x", "conversation_id": True}, "conversation_id: expected `int | null`, got true"),
-        ({"message": "x", "conversation_id": 0}, "conversation_id: expected `int` >= 1, got 0"),
-        ({"message": "x", "conversation_id": 1, "parent_id": "2"}, 'parent_id: expected `int | null`, got "2"'),
-        ({"message": "x", "max_tokens": 2**53 + 1}, "max_tokens: expected `int` <= 10000000, got 9007199254740993"),
-        ({"message": "x", "fallbacks": ["openai/m", 5]}, "fallbacks.1: expected `str`, got 5"),
+        ({"message": "x", "conversation_id": True}, "conversation_id: expected `integer | null`, got true"),
+        ({"message": "x", "conversation_id": 0}, "conversation_id: expected `integer` >= 1, got 0"),
+        ({"message": "x", "conversation_id": 1, "parent_id": "2"}, 'parent_id: expected `integer | null`, got "2"'),
+        ({"message": "x", "max_tokens": 2**53 + 1}, "max_tokens: expected `integer` <= 10000000, got 9007199254740993"),
+        ({"message": "x", "fallbacks": ["openai/m", 5]}, "fallbacks.1: expected `string`, got 5"),
         ({"message": "x", "fallbacks": ["openai/m"] * 9}, "fallbacks: expected `array` of length <= 8, got ["),
     ],
 )  # fmt: skip
@@ -192,6 +194,32 @@ def test_a_field_that_does_not_fit_is_named_with_its_limit_and_its_value(
     shared: Server, body: dict[str, Any], message: str
 ) -> None:
     assert refuse(shared, body).startswith(message)
+
+
+KINDS = [
+    llmchat.ChatRequest, llmchat.RegenerateRequest, llmchat.ContinueRequest, llmchat.ConversationChanges,
+    llmchat.ConversationsQuery, llmchat.StreamQuery, llmchat.ChatCompletionRequest, llmchat.ResponseRequest,
+    llmchat.InputItems,
+]  # fmt: skip
+WRONG = [None, True, -7, 1.5, "x" * 300_000, [True], [[]], [{}], {}, {"a": 7}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_refusal_of_a_type_uses_pythons_name_for_it(kind: Any) -> None:
+    """Backticks hold types; JSON's, and /openapi.json's, are the only ones that a client knows."""
+    refusals, fields = [], llmchat.fields_of(kind)
+    valid = {"message": "x", "messages": [{"role": "user", "content": "x"}]}
+    for name, wrong in itertools.product(fields, WRONG):
+        try:
+            llmchat.convert({**{one: value for one, value in valid.items() if one in fields}, name: wrong}, kind)
+        except llmchat.InvalidRequest as refusal:
+            refusals.append(refusal.message)
+    types = {word for message in refusals for types in re.findall("`([^`]*)`", message) for word in types.split(" | ")}
+    assert len(types) > 1 and types <= {"string", "integer", "number", "boolean", "array", "object", "null"}
+
+
+def test_a_field_with_the_name_of_a_type_keeps_it(shared: Server) -> None:
+    assert refuse(shared, {"message": "x", "str": 1}) == "str: is not a field of this request"
 
 
 def test_a_choice_that_is_not_one_is_told_the_choices(shared: Server) -> None:
@@ -202,7 +230,7 @@ def test_a_choice_that_is_not_one_is_told_the_choices(shared: Server) -> None:
 
 def test_a_long_value_is_shown_short_with_its_length(shared: Server) -> None:
     message = refuse(shared, {"message": "x", "system": "s" * 100_001})
-    assert message == f'system: expected `str` of length <= 100000, got "{"s" * 56}… (100,003 characters)'
+    assert message == f'system: expected `string` of length <= 100000, got "{"s" * 56}… (100,003 characters)'
 
 
 def test_a_long_unknown_field_is_shown_short_and_on_one_line(shared: Server) -> None:
@@ -220,7 +248,7 @@ def test_a_long_unknown_field_is_shown_short_and_on_one_line(shared: Server) -> 
         (b'{"message":"x","tools":[{"a":' + b"9" * 5000 + b"}]}", "body: is not JSON in UTF-8: Exceeds the limit"),
         (
             b'{"message":"x","max_tokens":-9223372036854775809}',
-            "max_tokens: expected `int` >= 1, got -9223372036854775809",
+            "max_tokens: expected `integer` >= 1, got -9223372036854775809",
         ),
     ],
 )
@@ -296,7 +324,7 @@ def test_nesting_within_the_limit_goes_upstream_as_it_came(shared: Server, provi
         ({"model": "openai/gpt-9"}, "model: openai has no model 'gpt-9'; it has m, n"),
         ({"provider": "openai", "model": "gpt-9"}, "model: openai has no model 'gpt-9'; it has m, n"),
         ({"model": "openai/"}, "model: 'openai/' does not say which provider; write provider/model, or name the"),
-        ({"model": ""}, 'model: expected `str` of length >= 1, got ""'),
+        ({"model": ""}, 'model: expected `string` of length >= 1, got ""'),
         ({"fallbacks": ["openai/gpt-9"]}, "fallbacks: openai has no model 'gpt-9'; it has m, n"),
     ],
 )  # fmt: skip
@@ -393,16 +421,16 @@ def test_head_gets_the_head_alone(shared: Server, path: str, status: int) -> Non
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("limit=0", 'limit: expected `int` >= 1, got "0"'),
-        ("limit=201", 'limit: expected `int` <= 200, got "201"'),
-        ("limit=ten", 'limit: expected `int`, got "ten"'),
-        ("limit=", 'limit: expected `int`, got ""'),
+        ("limit=0", 'limit: expected `integer` >= 1, got "0"'),
+        ("limit=201", 'limit: expected `integer` <= 200, got "201"'),
+        ("limit=ten", 'limit: expected `integer`, got "ten"'),
+        ("limit=", 'limit: expected `integer`, got ""'),
         (f"limit={'9' * 5000}", "limit: integer value out of range, got "),
-        ("limit=%D9%A1", "limit: expected `int`, got "),
-        ("before=x", "before: expected `str` matching regex "),
-        ("before=1-2-3", "before: expected `str` matching regex "),
-        ("before=", "before: expected `str` matching regex "),
-        (f"query={'q' * 501}", "query: expected `str` of length <= 500, got "),
+        ("limit=%D9%A1", "limit: expected `integer`, got "),
+        ("before=x", "before: expected `string` matching regex "),
+        ("before=1-2-3", "before: expected `string` matching regex "),
+        ("before=", "before: expected `string` matching regex "),
+        (f"query={'q' * 501}", "query: expected `string` of length <= 500, got "),
     ],
 )
 def test_a_query_that_does_not_fit_is_named_with_its_bounds(shared: Server, query: str, message: str) -> None:
@@ -414,7 +442,7 @@ def test_a_cursor_that_is_no_offset_is_refused(shared: Server, cursor: str) -> N
     by_header = shared.get("/api/v1/messages/2/stream", headers={"Last-Event-ID": cursor})
     by_query = shared.get("/api/v1/messages/2/stream", params={"after": cursor})
     for name, response in (("Last-Event-ID", by_header), ("after", by_query)):
-        assert error_of(response, 400, "invalid_request").startswith(f"{name}: expected `int`")
+        assert error_of(response, 400, "invalid_request").startswith(f"{name}: expected `integer`")
 
 
 def test_a_cursor_beyond_the_end_is_told_where_the_end_is(shared: Server) -> None:
@@ -623,12 +651,12 @@ def test_a_patch_sets_what_it_names_and_leaves_the_rest(shared: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"title": ""}, "title: expected `str` matching regex '\\\\S', got "),
-        ({"title": " \n"}, "title: expected `str` matching regex '\\\\S', got "),
-        ({"title": None}, "title: expected `str`, got null"),
-        ({"title": "t" * 201}, "title: expected `str` of length <= 200, got "),
+        ({"title": ""}, "title: expected `string` matching regex '\\\\S', got "),
+        ({"title": " \n"}, "title: expected `string` matching regex '\\\\S', got "),
+        ({"title": None}, "title: expected `string`, got null"),
+        ({"title": "t" * 201}, "title: expected `string` of length <= 200, got "),
         ({"titel": "x"}, "titel: is not a field of this request"),
-        ({"system": None}, "system: expected `str`, got null"),
+        ({"system": None}, "system: expected `string`, got null"),
         ({"title": "a\0"}, "title: has a NUL character"),
         ([], "body: expected `object`, got []"),
     ],

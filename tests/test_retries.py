@@ -207,6 +207,25 @@ def test_max_tokens_becomes_max_completion_tokens_when_a_provider_says_so_also_a
     assert bodies[-1]["max_completion_tokens"] == 7
 
 
+def test_ids_of_tool_calls_become_what_mistrals_models_take_when_another_provider_has_one(
+    service: Server, provider: Provider
+) -> None:
+    words = "Tool call id was call_1 but must be a-z, A-Z, 0-9, with a length of 9."
+    provider.script(openai_error(400, words), model="beta-devstral")
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "a cat"},
+    ]
+    response = service.post("/v1/chat/completions", {"model": "beta/beta-devstral", "messages": messages})
+    assert response.status_code == 200, response.text
+    first, second = (request.json["messages"][1:] for request in requests_for(provider, "beta-devstral"))
+    assert first[0]["tool_calls"][0]["id"] == first[1]["tool_call_id"] == "call_1"
+    assert second[0]["tool_calls"][0]["id"] == second[1]["tool_call_id"] != "call_1"
+    assert len(second[1]["tool_call_id"]) == 9 and second[1]["tool_call_id"].isalnum()
+
+
 def test_a_field_that_is_refused_although_it_was_left_out_is_an_error(service: Server, provider: Provider) -> None:
     provider.script(wire.json_answer(PARAM, 400), wire.json_answer(PARAM, 400), model="delta-odd")
     _, _, message = ask(service, model="delta/delta-odd")

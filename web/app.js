@@ -145,15 +145,15 @@ class ApiError extends Error {
 }
 
 /** One call; its answer as a value. Raises ApiError with the server's own words, or with code "offline". */
-async function api(method, path, body = undefined, { key = "", timeout = 60_000, ...options } = {}) {
+async function api(method, path, body = undefined, { key = "", type = "application/json", timeout = 60_000, ...options } = {}) {
   const headers = { Accept: "application/json" };
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (body !== undefined) headers["Content-Type"] = type;
   if (key) headers["Idempotency-Key"] = key;
-  const encoded = body === undefined || typeof body === "string" ? body : JSON.stringify(body);
+  const isEncoded = body === undefined || typeof body === "string" || body instanceof Blob;
   let response;
   try {
     const signal = AbortSignal.timeout(timeout);
-    response = await fetch(path, { method, headers, body: encoded, signal, ...options });
+    response = await fetch(path, { method, headers, body: isEncoded ? body : JSON.stringify(body), signal, ...options });
   } catch {
     setLost(true);
     throw new ApiError("offline", navigator.onLine ? "The server cannot be reached." : "This device is offline.");
@@ -1802,18 +1802,27 @@ function setTheme(theme) {
   dark.media = { system: "(prefers-color-scheme: dark)", light: "not all", dark: "all" }[theme];
 }
 
-/** Brings in a file, and says how much of it came in and what did not. */
+const IMPORT_MS = 3_600_000; // a gigabyte may take its time
+
+/** Brings in an export, JSON or the zip that ChatGPT and Claude hand out, and says what came in and what did not. */
 async function importFile(file) {
+  const type = /\.zip$/i.test(file.name) || file.type.includes("zip") ? "application/zip" : "application/json";
+  $("settings").close(); // what is said next would lie beneath it
+  $("import").disabled = true;
+  const leave = toast(`Importing ${file.name} …`, "", null, IMPORT_MS);
+  let report;
   try {
-    const { conversations, messages, left_out } = await api("POST", "/api/v1/import", await file.text());
-    $("settings").close();
-    await refreshList();
+    const { conversations, messages, left_out } = await api("POST", "/api/v1/import", file, { type, timeout: IMPORT_MS });
     const left = left_out.map(({ reason, count }) => `${reason} (${count})`).join("; ");
     const came = `New conversations: ${conversations.imported}, new messages: ${messages.imported}`;
-    toast(`Imported ${file.name}. ${came}.${left && ` Left out: ${left}.`}`, "", null, left ? 30_000 : 6000);
+    report = [`Imported ${file.name}. ${came}.${left && ` Left out: ${left}.`}`, left ? 30_000 : 6000];
   } catch (error) {
-    toast(`Not imported: ${error.message}`);
+    report = [`Not imported: ${file.name}: ${error.message}`, 30_000];
   }
+  leave();
+  toast(report[0], "", null, report[1]);
+  $("import").disabled = false;
+  await refreshList(); // after a refusal too: what came before it is in
 }
 
 function startSettings() {
