@@ -137,11 +137,12 @@ class LoopThread(ABC):
         server = await self._loop.create_server(self._protocol, sock=self._socket)
         ready.set()
         await self._closing.wait()
-        server.close()
-        while self._tasks:
+        self._loop.remove_reader(self._socket.fileno())  # accepts no more; a closed server leaves open what it accepts
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # also those that accept a connection just now
             for task in self._tasks:
                 task.cancel()
-            await asyncio.wait(self._tasks, timeout=1)
+            await asyncio.wait(tasks, timeout=1)
+        server.close()
         await asyncio.sleep(0)  # the transports' last callbacks
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(server.wait_closed(), 1)
