@@ -431,6 +431,36 @@ def test_01_another_device_catches_up_when_it_is_looked_at(device: Callable[...,
     assert second.shown() == "Second answer."
 
 
+def test_01_an_older_state_that_arrives_late_does_not_replace_what_came_since(
+    device: Callable[..., Device], server: Server, provider: Provider, gate: str
+) -> None:
+    page, state = device(server.url), re.compile(r"/api/v1/messages/\d+\?render=html$")
+    late: list[Any] = []
+
+    def hold_the_first(route: Any) -> None:
+        late.append(route)
+        if len(late) == 1:
+            late[0] = (route, route.fetch())
+        else:
+            route.continue_()
+
+    held(provider, gate, "What is here", " never comes.")
+    page.ask("Hello")
+    expect(page.answer).to_contain_text("What is here")
+    page.tab.route(state, hold_the_first)
+    with page.tab.expect_request(state):
+        page.tab.locator("#stop").click()
+    provider.script(openai_text(" is kept."))
+    page.tab.get_by_role("button", name="Continue").click()
+    expect(page.answer).to_contain_text("What is here is kept.")
+    page.finished()
+    route, stopped = late[0]
+    with page.tab.expect_response(lambda response: response.request == route.request):
+        route.fulfill(response=stopped)
+    page.run("() => new Promise((done) => setTimeout(done, 100))")
+    assert page.shown() == "What is here is kept."
+
+
 def test_01_the_server_is_killed_and_started_again_and_the_answer_can_be_continued(
     device: Callable[..., Device], provider: Provider, gate: str, tmp_path: Path
 ) -> None:

@@ -198,12 +198,16 @@ class Conversation {
   }
 
   /** Takes what the server has; follows the newest path if the one shown only grew. */
-  adopt(data) {
+  /** Takes in what was asked for at a moment; messages that have changed since stay as they are. */
+  adopt(data, askedAt) {
     const last = this.path().at(-1);
     Object.assign(this, { id: data.id, title: data.title, system: data.system, parameters: data.parameters });
     Object.assign(this, { updated_at_ms: data.updated_at_ms, loaded: true });
     const local = [...this.messages.values()].filter((message) => message.id < 0);
-    const messages = data.messages.map((message) => Object.assign(this.messages.get(message.id) ?? {}, message));
+    const messages = data.messages.map((message) => {
+      const known = this.messages.get(message.id) ?? {};
+      return known.changedAt > askedAt ? known : Object.assign(known, message);
+    });
     this.messages = new Map([...messages, ...local].map((message) => [message.id, message]));
     if (!last || data.path.includes(last.id)) this.show(data.path);
   }
@@ -867,6 +871,7 @@ async function openConversation(id, found = null) {
 }
 
 async function loadConversation(conversation, found = null) {
+  const askedAt = performance.now();
   let data;
   try {
     data = await api("GET", `/api/v1/conversations/${conversation.id}?render=html`);
@@ -874,7 +879,7 @@ async function loadConversation(conversation, found = null) {
     if (conversation === state.conversation && !conversation.messages.size) showLoadError(conversation, error);
     return;
   }
-  conversation.adopt(data);
+  conversation.adopt(data, askedAt);
   if (conversation !== state.conversation) return;
   if (found) {
     conversation.reveal(found);
@@ -1020,7 +1025,7 @@ function syncStream() {
 }
 
 async function finishAnswer(message, { status, finish_reason, usage, timing, error }) {
-  Object.assign(message, { status, finish_reason, usage, timing, error });
+  Object.assign(message, { status, finish_reason, usage, timing, error, changedAt: performance.now() });
   const turn = turnOf(message);
   turn.stopping = false;
   turn.drawThinking();
@@ -1030,9 +1035,11 @@ async function finishAnswer(message, { status, finish_reason, usage, timing, err
   refreshList();
 }
 
-/** The message as the server has it, its text among it. */
+/** The message as the server has it, its text among it; nothing, if it has ended or gone on since that was asked. */
 async function refreshMessage(message) {
+  const askedAt = performance.now();
   const data = await api("GET", `/api/v1/messages/${message.id}?render=html`);
+  if (message.changedAt > askedAt) return;
   const wasRunning = message.status === "running";
   Object.assign(message, data);
   if (state.conversation.messages.get(message.id) !== message) return;
@@ -1100,7 +1107,7 @@ async function regenerate(message, model = "") {
 
 async function continueAnswer(message) {
   const before = { status: message.status, finish_reason: message.finish_reason, error: message.error };
-  Object.assign(message, { status: "running", finish_reason: null, error: null });
+  Object.assign(message, { status: "running", finish_reason: null, error: null, changedAt: performance.now() });
   renderConversation();
   try {
     await api("POST", `/api/v1/messages/${message.id}/continue`, { background: true });
