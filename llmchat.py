@@ -5211,13 +5211,14 @@ IMAGE_NAME = re.compile(r"file[-_][A-Za-z0-9]+")
 
 @contextlib.contextmanager
 def zip_errors() -> Iterator[None]:
-    """Raises InvalidRequest for everything that can be wrong with a zip; one with a password is a RuntimeError."""
+    """Raises InvalidRequest for everything that can be wrong with a zip; one with a password, or packed in a way that
+    zipfile does not know, is a RuntimeError."""
     import zipfile
     import zlib
 
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError, ValueError) as exc:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError) as exc:
         raise InvalidRequest(f"body: is a zip that cannot be read: {reason_of(exc)}") from exc
 
 
@@ -5707,8 +5708,7 @@ class Rendering:
             self._wake.set()
             return
         self._others.append(delta)
-        for subscription in self.subscriptions:
-            subscription.put(offset, encode_delta(delta, offset))
+        self.publish(offset, encode_delta(delta, offset))
 
     def end(self, frame: bytes) -> None:
         """Takes the `end` event: it goes out after the last frame of HTML."""
@@ -6017,11 +6017,31 @@ class Publisher(Protocol):
         """The database has been away for too long."""
 
 
-class Flusher:
+class Worker(ABC):
+    """One task, from `open` to `close`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.create_task(self._work_forever(), name=self._name)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    @abstractmethod
+    async def _work_forever(self) -> None: ...
+
+
+class Flusher(Worker):
     """Commits what all generations have pending, and is the only writer of deltas: one task, one transaction after the
     other. It works at once when it was idle, and paces itself by what a flush costs."""
 
     def __init__(self, config: Config, store: Store, publisher: Publisher) -> None:
+        super().__init__("flusher")
         self.flush_ms = 0.0  # what the last flush took
         self._config = config
         self._store = store
@@ -6030,15 +6050,6 @@ class Flusher:
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._next_flush_at = 0.0
-        self._task: asyncio.Task[None] | None = None
-
-    def open(self) -> None:
-        self._task = asyncio.create_task(self._flush_forever(), name="flusher")
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     def mark(self, generation: Generation) -> None:
         """There is something to flush."""
@@ -6050,7 +6061,7 @@ class Flusher:
     def forget(self, generation: Generation) -> None:
         self._marked.pop(generation.message_id, None)
 
-    async def _flush_forever(self) -> None:
+    async def _work_forever(self) -> None:
         while True:
             await self._wake.wait()
             await self._pace()
@@ -6116,7 +6127,7 @@ class Flusher:
                 return
 
 
-class Chore:
+class Chore(Worker):
     """Work that is due some time after an answer's end. It says in how many seconds it is due again; None: there is none.
 
     One task, which looks at the start and when `wake` says that something has ended; it sleeps until more is due, and
@@ -6124,18 +6135,9 @@ class Chore:
     """
 
     def __init__(self, name: str, work: Callable[[], Awaitable[float | None]]) -> None:
-        self._name = name
+        super().__init__(name)
         self._work = work
         self._ended = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    def open(self) -> None:
-        self._task = asyncio.create_task(self._work_forever(), name=self._name)
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     def wake(self) -> None:
         """An answer has ended."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -410,5 +412,41 @@ def test_writes_that_are_refused_take_no_other_along(tmp_path: Path) -> None:
             assert kept <= ids and not refused & ids
         finally:
             await store.close()
+
+    asyncio.run(run())
+
+
+# ── the flusher's pace ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def flusher() -> Any:
+    nothing: Any = None
+    config: Any = SimpleNamespace(flush_interval_ms=20)
+    return llmchat.Flusher(config, nothing, nothing)
+
+
+@pytest.mark.parametrize(("characters", "seconds"), [(10, llmchat.FLUSH_INTERVAL_SECONDS_MAX), (100_000, 0.02)])
+def test_a_costly_flush_is_followed_by_a_wait_only_if_that_makes_pieces_longer(characters: int, seconds: float) -> None:
+    generation: Any = None
+    paced, started_at = flusher(), time.monotonic() - 1  # it took a second
+    paced._set_pace(
+        [llmchat.Flush(generation, [(characters, llmchat.Delta("text", "x" * characters))], None)], started_at
+    )
+    assert paced._next_flush_at == pytest.approx(started_at - llmchat.FLUSH_BURST_SECONDS + seconds)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_provider_that_has_to_wait_is_not_kept_waiting_for_the_pace(is_late: bool) -> None:
+    async def run() -> None:
+        paced, generation = flusher(), SimpleNamespace(message_id=1, is_held=not is_late)
+        paced._next_flush_at = time.monotonic() + 3600
+        paced.mark(generation)
+        pacing = asyncio.create_task(paced._pace())
+        if is_late:  # it is held only while the flusher sleeps
+            await asyncio.sleep(0)
+            assert not pacing.done()
+            generation.is_held = True
+            paced.mark(generation)
+        await asyncio.wait_for(pacing, 20)
 
     asyncio.run(run())

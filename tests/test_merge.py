@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import random
 import sqlite3
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,7 +337,12 @@ def test_memory_is_given_back_once_nothing_has_run_for_a_while(tmp_path: Path, m
     run_app(tmp_path / "llmchat.db", scenario)
 
 
-def test_giving_memory_back_is_harmless() -> None:
+def test_memory_is_given_back_by_a_c_library_that_can_and_by_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=kept.append))
+    llmchat.give_back_memory()
+    assert kept == [0], "the bytes to keep"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
     llmchat.give_back_memory()
 
 
