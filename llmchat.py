@@ -4182,20 +4182,8 @@ def load_message(connection: sqlite3.Connection, owner: str, message_id: int) ->
     return whole_message(connection, select_message(connection, owner, message_id))
 
 
-def load_page(
-    connection: sqlite3.Connection,
-    owner: str,
-    message_id: int,
-    cursor: int,
-    join: Callable[[Iterable[Delta]], list[Delta]] = join_deltas,
-) -> Page:
-    """Some content from a cursor on, in pieces that make frames of at most 64 KiB; a cursor may stand inside a row.
-
-    `join` may be `list`: then every row is a piece of its own, as it was when it was published."""
-    message = message_of(select_message(connection, owner, message_id), ())
-    last = connection.execute(
-        "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1", (message_id,)
-    ).fetchone()
+def deltas_from(connection: sqlite3.Connection, message_id: int, cursor: int) -> list[Delta]:
+    """What rows have beyond a cursor, which may stand inside of one; some four frames of it."""
     rows = connection.execute(
         "SELECT offset, kind, text FROM delta WHERE message_id = :id AND offset >= coalesce("
         "(SELECT max(offset) FROM delta WHERE message_id = :id AND offset <= :cursor), 0) ORDER BY offset",
@@ -4208,8 +4196,25 @@ def load_page(
         characters += len(unread)
         if characters >= FRAME_CHARACTERS_MAX * 4:
             break
+    return found
+
+
+def load_page(
+    connection: sqlite3.Connection,
+    owner: str,
+    message_id: int,
+    cursor: int,
+    join: Callable[[Iterable[Delta]], list[Delta]] = join_deltas,
+) -> Page:
+    """Some content from a cursor on, in pieces that make frames of at most 64 KiB.
+
+    `join` may be `list`: then every row is a piece of its own, as it was when it was published."""
+    message = message_of(select_message(connection, owner, message_id), ())
+    last = connection.execute(
+        "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1", (message_id,)
+    ).fetchone()
     pieces, offset = [], cursor
-    for delta in join(found):
+    for delta in join(deltas_from(connection, message_id, cursor)):
         for piece in split_delta(delta):
             offset += len(piece.text)
             pieces.append((offset, piece))
