@@ -6,8 +6,7 @@
 #   "uvloop>=0.21,<1; sys_platform != 'win32'",
 #   "httptools>=0.6.4,<1",
 #   "httpx>=0.28,<0.29",
-#   "httpx-aiohttp>=0.2,<0.3",
-#   "aiohttp>=3.11,<3.15",
+#   "aiohappyeyeballs>=2.4,<3",
 #   "aiosqlite>=0.22,<0.23",
 #   "anyio>=4.6,<5",
 #   "msgspec>=0.20,<0.23",
@@ -21,7 +20,7 @@
 The way of a delta, one direction, no way back:
 
     provider ──▶ Answer.feed ──▶ FLUSHER: dialect.decode ──▶ generation.pending ──commit──▶ SQLite (WAL)
-    (aiohttp)    bytes, kept                                                           │ then, and only then
+                 bytes, kept                                                           │ then, and only then
                                                                                        ▼
                                         SSE ◀── each subscriber: its socket, or its queue ◀── frame ──▶ ring
 
@@ -82,6 +81,7 @@ import tempfile
 import time
 import unicodedata
 import urllib.parse
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,6 +110,8 @@ from urllib.parse import quote
 import aiosqlite
 import msgspec
 import uvicorn
+from aiohappyeyeballs import start_connection
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -121,6 +123,8 @@ from starlette.types import Message as AsgiMessage
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
     from markdown_it import MarkdownIt
     from markdown_it.rules_block import StateBlock
@@ -165,6 +169,8 @@ STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
 FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
 LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
+HEAD_BYTES_MAX = 256 * 1024  # of a reply: its status and headers
+KEPT_SECONDS = 15  # that a connection is kept for the next question
 REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 REFUSAL_BYTES_MAX = 1_000_000  # of it
 MODELS_SECONDS = 10  # to ask a provider for its models
@@ -2454,14 +2460,12 @@ class MarkdownStream:
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 8. Providers
 #
-# One HTTP transport for all of them, opened at the first question, because its import alone doubles the start. It is
-# httpx's over aiohttp, whose parser is C (Python's own was the largest cost of a stream), used without httpx's client:
-# of what that adds to a request, no provider needs anything, and redirects must not be followed with the key. It is
-# given its limits, for both libraries cap at 100 connections unless told otherwise. An answer's bytes are taken off
-# aiohttp's parser as they come (Tap), kept as they are (Answer.feed), and decoded in one go by whoever wants deltas
-# (Answer.take). Every way in which that can fail becomes a ProviderError here; what follows from it (retry, fallback,
-# the end of the generation) is decided in section 10. The demo provider is a transport too, so that a first start
-# without a key takes nearly the same way.
+# A question goes out on a connection of our own, HTTP/1.1 over the parser that uvicorn has on the other side, for here is
+# where a stream spends its time: what a read brings is kept as it is (Answer.feed), without waking a task, and decoded in
+# one go by whoever wants deltas (Answer.take). Only what has to take a proxy goes through httpx. A Reply is what comes
+# back either way, and from the demo provider too, so that a first start without a key takes nearly the same way. Every
+# way in which a question can fail becomes a ProviderError here; what follows from it (retry, fallback, the end of the
+# generation) is decided in section 10.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 DEMO_TEXT = """\
@@ -2558,14 +2562,12 @@ async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
         yield b"data: [DONE]\n\n"
 
 
-def answer_demo(request: httpx.Request) -> httpx.Response:
-    """Answers a question to DEMO_HOST, without a network."""
-    import httpx
-
-    asked = decode_json(request.content)
+def answer_demo(question: bytes) -> Reply:
+    """The demo provider's reply to a question, without a network."""
+    asked = decode_json(question)
     content = asked["messages"][-1]["content"]
-    question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    return httpx.Response(200, content=demo_stream(asked["model"], question))
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return IteratedReply(200, {}, demo_stream(asked["model"], text))
 
 
 class Target(NamedTuple):
@@ -2587,23 +2589,105 @@ class ModelList:
     asked_at: float  # monotonic seconds
 
 
-class Source(Protocol):
-    """Where an answer's bytes come from. It calls the answer's `feed`, and in the end `finish` or `break_off`."""
+# ── a reply, and who takes its body ──
 
-    def pause(self) -> None: ...
+
+class Body(Protocol):
+    """Who takes the body of a reply: piece by piece as it comes, then its end, or why there is none."""
+
+    def feed(self, data: bytes) -> None: ...
+    def finish(self) -> None: ...
+    def break_off(self, exc: BaseException) -> None: ...
+
+
+class WholeBody(Body):
+    """A body that is wanted in one piece; `error` says why it is not whole."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.data = bytearray()
+        self.error: BaseException | None = None
+        self._bytes_max = bytes_max
+        self._over = asyncio.Event()
+
+    def feed(self, data: bytes) -> None:
+        self.data += data
+        if len(self.data) > self._bytes_max:
+            self.break_off(ValueError(f"it is larger than {self._bytes_max:,} bytes, the limit"))
+
+    def finish(self) -> None:
+        self._over.set()
+
+    def break_off(self, exc: BaseException) -> None:
+        self.error = self.error or exc
+        self._over.set()
+
+    async def wait(self) -> None:
+        await self._over.wait()
+
+
+class InflatedBody(Body):
+    """Takes a body that comes compressed, although that was not asked for, and hands it on as it was before."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)  # gzip or zlib, by its first bytes
+
+    def feed(self, data: bytes) -> None:
+        try:
+            inflated = self._inflater.decompress(data, PROVIDER_EVENT_BYTES_MAX)
+            if self._inflater.unconsumed_tail:
+                raise ValueError(f"{len(data):,} bytes inflate to more than {PROVIDER_EVENT_BYTES_MAX:,}, the limit")
+        except (zlib.error, ValueError) as exc:
+            self.break_off(exc)
+        else:
+            self._body.feed(inflated)
+
+    def finish(self) -> None:
+        self._body.finish()
+
+    def break_off(self, exc: BaseException) -> None:
+        self._body.break_off(exc)
+
+
+class Reply(ABC):
+    """What came back: a status, headers by their names in lower case, and a body that goes to whom `attach` says."""
+
+    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status = status
+        self.headers = {name.lower(): value for name, value in headers.items()}
+
+    def attach(self, body: Body) -> None:
+        """What of the body is there goes to it at once, the rest as it comes."""
+        is_compressed = self.headers.get("content-encoding", "identity").lower() != "identity"
+        self._attach(InflatedBody(body) if is_compressed else body)
+
+    @abstractmethod
+    def _attach(self, body: Body) -> None: ...
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Has the provider wait."""
+
+    @abstractmethod
     def resume(self) -> None: ...
-    async def close(self) -> None: ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Nothing more of it is wanted; unless it was whole, its connection closes at once."""
 
 
-class Pump:
-    """The source of a body that httpx has to decode, or that comes from no socket: a task that reads it."""
+class IteratedReply(Reply):
+    """A reply whose body is an iterator's; a task reads it."""
 
-    def __init__(self, answer: Answer, response: httpx.Response) -> None:
-        self._answer = answer
-        self._response = response
+    def __init__(self, status: int, headers: Mapping[str, str], pieces: AsyncIterator[bytes]) -> None:
+        super().__init__(status, headers)
+        self._pieces = pieces
         self._room = asyncio.Event()
         self._room.set()
-        self._task = asyncio.create_task(self._read(), name="pump")
+        self._task: asyncio.Task[None] | None = None
+
+    def _attach(self, body: Body) -> None:
+        self._task = asyncio.create_task(self._read(body), name="reply")
 
     def pause(self) -> None:
         self._room.clear()
@@ -2612,21 +2696,347 @@ class Pump:
         self._room.set()
 
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _read(self) -> None:
+    async def _read(self, body: Body) -> None:
         try:
-            async for data in self._response.aiter_bytes():
-                self._answer.feed(data)
+            async for data in self._pieces:
+                body.feed(data)
                 await self._room.wait()
-        except connection_errors() as exc:
-            self._answer.break_off(exc)
+        except Exception as exc:
+            body.break_off(exc)
         else:
-            self._answer.finish()
+            body.finish()
 
 
-class Answer:
+class ProxiedReply(IteratedReply):
+    """A reply that httpx got, through a proxy."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        super().__init__(response.status_code, response.headers, response.aiter_raw())
+        self._response = response
+
+    async def close(self) -> None:
+        await super().close()
+        await self._response.aclose()
+
+
+class Exchange(Reply):
+    """A reply on a connection of our own. What the parser finds, it tells to `on_…`
+    (https://github.com/MagicStack/httptools); HTTP/1.1 is RFC 9112."""
+
+    def __init__(self, connection: ProviderConnection) -> None:
+        super().__init__(0, {})
+        self.on_body = (pieces := list[bytes]()).append  # for every chunk: no function of Python's
+        self._pieces = pieces  # which nobody has taken yet
+        self._connection: ProviderConnection | None = connection  # None: nothing more will come
+        self._body: Body | None = None
+        self._error: BaseException | None = None
+        self._head = asyncio.Event()
+        self._head_bytes = 0
+        self._is_interim = self._is_complete = self._is_reusable = False
+        self._parser = HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(
+            lenient_headers=True, lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True
+        )
+
+    async def head(self) -> None:
+        """Returns when status and headers are there. Raises OSError, HttpParserError."""
+        await self._head.wait()
+        if not self.status and self._error is not None:
+            raise self._error
+
+    # ── what the parser tells ──
+
+    def on_message_begin(self) -> None:
+        if self._is_complete:
+            raise HttpParserError("a second reply to one request")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        self._is_interim = status < 200
+        if self._is_interim:
+            self.headers.clear()
+        else:
+            self.status = status
+            self._head.set()
+
+    def on_message_complete(self) -> None:
+        self._is_complete = not self._is_interim
+        self._is_reusable = self._parser.should_keep_alive()  # it knows only now
+
+    # ── what the connection tells ──
+
+    def take(self, data: bytes) -> None:
+        """What a read brought."""
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as exc:
+            self._error = exc
+        if not self.status:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX:
+                self._error = HttpParserError(f"its headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
+        if self._is_complete or self._error is not None:
+            self._end()
+        self._hand_on()
+
+    def lose(self, exc: BaseException | None) -> None:
+        """The connection is gone. Where nothing says how long a body is, that is its end."""
+        is_bounded = "content-length" in self.headers or "chunked" in self.headers.get("transfer-encoding", "").lower()
+        self._is_complete = exc is None and self.status != 0 and not is_bounded
+        self._error = exc or ConnectionResetError("it was closed")
+        self._end()
+        self._hand_on()
+
+    def _end(self) -> None:
+        """Nothing more will come: the connection is free again, if it can be."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release(self._is_complete and self._is_reusable and self._error is None)
+        if self._is_complete:
+            self._error = None
+        del self._parser  # which holds this
+        self._head.set()
+
+    def _hand_on(self) -> None:
+        body = self._body
+        if body is None:
+            return
+        if self._pieces:
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            body.feed(data)
+        if self._connection is None:
+            self._body = None
+            body.finish() if self._error is None else body.break_off(self._error)
+
+    # ── what is done with a reply ──
+
+    def _attach(self, body: Body) -> None:
+        self._body = body
+        self._hand_on()
+
+    def pause(self) -> None:
+        if self._connection is not None and not self._connection.transport.is_closing():
+            self._connection.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._connection is not None and not self._connection.transport.is_closing():
+            self._connection.transport.resume_reading()
+
+    async def close(self) -> None:
+        self._body = None
+        if self._connection is not None:
+            self._end()
+
+
+class Address(NamedTuple):
+    """Where a connection leads."""
+
+    is_secure: bool
+    host: str
+    port: int
+
+
+class ProviderConnection(asyncio.Protocol):
+    """A connection to a provider: one exchange at a time, and kept for the next one if the last went well."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, client: HttpClient, address: Address) -> None:
+        self.address = address
+        self.kept_since = 0.0  # monotonic seconds
+        self._client = client
+        self._exchange: Exchange | None = None
+
+    async def exchange(self, request: bytes) -> Reply:
+        """The reply to a request, once its head is there. Raises OSError, HttpParserError."""
+        exchange = self._exchange = Exchange(self)
+        self.transport.write(request)
+        try:
+            await exchange.head()
+        except BaseException:
+            await exchange.close()
+            raise
+        return exchange
+
+    def release(self, is_reusable: bool) -> None:
+        self._exchange = None
+        if is_reusable and not self.transport.is_closing():
+            self._client.keep(self)
+        else:
+            self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is not None:
+            self._exchange.take(data)
+        else:
+            self.transport.abort()  # nobody asked for anything
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client.forget(self)
+        if self._exchange is not None:
+            self._exchange.lose(exc)
+
+
+class Unreachable(Exception):
+    """No connection could be opened."""
+
+
+class HttpClient:
+    """HTTP/1.1 to the providers, without cookies and redirects; through a proxy where the environment names one."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Address, dict[ProviderConnection, None]] = {}  # the newest last
+        self._timer: asyncio.TimerHandle | None = None
+        self._proxied: dict[str, httpx.AsyncHTTPTransport] = {}  # by the proxy's URL
+        self._tls: ssl.SSLContext | None = None
+
+    async def close(self) -> None:
+        for kept in list(self._kept.values()):
+            for connection in list(kept):
+                connection.transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+        for transport in self._proxied.values():
+            await transport.aclose()
+
+    async def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> Reply:
+        """One request. Raises Unreachable, OSError, HttpParserError."""
+        proxy = proxy_of(url)
+        if proxy is not None:
+            return await self._send_through(proxy, method, url, headers, body)
+        address, request = encode_request(method, url, headers, body)
+        connection = self._kept_connection(address) or await self._connect(address)
+        return await connection.exchange(request)
+
+    async def _connect(self, address: Address) -> ProviderConnection:
+        """A new connection, to whichever of the host's addresses answers first (RFC 8305). Raises Unreachable."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(PROVIDER_CONNECT_SECONDS):
+                tls = await self._secure() if address.is_secure else None
+                infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+                opened = await start_connection(infos, happy_eyeballs_delay=0.25)
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                _, connection = await loop.create_connection(
+                    lambda: ProviderConnection(self, address),
+                    sock=opened,
+                    ssl=tls,
+                    server_hostname=address.host if tls is not None else None,
+                )
+        except TimeoutError as exc:
+            raise Unreachable(f"no connection within {PROVIDER_CONNECT_SECONDS} s") from exc
+        except ConnectionError as exc:
+            raise Unreachable(os.strerror(exc.errno) if exc.errno else reason_of(exc)) from exc
+        except (OSError, ValueError) as exc:
+            raise Unreachable(reason_of(exc)) from exc
+        return connection
+
+    async def _secure(self) -> ssl.SSLContext:
+        """What certificates are checked against: certifi's, or what SSL_CERT_FILE and SSL_CERT_DIR name."""
+        if self._tls is None:
+            import httpx
+
+            self._tls = await asyncio.to_thread(httpx.create_ssl_context)
+            self._tls.set_alpn_protocols(["http/1.1"])
+        return self._tls
+
+    async def _send_through(
+        self, proxy: str, method: str, url: str, headers: Mapping[str, str], body: bytes | None
+    ) -> Reply:
+        import httpx
+
+        extensions = {"timeout": {"connect": PROVIDER_CONNECT_SECONDS}}
+        try:
+            if proxy not in self._proxied:
+                limits = httpx.Limits(max_connections=None)
+                self._proxied[proxy] = httpx.AsyncHTTPTransport(proxy=httpx.Proxy(proxy), limits=limits)
+            request = httpx.Request(method, url, headers=dict(headers), content=body, extensions=extensions)
+            return ProxiedReply(await self._proxied[proxy].handle_async_request(request))
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.InvalidURL, ValueError) as exc:
+            raise Unreachable(f"through the proxy that the environment names: {reason_of(exc)}") from exc
+        except httpx.HTTPError as exc:
+            raise ConnectionError(reason_of(exc)) from exc
+
+    # ── kept connections ──
+
+    def _kept_connection(self, address: Address) -> ProviderConnection | None:
+        """The one that was used last, and is still open."""
+        kept = self._kept.get(address)
+        while kept:
+            connection, _ = kept.popitem()
+            if not connection.transport.is_closing():
+                return connection
+        return None
+
+    def keep(self, connection: ProviderConnection) -> None:
+        connection.kept_since = time.monotonic()
+        self._kept.setdefault(connection.address, {})[connection] = None
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._expire)
+
+    def forget(self, connection: ProviderConnection) -> None:
+        self._kept.get(connection.address, {}).pop(connection, None)
+
+    def _expire(self) -> None:
+        """Closes what was kept for too long; a timer that sets itself anew while there is anything."""
+        oldest = time.monotonic() - KEPT_SECONDS
+        for kept in self._kept.values():
+            for connection in [one for one in kept if one.kept_since <= oldest]:
+                connection.transport.abort()
+                del kept[connection]
+        self._kept = {address: kept for address, kept in self._kept.items() if kept}
+        self._timer = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._expire) if self._kept else None
+
+
+def encode_request(method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> tuple[Address, bytes]:
+    """Where a request goes, and its bytes. Raises Unreachable for a URL that leads nowhere."""
+    address, host, target = parse_url(url)
+    length = {} if body is None else {"content-length": str(len(body))}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {"host": host, **headers, **length}.items())
+    return address, f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode() + (body or b"")
+
+
+@functools.lru_cache(maxsize=256)
+def parse_url(url: str) -> tuple[Address, str, str]:
+    """The address in a URL, and what a request says of host and target. Raises Unreachable."""
+    import httpx
+
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL as exc:
+        raise Unreachable(reason_of(exc)) from exc
+    is_secure = parts.scheme == "https"
+    address = Address(is_secure, parts.raw_host.decode(), parts.port or (443 if is_secure else 80))
+    return address, parts.netloc.decode(), parts.raw_path.decode()
+
+
+@functools.lru_cache(maxsize=256)
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment (or the system) names for a URL; None: there is none."""
+    from urllib.request import getproxies, proxy_bypass
+
+    parts, proxies = urllib.parse.urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(parts.netloc):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+# ── an answer ──
+
+
+class Answer(Body):
     """An open answer. What arrives is kept as it came until `take` decodes all of it in one go.
 
     `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool call last grew,
@@ -2634,14 +3044,13 @@ class Answer:
     read on before it is taken. `failure` is set once the answer cannot go on.
     """
 
-    def __init__(self, provider: Provider, response: httpx.Response) -> None:
+    def __init__(self, provider: Provider, reply: Reply) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
         self.heard_at, self.grown_at = time.monotonic(), 0.0
         self.is_held = False
         self.failure: GenerationError | None = None
-        self._response = response
-        self._source: Source | None = None
+        self._reply = reply
         self._on_arrival: Callable[[], object] = lambda: None
         self._arrived: list[bytes] = []
         self._arrived_bytes = 0
@@ -2660,18 +3069,16 @@ class Answer:
         its time.
         """
         self._on_arrival = on_arrival
-        attach = self._response.extensions.get("attach")
-        is_plain = self._response.headers.get("content-encoding", "identity") == "identity"
-        self._source = attach(self) if attach and is_plain else Pump(self, self._response)
+        self._reply.attach(self)
         try:
             await self._over.wait()
         finally:
             self._over.set()
             if self._patience is not None:
                 self._patience.cancel()
-            await self._source.close()
+            await self._reply.close()
 
-    # ── what the source calls ──
+    # ── what the reply tells ──
 
     def feed(self, data: bytes) -> None:
         """Keeps bytes as they come; too many of them, and the source has to wait."""
@@ -2681,9 +3088,9 @@ class Answer:
         is_first = not self._arrived
         self._arrived.append(data)
         self._arrived_bytes += len(data)
-        if self._arrived_bytes > ARRIVED_BYTES_MAX and not self.is_held and self._source is not None:
+        if self._arrived_bytes > ARRIVED_BYTES_MAX and not self.is_held:
             self.is_held = True
-            self._source.pause()
+            self._reply.pause()
         if is_first or self.is_held:
             self._on_arrival()
 
@@ -2722,9 +3129,9 @@ class Answer:
             failure = (None if self._is_whole() else self._broken) or self._decode_end(deltas)
         if failure is not None:
             self.fail(failure)
-        if self.is_held and self._source is not None:
+        if self.is_held:
             self.is_held = False
-            self._source.resume()  # last, since more may arrive in it, and the end
+            self._reply.resume()  # last, since more may arrive in it, and the end
         return deltas
 
     def _is_whole(self) -> bool:
@@ -2783,38 +3190,13 @@ class Answer:
         return None
 
 
-def connection_errors() -> tuple[type[Exception], ...]:
-    """Everything that httpx, aiohttp and the socket raise for a broken connection or a garbled response."""
-    import aiohttp
-    import httpx
-
-    of_httpx = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError)
-    return (*of_httpx, aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError)
-
-
-def connection_error(provider: Provider, exc: Exception) -> ProviderError:
-    """The error for a request that got no answer; the transport keeps aiohttp's exception as the cause."""
-    import aiohttp
-
-    cause = exc.__cause__ or exc
-    reason = shorten(reason_of(cause), provider.key)
-    if isinstance(cause, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
-        return ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {reason}")
-    what = "broke the connection before it answered"
-    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
-        what = f"cannot be reached at {provider.base_url}"
-        system = getattr(cause, "os_error", None)
-        reason = os.strerror(system.errno) if isinstance(system, ConnectionError) and system.errno else reason
-    return ProviderUnavailable(f"{provider.name} {what}: {reason}", transient=True)
-
-
-async def read_refusal(response: httpx.Response) -> bytes:
-    """What there is of a refusal's body: some servers never end one, and some break off."""
-    body, pieces = b"", response.aiter_bytes()
-    with contextlib.suppress(TimeoutError, *connection_errors()):
-        async with asyncio.timeout(REFUSAL_SECONDS):
-            while len(body) <= REFUSAL_BYTES_MAX and (data := await anext(pieces, b"")):
-                body += data
+async def read_whole(reply: Reply, bytes_max: int, seconds: float) -> WholeBody:
+    """What there is of a reply's body: some servers never end one, and some break off."""
+    body = WholeBody(bytes_max)
+    reply.attach(body)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await body.wait()
     return body
 
 
@@ -2855,7 +3237,6 @@ LEARNT_QUIRKS = {
 }
 
 
-PROVIDER_EXTENSIONS = {"timeout": {"connect": PROVIDER_CONNECT_SECONDS}}  # as httpx tells its transports
 PROVIDER_HEADERS = {
     "user-agent": f"llmchat/{__version__}", "accept": "*/*", "accept-encoding": "identity",
     "content-type": "application/json",
@@ -2868,24 +3249,12 @@ class Providers:
     def __init__(self, config: Config) -> None:
         self.rejected: set[str] = set()  # names of providers that refused their key; a list of models may need none
         self._config = config
-        self._transport: Any = None
+        self._client = HttpClient()
         self._learnt: dict[str, frozenset[str]] = {}
         self._models: dict[str, ModelList] = {}
 
     async def close(self) -> None:
-        if self._transport is not None:
-            await self._transport.aclose()
-
-    async def open(self) -> None:
-        """Opens the transport, if it is not. Its import goes on in a thread, for it takes as long as the whole start."""
-        if self._transport is None:
-            await asyncio.to_thread(importlib.import_module, "httpx_aiohttp")
-            gc.freeze()  # what is there by now stays: the collector need not look at all of it again and again
-        if self._transport is None:
-            import httpx
-
-            connections = self._config.generations_max + len(self._config.providers)
-            self._transport = open_transport(httpx.Limits(max_connections=connections, keepalive_expiry=15))
+        await self._client.close()
 
     @asynccontextmanager
     async def ask(self, target: Target, question: Question) -> AsyncIterator[Answer]:
@@ -2895,20 +3264,20 @@ class Providers:
         question goes out once more without it; every round learns something, so there are few.
         """
         provider = target.provider
-        response = await self._post(provider, question)
+        reply = await self._post(provider, question)
         try:
-            while response.status_code != 200:
-                error, body = await self._refusal(provider, response)
+            while reply.status != 200:
+                error, body = await self._refusal(provider, reply)
                 quirk = next((quirk for word, quirk in LEARNT_QUIRKS.items() if word in body), None)
-                if response.status_code not in (400, 422) or quirk is None or quirk in self._quirks(provider):
+                if reply.status not in (400, 422) or quirk is None or quirk in self._quirks(provider):
                     raise error
-                await response.aclose()
+                await reply.close()
                 self._learnt[provider.name] = self._quirks(provider) | {quirk}
-                response = await self._post(provider, question)
+                reply = await self._post(provider, question)
             self.rejected.discard(provider.name)
-            yield Answer(provider, response)
+            yield Answer(provider, reply)
         finally:
-            await response.aclose()
+            await reply.close()
 
     async def ask_whole(self, target: Target, question: Question) -> list[Delta]:
         """A question's whole answer. Raises GenerationError."""
@@ -2927,33 +3296,37 @@ class Providers:
     def _quirks(self, provider: Provider) -> frozenset[str]:
         return provider.quirks | self._learnt.get(provider.name, frozenset())
 
-    async def _post(self, provider: Provider, question: Question) -> httpx.Response:
+    async def _post(self, provider: Provider, question: Question) -> Reply:
         dialect = DIALECTS[provider.dialect]
-        body = dialect.body(provider, self._quirks(provider), question)
-        return await self._send(provider, "POST", provider.base_url + dialect.path(provider), encode_json(body))
+        body = encode_json(dialect.body(provider, self._quirks(provider), question))
+        if provider.name == DEMO:
+            return answer_demo(body)
+        return await self._send(provider, "POST", provider.base_url + dialect.path(provider), body)
 
-    async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> httpx.Response:
-        """One request; the response's body is still to be read. Raises ProviderError."""
-        import httpx
-
-        await self.open()
-        transport = httpx.MockTransport(answer_demo) if provider.name == DEMO else self._transport
+    async def _send(self, provider: Provider, method: str, url: str, body: bytes | None) -> Reply:
+        """One request; the reply's body is still to come. Raises ProviderError."""
         headers = {**PROVIDER_HEADERS, **DIALECTS[provider.dialect].headers(provider)}
         try:
-            request = httpx.Request(method, url, content=body, headers=headers, extensions=PROVIDER_EXTENSIONS)
-            return cast("httpx.Response", await transport.handle_async_request(request))
-        except connection_errors() as exc:
-            raise connection_error(provider, exc) from exc
+            return await self._client.send(method, url, headers, body)
+        except Unreachable as exc:
+            what = f"{provider.name} cannot be reached at {provider.base_url}: {shorten(str(exc), provider.key)}"
+            raise ProviderUnavailable(what, transient=True) from exc
+        except OSError as exc:
+            what = f"{provider.name} broke the connection before it answered: {shorten(reason_of(exc), provider.key)}"
+            raise ProviderUnavailable(what, transient=True) from exc
+        except (HttpParserError, HttpParserUpgrade) as exc:
+            reason = shorten(reason_of(exc), provider.key)
+            raise ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {reason}") from exc
 
-    async def _refusal(self, provider: Provider, response: httpx.Response) -> tuple[ProviderError, bytes]:
+    async def _refusal(self, provider: Provider, reply: Reply) -> tuple[ProviderError, bytes]:
         """The error for a status other than 200, and the body that it was read from."""
-        body = await read_refusal(response)
+        body = bytes((await read_whole(reply, REFUSAL_BYTES_MAX, REFUSAL_SECONDS)).data)
         words, kinds = body_words(body)
-        if 300 <= response.status_code < 400:
-            words = f"a redirect to {response.headers.get('location', 'nowhere')}, which is not followed"
-        error = provider_error(provider, response.status_code, words, kinds)
-        error.retry_after_seconds = retry_after_seconds(response.headers)
-        should_retry = response.headers.get("x-should-retry")
+        if 300 <= reply.status < 400:
+            words = f"a redirect to {reply.headers.get('location', 'nowhere')}, which is not followed"
+        error = provider_error(provider, reply.status, words, kinds)
+        error.retry_after_seconds = retry_after_seconds(reply.headers)
+        should_retry = reply.headers.get("x-should-retry")
         if should_retry in ("true", "false"):
             error.transient = should_retry == "true" and not is_spent(words, kinds)
         if isinstance(error, ProviderAuth):
@@ -2981,17 +3354,18 @@ class Providers:
     async def _fetch_models(self, provider: Provider) -> tuple[str, ...]:
         path = DIALECTS[provider.dialect].models_path
         base_url = provider.base_url.removesuffix("/v1") if path.startswith("/v1") else provider.base_url
-        response = await self._send(provider, "GET", provider.models_url or base_url + path, None)
+        reply = await self._send(provider, "GET", provider.models_url or base_url + path, None)
         try:
-            if response.status_code != 200:
-                raise (await self._refusal(provider, response))[0]
-            return tuple(dict.fromkeys(models_of(decode_json(await response.aread()))))
+            if reply.status != 200:
+                raise (await self._refusal(provider, reply))[0]
+            body = await read_whole(reply, PROVIDER_EVENT_BYTES_MAX, MODELS_SECONDS)
+            if body.error is not None:
+                raise ProviderTruncated(f"the connection to {provider.name} broke: {reason_of(body.error)}")
+            return tuple(dict.fromkeys(models_of(decode_json(bytes(body.data)))))
         except msgspec.DecodeError as exc:
             raise ProviderProtocol(f"{provider.name}'s list of models is not JSON") from exc
-        except connection_errors() as exc:
-            raise ProviderTruncated(f"the connection to {provider.name} broke: {reason_of(exc)}") from exc
         finally:
-            await response.aclose()
+            await reply.close()
 
     # ── from a request's words to a target ──
 
@@ -3067,98 +3441,6 @@ def models_of(document: Any) -> list[str]:
     items = listed if isinstance(listed, list) else []
     names = [item.get("id") or item.get("name") if isinstance(item, dict) else item for item in items]
     return [name.removeprefix("models/") for name in names if isinstance(name, str)]
-
-
-# Of aiohttp's StreamReader and its protocol, this much is relied on beyond what aiohttp promises.
-READER_INTERNALS = ("_buffer", "_size", "_protocol")
-
-
-@functools.cache
-def tap_class() -> type[Any]:
-    """A class for the readers of open bodies; made when aiohttp is first needed, whose import takes long."""
-    from aiohttp import StreamReader
-
-    assert all(hasattr(StreamReader, name) for name in READER_INTERNALS), "aiohttp's reader has changed"
-
-    class Tap(StreamReader):
-        """Hands every piece on at once, instead of keeping it and waking a task. Its buffer is an Answer."""
-
-        __slots__ = ()
-
-        def feed_data(self, data: bytes, size: int = 0) -> bool:
-            if data:
-                self._buffer.feed(data)  # type: ignore[attr-defined]
-            return False
-
-        def begin_http_chunk_receiving(self) -> None:
-            """Where the chunks of HTTP begin and end says nothing."""
-
-        end_http_chunk_receiving = begin_http_chunk_receiving
-
-        def feed_eof(self) -> None:
-            super().feed_eof()
-            self._buffer.finish()  # type: ignore[attr-defined]
-
-        def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-            super().set_exception(exc, *cause)
-            self._buffer.break_off(exc)  # type: ignore[attr-defined]
-
-        def pause(self) -> None:
-            self._protocol.pause_reading()
-
-        def resume(self) -> None:
-            self._protocol.resume_reading()
-
-        async def close(self) -> None:
-            """The connection closes with the response."""
-
-    return Tap
-
-
-def tap(reader: Any, answer: Answer) -> Source:
-    """Turns an open body's reader into a Tap: the parser holds on to the one that it made, so that one has to change.
-    What has come since the head was read goes to the answer at once."""
-    came, reader._buffer, reader._size = reader._buffer, answer, 0
-    reader.__class__ = tap_class()
-    for data in came:
-        answer.feed(data)
-    if reader.exception() is not None:
-        answer.break_off(reader.exception())
-    elif reader.is_eof():
-        answer.finish()
-    elif reader._protocol._reading_paused:
-        reader.resume()
-    return cast(Source, reader)
-
-
-def open_transport(limits: httpx.Limits) -> Any:
-    """httpx's transport over aiohttp, with a way past both for what arrives: the extension `attach` of a response."""
-    from httpx_aiohttp import AiohttpTransport
-    from httpx_aiohttp.transport import AiohttpResponseStream
-
-    class Transport(AiohttpTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            response = await super().handle_async_request(request)
-            assert isinstance(response.stream, AiohttpResponseStream), "this is what the transport makes"
-            response.extensions["attach"] = partial(tap, response.stream._aiohttp_response.content)
-            return response
-
-    transport = Transport(limits=limits)
-    transport.client = open_session(limits, transport.ssl_context)
-    return transport
-
-
-def open_session(limits: httpx.Limits, ssl_context: Any) -> Any:
-    """The aiohttp session under httpx: no cookies between users, proxies as the environment names them (for which
-    aiohttp asks a thread at every request, so only if there are any)."""
-    from urllib.request import getproxies
-
-    import aiohttp
-
-    connector = aiohttp.TCPConnector(
-        limit=limits.max_connections or 0, keepalive_timeout=limits.keepalive_expiry, ssl=ssl_context
-    )
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=bool(getproxies()))
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -5219,7 +5501,6 @@ def zip_errors() -> Iterator[None]:
     """Raises InvalidRequest for everything that can be wrong with a zip; one with a password, or packed in a way that
     zipfile does not know, is a RuntimeError."""
     import zipfile
-    import zlib
 
     try:
         yield
@@ -6348,7 +6629,6 @@ class Generations:
         Only before the first delta: after it, another try would pay twice and repeat text.
         """
         failure: GenerationError | None = None
-        await self._providers.open()
         for target in generation.targets:
             if failure is not None:
                 self._notice(generation, "falling_back", failure, to=str(target))
@@ -9532,6 +9812,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.freeze()  # what was imported stays: the collector need not look at all of it again and again
         self._greeting()
 
     def handle_exit(self, sig: int, frame: Any) -> None:

@@ -1,6 +1,7 @@
 """The streaming proxy that anyone would write: Starlette in front, httpx behind, nothing kept.
 
-    python bench/passthrough.py PORT PROVIDER_BASE_URL
+    python bench/passthrough.py PORT PROVIDER_BASE_URL            uvicorn as `pip install uvicorn` brings it
+    python bench/passthrough.py PORT PROVIDER_BASE_URL --tuned    on uvloop and httptools, as llmchat is
 
 It parses nothing, stores nothing and cannot resume: the yardstick for what Starlette and httpx cost by themselves.
 httpx's cap of 100 connections is lifted, which not everyone would think of.
@@ -37,4 +38,5 @@ async def chat(request: Request) -> StreamingResponse:
 app = Starlette(routes=[Route("/api/v1/health", health), Route("/v1/chat/completions", chat, methods=["POST"])])
 
 if __name__ == "__main__":
-    uvicorn.run(app, port=int(sys.argv[1]), log_level="warning", access_log=False)
+    loop, parser = ("uvloop", "httptools") if sys.argv[3:] == ["--tuned"] else ("asyncio", "h11")
+    uvicorn.run(app, port=int(sys.argv[1]), loop=loop, http=parser, log_level="warning", access_log=False)

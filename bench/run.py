@@ -39,7 +39,7 @@ from servers import (
 )
 
 HERE = Path(__file__).resolve().parent
-PROXIES = ("llmchat", "nginx", "passthrough")
+PROXIES = ("llmchat", "nginx", "passthrough", "tuned")
 STARTS = 3  # per round and server
 CALM_SECONDS = 0.5  # the machine is calm when, for so long, other work has used
 LOG_CHARACTERS = 1500  # of a server's log that are shown when a row fails
@@ -242,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of shorter work")
     parser.add_argument("--only", metavar="ROW,…", default=",".join(ROWS), help=names)
     parser.add_argument("--rounds", type=int, help="default 3")
-    parser.add_argument("--servers", default="llmchat,nginx,passthrough,bare", help="default: all four")
+    parser.add_argument("--servers", default="llmchat,nginx,passthrough,tuned,bare", help="default: all five")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "bench.md", help="the picture goes beside it")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that runs the servers")
     parser.add_argument("--llmchat", type=Path, default=HERE.parent / "llmchat.py", help="the program to measure")

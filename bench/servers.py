@@ -171,8 +171,14 @@ def command(setup: Setup, name: str, directory: Path, port: int) -> list[str]:
     provider = f"http://127.0.0.1:{setup.provider_port}/v1"
     if name == "llmchat":
         return [setup.python, "-m", setup.llmchat.stem, "--port", str(port), "--db", str(directory / "llmchat.db")]
-    if name == "passthrough":
-        return [setup.python, str(HERE / "passthrough.py"), str(port), provider]
+    if name in ("passthrough", "tuned"):
+        return [
+            setup.python,
+            str(HERE / "passthrough.py"),
+            str(port),
+            provider,
+            *(["--tuned"] if name == "tuned" else []),
+        ]
     if name == "bare":
         return [setup.python, str(HERE / "bare.py"), str(port)]
     assert name == "nginx", name

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from llmchat import Answer, Delta, Provider, SseDecoder, body_words, join_deltas, models_of, text_of
+from llmchat import Answer, Delta, IteratedReply, Provider, SseDecoder, body_words, join_deltas, models_of, text_of
 
 RECORDINGS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 STREAMS = [path for path in RECORDINGS if b"text/event-stream" in path.read_bytes().partition(b"\r\n\r\n")[0]]
@@ -64,13 +63,9 @@ class Result:
     error: str | None = None
 
 
-class Body(httpx.AsyncByteStream):
-    def __init__(self, *pieces: bytes) -> None:
-        self._pieces = pieces
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self._pieces:
-            yield piece
+async def one_by_one(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
 
 
 def read(recording: Recording, *pieces: bytes) -> Result:
@@ -78,8 +73,8 @@ def read(recording: Recording, *pieces: bytes) -> Result:
 
     async def run() -> Result:
         kept = {name: value for name, value in recording.headers.items() if name == "content-type"}
-        response = httpx.Response(recording.status, headers=kept, stream=Body(*pieces))
-        answer = Answer(Provider("recorded", recording.dialect, "http://127.0.0.1/v1"), response)
+        reply = IteratedReply(recording.status, kept, one_by_one(*pieces))
+        answer = Answer(Provider("recorded", recording.dialect, "http://127.0.0.1/v1"), reply)
         result = Result()
         await answer.receive(lambda: result.deltas.extend(answer.take()))
         result.deltas += answer.take()
@@ -174,8 +169,8 @@ def test_an_answer_that_is_decoded_after_its_end_is_whole_and_leaves_no_timer_be
     recording = load("llamacpp-chat-stream")
 
     async def run() -> list[Delta]:
-        response = httpx.Response(200, stream=Body(recording.body))
-        answer = Answer(Provider("recorded", recording.dialect, "http://127.0.0.1/v1"), response)
+        reply = IteratedReply(200, {}, one_by_one(recording.body))
+        answer = Answer(Provider("recorded", recording.dialect, "http://127.0.0.1/v1"), reply)
         await answer.receive(lambda: None)
         deltas = answer.take()
         assert answer.failure is None and answer._patience is None
