@@ -151,7 +151,7 @@ IMAGE_BYTES_MAX = 10_000_000  # one image, decoded; providers take 5 to 20 MB
 SYSTEM_CHARACTERS_MAX = 100_000  # of a system prompt
 NESTING_MAX = 64  # lists and objects inside each other in a body: parsers on the way have limits of their own
 SIGN_IN_BYTES_MAX = 4_096  # the sign-in form
-HEAD_BYTES_MAX = 64 * 1024  # a request's line and headers
+HEAD_BYTES_MAX = 64 * 1024  # of a request or a reply: its first line and headers
 HEAD_SECONDS = 20  # for them to come
 BODY_STALL_SECONDS = 30  # between two pieces of a body
 BODY_BYTES_PER_SECOND = 2_000  # of a body, at least, on the whole
@@ -169,7 +169,7 @@ STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: it
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
 FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
 LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
-HEAD_BYTES_MAX = 256 * 1024  # of a reply: its status and headers
+EYEBALLS_SECONDS = 0.25  # until another of a provider's addresses is tried as well (RFC 8305)
 KEPT_SECONDS = 15  # that a connection is kept for the next question
 REFUSAL_SECONDS = 10  # to read the body of an error, which some servers never end
 REFUSAL_BYTES_MAX = 1_000_000  # of it
@@ -182,7 +182,9 @@ RETRY_AFTER_SECONDS_MAX = 120  # a provider that asks for more is not waited for
 
 FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
 FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
-FLUSH_COST_RATIO = 4  # a flush may take one part in this many of the time
+FLUSH_FREE_SECONDS = 0.0015  # a flush that takes no longer does not slow the pace down
+FLUSH_COST_RATIO = 10  # beyond that, it may take one part in this many of the time
+FLUSH_SLOW_RATIO = 1.5  # times the fastest interval, and providers are read at the same pace
 FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
@@ -1947,7 +1949,9 @@ assert tuple(DIALECTS) == DIALECT_NAMES
 REPETITION_PERIOD_CHARACTERS_MAX = 1_000  # a long paragraph; one period and this many more are the least evidence
 REPETITION_STEP_CHARACTERS = 100  # from look to look: shares out a look's cost; a verdict lags less than two steps
 REPETITION_WINDOW_CHARACTERS = 4_000  # what is kept and searched
-REPETITION_BEFORE = "".join(map(chr, range(0xE000, 0xE000 + REPETITION_WINDOW_CHARACTERS)))  # private use, each once
+REPETITION_BEFORE = "".join(  # what stands before a text: control characters in no order, which take a byte each
+    random.Random(0).choices([*map(chr, range(32)), *map(chr, range(128, 160))], k=REPETITION_WINDOW_CHARACTERS)
+)
 REPETITION_DELTAS = 100  # the same delta as often as this, in a row
 REPETITION_DELTA_LETTERS_MIN = 2  # different letters in such a delta
 
@@ -2734,7 +2738,7 @@ class Exchange(Reply):
         self._connection: ProviderConnection | None = connection  # None: nothing more will come
         self._body: Body | None = None
         self._error: BaseException | None = None
-        self._head = asyncio.Event()
+        self._head = asyncio.get_running_loop().create_future()
         self._head_bytes = 0
         self._is_interim = self._is_complete = self._is_reusable = False
         self._parser = HttpResponseParser(self)
@@ -2744,7 +2748,7 @@ class Exchange(Reply):
 
     async def head(self) -> None:
         """Returns when status and headers are there. Raises OSError, HttpParserError."""
-        await self._head.wait()
+        await self._head
         if not self.status and self._error is not None:
             raise self._error
 
@@ -2764,7 +2768,6 @@ class Exchange(Reply):
             self.headers.clear()
         else:
             self.status = status
-            self._head.set()
 
     def on_message_complete(self) -> None:
         self._is_complete = not self._is_interim
@@ -2778,9 +2781,11 @@ class Exchange(Reply):
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as exc:
             self._error = exc
-        if not self.status:
+        if not self._head.done():
             self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES_MAX:
+            if self.status:
+                self._head.set_result(None)
+            elif self._head_bytes > HEAD_BYTES_MAX:
                 self._error = HttpParserError(f"its headers are larger than {HEAD_BYTES_MAX:,} bytes, the limit")
         if self._is_complete or self._error is not None:
             self._end()
@@ -2802,7 +2807,8 @@ class Exchange(Reply):
         if self._is_complete:
             self._error = None
         del self._parser  # which holds this
-        self._head.set()
+        if not self._head.done():
+            self._head.set_result(None)
 
     def _hand_on(self) -> None:
         body = self._body
@@ -2920,20 +2926,19 @@ class HttpClient:
         return await connection.exchange(request)
 
     async def _connect(self, address: Address) -> ProviderConnection:
-        """A new connection, to whichever of the host's addresses answers first (RFC 8305). Raises Unreachable."""
+        """A new connection; where a name has several addresses, to the first that answers (RFC 8305). Raises Unreachable."""
         loop = asyncio.get_running_loop()
+        make = partial(ProviderConnection, self, address)
+        name = address.host if address.is_secure else None
         try:
             async with asyncio.timeout(PROVIDER_CONNECT_SECONDS):
                 tls = await self._secure() if address.is_secure else None
-                infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-                opened = await start_connection(infos, happy_eyeballs_delay=0.25)
-                opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                _, connection = await loop.create_connection(
-                    lambda: ProviderConnection(self, address),
-                    sock=opened,
-                    ssl=tls,
-                    server_hostname=address.host if tls is not None else None,
-                )
+                if parse_ip(address.host) is not None:  # saves a thread the look-up
+                    _, connection = await loop.create_connection(make, address.host, address.port, ssl=tls)
+                else:
+                    found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+                    opened = await start_connection(found, happy_eyeballs_delay=EYEBALLS_SECONDS)
+                    _, connection = await loop.create_connection(make, sock=opened, ssl=tls, server_hostname=name)
         except TimeoutError as exc:
             raise Unreachable(f"no connection within {PROVIDER_CONNECT_SECONDS} s") from exc
         except ConnectionError as exc:
@@ -3021,6 +3026,13 @@ def parse_url(url: str) -> tuple[Address, str, str]:
     return address, parts.netloc.decode(), parts.raw_path.decode()
 
 
+def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
 @functools.lru_cache(maxsize=256)
 def proxy_of(url: str) -> str | None:
     """The proxy that the environment (or the system) names for a URL; None: there is none."""
@@ -3040,15 +3052,15 @@ class Answer(Body):
     """An open answer. What arrives is kept as it came until `take` decodes all of it in one go.
 
     `heard_at` is when its provider last sent anything, keep-alives included, `grown_at` when a tool call last grew,
-    which is no delta before it is whole (monotonic seconds). `is_held`: so much has arrived that the provider is not
-    read on before it is taken. `failure` is set once the answer cannot go on.
+    which is no delta before it is whole (monotonic seconds). `is_full`: so much has arrived that the provider has to
+    wait until it is taken. `failure` is set once the answer cannot go on.
     """
 
     def __init__(self, provider: Provider, reply: Reply) -> None:
         self.provider = provider
         self.decoder = DIALECTS[provider.dialect].decoder(provider)
         self.heard_at, self.grown_at = time.monotonic(), 0.0
-        self.is_held = False
+        self.is_paused = False
         self.failure: GenerationError | None = None
         self._reply = reply
         self._on_arrival: Callable[[], object] = lambda: None
@@ -3081,17 +3093,16 @@ class Answer(Body):
     # ── what the reply tells ──
 
     def feed(self, data: bytes) -> None:
-        """Keeps bytes as they come; too many of them, and the source has to wait."""
+        """Keeps bytes as they come."""
         if self._over.is_set():
             return
         self.heard_at = time.monotonic()
         is_first = not self._arrived
         self._arrived.append(data)
         self._arrived_bytes += len(data)
-        if self._arrived_bytes > ARRIVED_BYTES_MAX and not self.is_held:
-            self.is_held = True
-            self._reply.pause()
-        if is_first or self.is_held:
+        if self.is_full:
+            self.pause()
+        if is_first or self.is_full:
             self._on_arrival()
 
     def finish(self) -> None:
@@ -3109,6 +3120,21 @@ class Answer(Body):
 
     # ── what the generation calls ──
 
+    @property
+    def is_full(self) -> bool:
+        return self._arrived_bytes > ARRIVED_BYTES_MAX
+
+    def pause(self) -> None:
+        """Reads no more of it for now."""
+        if not self.is_paused:
+            self.is_paused = True
+            self._reply.pause()
+
+    def resume(self) -> None:
+        if self.is_paused:
+            self.is_paused = False
+            self._reply.resume()
+
     def fail(self, failure: GenerationError) -> None:
         """Ends it: nothing more of this answer is wanted."""
         self.failure = self.failure or failure
@@ -3116,7 +3142,7 @@ class Answer(Body):
 
     def take(self) -> list[Delta]:
         """The deltas of everything that has arrived since the last time."""
-        data = b"".join(self._arrived)
+        data, was_full = b"".join(self._arrived), self.is_full
         self._arrived.clear()
         self._arrived_bytes = 0
         deltas: list[Delta] = []
@@ -3129,9 +3155,8 @@ class Answer(Body):
             failure = (None if self._is_whole() else self._broken) or self._decode_end(deltas)
         if failure is not None:
             self.fail(failure)
-        if self.is_held:
-            self.is_held = False
-            self._reply.resume()  # last, since more may arrive in it, and the end
+        if was_full:
+            self.resume()  # last, since more may arrive in it, and the end
         return deltas
 
     def _is_whole(self) -> bool:
@@ -6067,13 +6092,9 @@ class Attempt:
         self.seam: Seam | None = None
         self.is_over = False
 
-    @property
-    def is_held(self) -> bool:
-        return self.answer is not None and self.answer.is_held
-
     def silent_until(self, config: Config) -> float:
         """When it counts as stalled if nothing comes; keep-alives move that, but not for ever."""
-        if self.timeout is None or self.is_held:
+        if self.timeout is None or (self.answer is not None and self.answer.is_full):
             return float("inf")
         since = self.last_delta_at or self.started_at
         if self.answer is not None:
@@ -6175,9 +6196,9 @@ class Generation:
         }
 
     @property
-    def is_held(self) -> bool:
-        """Whether its provider waits for us."""
-        return self.attempt is not None and self.attempt.is_held
+    def answer(self) -> Answer | None:
+        """The one that is being taken in, or was last."""
+        return self.attempt.answer if self.attempt is not None else None
 
     @property
     def target(self) -> Target:
@@ -6257,13 +6278,12 @@ class Generation:
     def usage(self) -> Usage | None:
         """The tokens of all runs of this answer, as the provider counted if it came to that: before the end it has said
         at most what went in. None: nothing was asked that would cost anything."""
-        answer = self.attempt.answer if self.attempt is not None else None
-        if answer is None:
+        if self.answer is None:
             return self.started.usage
-        counted, written = answer.decoder.usage, (self._quarter_tokens + 3) // 4
+        counted, written = self.answer.decoder.usage, (self._quarter_tokens + 3) // 4
         if counted is None:
             counted = Usage(sum(estimate_tokens(turn.content) for turn in self.started.turns), written, estimated=True)
-        elif answer.decoder.finish_reason is None:
+        elif self.answer.decoder.finish_reason is None:
             output_tokens = max(counted.output_tokens, written)
             counted = msgspec.structs.replace(counted, output_tokens=output_tokens, estimated=True)
         return add_usage(self.started.usage, counted)
@@ -6324,7 +6344,11 @@ class Worker(ABC):
 
 class Flusher(Worker):
     """Commits what all generations have pending, and is the only writer of deltas: one task, one transaction after the
-    other. It works at once when it was idle, and paces itself by what a flush costs."""
+    other. It works at once when it was idle, and paces itself by what a flush costs.
+
+    While that makes it slow, providers are read at the same pace: an answer that has something to take rests until the
+    next flush, before which all that rest are read in one turn of the loop. A read costs more than the deltas in it.
+    """
 
     def __init__(self, config: Config, store: Store, publisher: Publisher) -> None:
         super().__init__("flusher")
@@ -6333,27 +6357,35 @@ class Flusher(Worker):
         self._store = store
         self._publisher = publisher
         self._marked: dict[int, Generation] = {}
+        self._resting: list[Answer] = []
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._next_flush_at = 0.0
+        self._is_slow = False
 
     def mark(self, generation: Generation) -> None:
         """There is something to flush."""
         self._marked[generation.message_id] = generation
         self._wake.set()
-        if generation.is_held:
+        answer = generation.answer
+        if answer is not None and answer.is_full:
             self._hurry.set()
+        elif answer is not None and self._is_slow:
+            answer.pause()
 
     def forget(self, generation: Generation) -> None:
         self._marked.pop(generation.message_id, None)
 
     async def _work_forever(self) -> None:
         while True:
-            await self._wake.wait()
+            if not self._resting:
+                await self._wake.wait()
             await self._pace()
+            await self._read_on()
             self._wake.clear()
             marked, self._marked = self._marked, {}
             batch = [flush for generation in marked.values() if (flush := generation.take()) is not None]
+            self._resting = [one.answer for one in marked.values() if one.answer is not None and one.answer.is_paused]
             if batch:
                 started_at = time.monotonic()
                 await self._flush(batch)
@@ -6363,9 +6395,18 @@ class Flusher(Worker):
         """Waits for the next flush's turn, unless a provider has to wait for it."""
         self._hurry.clear()
         wait = self._next_flush_at - time.monotonic()
-        if wait > 0 and not any(generation.is_held for generation in self._marked.values()):
+        if wait > 0 and not any(one.answer is not None and one.answer.is_full for one in self._marked.values()):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), wait)
+
+    async def _read_on(self) -> None:
+        """Has everything read that came for the answers that rest."""
+        resting, self._resting = self._resting, []
+        for answer in resting:
+            answer.resume()
+        if resting:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # asyncio's own loop, unlike uvloop, needs two turns for it
 
     def _set_pace(self, batch: Sequence[Flush], started_at: float) -> None:
         """When the next flush may come. Waiting makes pieces fewer and longer; where they are long, it gains nothing."""
@@ -6374,9 +6415,11 @@ class Flusher(Worker):
         pieces = [delta for flush in batch for _, delta in flush.pieces]
         characters = sum(len(delta.text) for delta in pieces)
         gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
-        interval = max(self._config.flush_interval_ms / 1000, cost * FLUSH_COST_RATIO * gain)
+        fastest = self._config.flush_interval_ms / 1000
+        interval = max(fastest, (cost - FLUSH_FREE_SECONDS) * FLUSH_COST_RATIO * gain)
         paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
         self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
+        self._is_slow = interval > FLUSH_SLOW_RATIO * fastest
 
     async def _flush(self, batch: Sequence[Flush]) -> None:
         """Commits a batch, however long the database makes it wait, and has it published."""
@@ -7093,15 +7136,8 @@ def bind_token(cookie: str, token_hash: str) -> str:
     return hmac.new(cookie.encode("utf-8", "surrogateescape"), token_hash.encode(), hashlib.sha256).hexdigest()
 
 
-def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError:
-        return None
-
-
 def is_loopback(host: str) -> bool:
-    address = parse_address(host)
+    address = parse_ip(host)
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
@@ -7115,7 +7151,7 @@ def bare_address(text: str) -> str:
     """An address as it is compared and logged: without a port, a zone, or IPv6 around an IPv4; empty if it is none."""
     match = re.fullmatch(r"\[([^\[\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+|(.*)", text.strip()[:100])
     found = "".join(filter(None, match.groups())) if match else ""
-    address = parse_address(found.partition("%")[0])
+    address = parse_ip(found.partition("%")[0])
     return str(getattr(address, "ipv4_mapped", None) or address or "")
 
 
@@ -7283,7 +7319,7 @@ class Gate:
         netloc = header_of(scope, b"host")
         host = host_of(netloc)
         is_ours = host in self._hosts or host.endswith(".localhost") or "*" in self._hosts
-        if not is_ours and parse_address(host) is None:
+        if not is_ours and parse_ip(host) is None:
             raise Forbidden(f"host: {netloc[:200]!r} is not a name of this service; LLMCHAT_HOSTS lists its names")
 
     def _check_origin(self, scope: Scope) -> None:

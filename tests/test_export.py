@@ -117,7 +117,8 @@ def test_json_holds_everything_that_the_conversation_does(rich: Server) -> None:
         assert {name: archived[name] for name in same} == {name: message[name] for name in same}
         assert archived["ended_at_ms"] - archived["created_at_ms"] == message["timing"]["total_ms"]
         first_text_ms = message["timing"]["first_text_ms"]
-        assert archived["first_text_at_ms"] == (first_text_ms and archived["created_at_ms"] + first_text_ms)
+        first_text_at_ms = None if first_text_ms is None else archived["created_at_ms"] + first_text_ms
+        assert archived["first_text_at_ms"] == first_text_at_ms
     kinds = {delta["kind"] for one in conversation["messages"] for delta in one["content"]}
     assert kinds == {"text", "reasoning", "tool_call", "image", "signature"}
     assert {one["status"] for one in conversation["messages"]} == {"completed", "stopped", "failed"}

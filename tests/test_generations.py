@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import llmchat
 from tests.client import Reader, parse_event
 from tests.conftest import settings_for, wait_until
 from tests.guarantees import Tuned, chat_to_the_gate, gated, read_all, reader_at, texts
-from tests.provider import Hang, Provider, Script, Send, openai_end, page
+from tests.provider import Hang, Provider, Script, Send, openai_end, openai_text, page
 
 PARTS = [["one "], ["two 日本 "], ["three"]]
 WHOLE = "one two 日本 three"
@@ -438,15 +439,43 @@ def test_a_costly_flush_is_followed_by_a_wait_only_if_that_makes_pieces_longer(c
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_provider_that_has_to_wait_is_not_kept_waiting_for_the_pace(is_late: bool) -> None:
     async def run() -> None:
-        paced, generation = flusher(), SimpleNamespace(message_id=1, is_held=not is_late)
+        paced, answer = flusher(), SimpleNamespace(is_full=not is_late)
+        generation: Any = SimpleNamespace(message_id=1, answer=answer)
         paced._next_flush_at = time.monotonic() + 3600
         paced.mark(generation)
         pacing = asyncio.create_task(paced._pace())
-        if is_late:  # it is held only while the flusher sleeps
+        if is_late:  # it is full only while the flusher sleeps
             await asyncio.sleep(0)
             assert not pacing.done()
-            generation.is_held = True
+            answer.is_full = True
             paced.mark(generation)
         await asyncio.wait_for(pacing, 20)
 
     asyncio.run(run())
+
+
+def test_a_slow_pace_reads_the_providers_at_the_same_pace_and_loses_nothing(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every flush counts as costly here, so that answers rest between them."""
+    monkeypatch.setattr(llmchat, "FLUSH_FREE_SECONDS", -1.0)
+    monkeypatch.setattr(llmchat, "FLUSH_INTERVAL_SECONDS_MAX", 0.1)
+    reads: Counter[llmchat.ProviderConnection] = Counter()
+    read = llmchat.ProviderConnection.data_received
+    monkeypatch.setattr(
+        llmchat.ProviderConnection, "data_received", lambda one, data: (reads.update([one]), read(one, data))[1]
+    )
+    words = [f"{number} " for number in range(300)]
+    provider.script(*[openai_text(*words, delay=0.002)] * 3)
+
+    async def work(generations: llmchat.Generations) -> None:
+        started = [await generations.start(question(generations)) for _ in range(3)]
+        running = [generations.running[one.message_id] for one in started]
+        await asyncio.gather(*(one.ended.wait() for one in running))
+        for one in started:
+            message = await generations.load_whole("local", one.message_id)
+            assert (message.status, message.text) == ("completed", "".join(words))
+        assert not generations.flusher._resting
+
+    run_engine(tmp_path, provider, work)
+    assert len(reads) == 3 and all(5 < count < 150 for count in reads.values()), reads
