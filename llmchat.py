@@ -166,6 +166,7 @@ ARRIVED_BYTES_MAX = 128 * 1024  # of one answer, not yet taken by the flusher; b
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
+LINES_BYTES_MIN = 600  # of events; from some three on, it pays to decode them at once
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
 FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
 LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
@@ -856,6 +857,21 @@ class SseDecoder:
         self._last_was_cr = False
         self._started = False
 
+    def lines(self, data: bytes) -> bytes | None:
+        """The data of these bytes' events, a line each, if they are several and whole, of one line, as they mostly are.
+
+        It is for whoever can decode many lines at once; None, or if that fails: `feed`.
+        """
+        if self._buffer or self._last_was_cr or not LINES_BYTES_MIN <= len(data) <= PROVIDER_EVENT_BYTES_MAX:
+            return None
+        if not data.startswith(b"data: ") or not data.endswith(b"\n\n") or b"\r" in data:
+            return None
+        lines = data[6:-2].replace(b"\n\ndata: ", b"\n")
+        if 2 * lines.count(b"\n") + 2 != data.count(b"\n"):
+            return None
+        self._started = True
+        return lines
+
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """The events that these bytes complete: (name, data), the name empty where none was given."""
         if self._last_was_cr or b"\r" in data:
@@ -1315,6 +1331,10 @@ class Decoder(ABC):
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
         """Appends what one SSE event brings. Raises ProviderError."""
 
+    def decode_lines(self, lines: bytes, deltas: list[Delta]) -> bool:
+        """The same for many events, a line of data each, at once; False, with nothing done: they need `decode`."""
+        return False
+
     @abstractmethod
     def decode_document(self, body: bytes, deltas: list[Delta]) -> None:
         """The same for an answer that came as one JSON document. Raises ProviderError."""
@@ -1381,7 +1401,7 @@ class ChatChunk(Struct, gc=False):
     x_groq: Any = None
 
 
-decode_chat_chunk = msgspec.json.Decoder(ChatChunk).decode
+CHAT_CHUNK = msgspec.json.Decoder(ChatChunk)
 
 
 class OpenAIDecoder(Decoder):
@@ -1403,17 +1423,34 @@ class OpenAIDecoder(Decoder):
             raise in_band_error(self._provider, data)
         first = len(deltas)
         try:
-            chunk = decode_chat_chunk(data)
+            chunk = CHAT_CHUNK.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             chunk = self._decode_leniently(data, ChatChunk)
+        self._decode_chunk(chunk, data, deltas)
+        if self._mending:
+            self._mend(deltas, first)
+
+    def decode_lines(self, lines: bytes, deltas: list[Delta]) -> bool:
+        if self.done or self._mending:
+            return False
+        each = lines.split(b"\n")
+        try:
+            chunks = CHAT_CHUNK.decode_lines(lines)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+        if len(chunks) != len(each):
+            return False
+        for chunk, data in zip(chunks, each, strict=True):
+            self._decode_chunk(chunk, data, deltas)
+        return True
+
+    def _decode_chunk(self, chunk: ChatChunk, data: bytes, deltas: list[Delta]) -> None:
         if chunk.error:
             raise in_band_error(self._provider, data)
         if chunk.choices:
             self._decode_choice(chunk.choices[0], deltas)
         if chunk.usage or chunk.x_groq:
             self._decode_extras(chunk)
-        if self._mending:
-            self._mend(deltas, first)
 
     def _decode_choice(self, choice: ChatChoice, deltas: list[Delta]) -> None:
         delta = choice.delta or choice.message
@@ -3192,8 +3229,10 @@ class Answer(Body):
             return ProviderProtocol(words) if too_large else None
         held_characters = self.decoder.held_characters
         try:
-            for name, payload in self._sse.feed(data):
-                self.decoder.decode(name, payload, deltas)
+            lines = self._sse.lines(data)
+            if lines is None or not self.decoder.decode_lines(lines, deltas):
+                for name, payload in self._sse.feed(data):
+                    self.decoder.decode(name, payload, deltas)
         except GenerationError as exc:
             return exc
         if self.decoder.held_characters != held_characters:

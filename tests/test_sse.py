@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmchat import (
@@ -225,6 +225,34 @@ def test_any_stream_cut_anywhere_gives_the_same_events(marked: bool, stream: byt
     assert decode(*(stream[i : i + 1] for i in range(len(stream)))) == whole
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=5)))
     assert decode(*(stream[a:b] for a, b in itertools.pairwise([0, *cuts, len(stream)]))) == whole
+
+
+plain = st.sampled_from([b"data: a\n\n", b'data: {"a":1}\n\n', b"data: [DONE]\n\n", b"data: \n\n"])
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(plain | plain | plain | lines, max_size=12), st.data())
+def test_several_events_at_once_are_the_same_events_or_left_alone(
+    monkeypatch: pytest.MonkeyPatch, parts: list[bytes], data: st.DataObject
+) -> None:
+    monkeypatch.setattr("llmchat.LINES_BYTES_MIN", 0)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(parts)), max_size=4)))
+    decoder, events = SseDecoder(), []
+    for first, last in itertools.pairwise([0, *cuts, len(parts)]):
+        piece = b"".join(parts[first:last])
+        at_once = decoder.lines(piece)
+        events += decoder.feed(piece) if at_once is None else [(b"", line) for line in at_once.split(b"\n")]
+    assert events + decoder.end() == decode(b"".join(parts))
+
+
+def test_plain_events_are_there_at_once_but_not_in_the_middle_of_another() -> None:
+    several = b'data: {"number": 12345}\n\n' * 40
+    decoder = SseDecoder()
+    assert decoder.lines(several) == b"\n".join([b'{"number": 12345}'] * 40)
+    assert decoder.feed(BOM + b"data: 1\n\n") == []  # it would be dropped before the first event only
+    assert decoder.lines(several.replace(b"\n", b"\r\n")) is None
+    decoder.feed(b"data: half")
+    assert decoder.lines(several) is None
 
 
 @settings(max_examples=300, deadline=None)

@@ -127,6 +127,39 @@ def test_a_recorded_stream_cut_anywhere_gives_the_same_answer(path: Path) -> Non
     assert read(recording, *(body[i : i + 1] for i in range(len(body)))) == whole
 
 
+@pytest.mark.parametrize("count", [2, 3, 20])
+@pytest.mark.parametrize("path", [path for path in STREAMS if "gemini" not in path.stem], ids=lambda path: path.stem)
+def test_a_recorded_stream_gives_the_same_answer_several_events_at_a_time(
+    path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmchat.LINES_BYTES_MIN", 0)
+    recording = load(path.stem)
+    blocks = [block + b"\n\n" for block in recording.body.removesuffix(b"\n\n").split(b"\n\n")]
+    groups = [b"".join(blocks[start : start + count]) for start in range(0, len(blocks), count)]
+    assert read(recording, *groups) == read(recording, *blocks) == read(recording, recording.body)
+
+
+@pytest.mark.parametrize(
+    ("odd", "error"),
+    [
+        (b'{"error":{"message":"the reason","type":"server_error"}}', "the reason"),
+        (b'{"choices":[{"delta":{"content":"\\ud83d"}}]}', None),
+        (b'{"choices":[{"delta":{"content":"x"}}]}{"choices":[]}', "is no answer"),
+        (b"not JSON", "not JSON"),
+        (b'{"choices":', None),
+    ],
+)
+def test_an_odd_event_among_several_counts_as_if_it_came_alone(odd: bytes, error: str | None) -> None:
+    recording = load("llamacpp-chat-stream")
+    blocks = [b'data: {"choices":[{"delta":{"content":"%d"}}]}\n\n' % number for number in range(20)]
+    blocks.insert(10, b"data: %b\n\n" % odd)
+    at_once, one_by_one = read(recording, b"".join(blocks)), read(recording, *blocks)
+    assert at_once == one_by_one
+    assert read(recording, b"".join(blocks[:11]), b"".join(blocks[11:])) == one_by_one
+    assert text_of(at_once.deltas).startswith("0123456789")
+    assert error is None or error in str(at_once.error)
+
+
 @pytest.mark.parametrize("path", [path for path in STREAMS if "gemini" not in path.stem], ids=lambda path: path.stem)
 def test_a_recorded_stream_that_ends_early_is_never_complete_before_its_finish_reason(path: Path) -> None:
     recording = load(path.stem)
