@@ -149,7 +149,10 @@ def test_a_recorded_stream_gives_the_same_answer_several_events_at_a_time(
         (b'{"choices":', None),
     ],
 )
-def test_an_odd_event_among_several_counts_as_if_it_came_alone(odd: bytes, error: str | None) -> None:
+def test_an_odd_event_among_several_counts_as_if_it_came_alone(
+    odd: bytes, error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmchat.LINES_BYTES_MIN", 0)
     recording = load("llamacpp-chat-stream")
     blocks = [b'data: {"choices":[{"delta":{"content":"%d"}}]}\n\n' % number for number in range(20)]
     blocks.insert(10, b"data: %b\n\n" % odd)
