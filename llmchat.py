@@ -2759,7 +2759,8 @@ class Exchange(Reply):
             raise HttpParserError("a second reply to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if not self.status:  # or it is a trailer, which is no header (RFC 9112, 7.1.2)
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
