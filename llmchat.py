@@ -2760,7 +2760,7 @@ class Exchange(Reply):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.status:  # or it is a trailer, which is no header (RFC 9112, 7.1.2)
-            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+            self.headers[name.decode("latin-1").lower()] = value.strip().decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
