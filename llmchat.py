@@ -2875,7 +2875,8 @@ class ProviderConnection(asyncio.Protocol):
 
     def release(self, is_reusable: bool) -> None:
         self._exchange = None
-        if is_reusable and not self.transport.is_closing():
+        is_sent = not self.transport.get_write_buffer_size()  # a provider may answer before it has read the question
+        if is_reusable and is_sent and not self.transport.is_closing():
             self._client.keep(self)
         else:
             self.transport.abort()
