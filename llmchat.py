@@ -2876,7 +2876,7 @@ class ProviderConnection(asyncio.Protocol):
     def release(self, is_reusable: bool) -> None:
         self._exchange = None
         is_sent = not self.transport.get_write_buffer_size()  # a provider may answer before it has read the question
-        if is_reusable and is_sent and not self.transport.is_closing():
+        if is_reusable and is_sent and not self.transport.is_closing() and not self._client.is_closed:
             self._client.keep(self)
         else:
             self.transport.abort()
@@ -2908,8 +2908,10 @@ class HttpClient:
         self._timer: asyncio.TimerHandle | None = None
         self._proxied: dict[str, httpx.AsyncHTTPTransport] = {}  # by the proxy's URL
         self._tls: ssl.SSLContext | None = None
+        self.is_closed = False
 
     async def close(self) -> None:
+        self.is_closed = True
         for kept in list(self._kept.values()):
             for connection in list(kept):
                 connection.transport.abort()
