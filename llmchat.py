@@ -2947,7 +2947,7 @@ class HttpClient:
             raise Unreachable(f"no connection within {PROVIDER_CONNECT_SECONDS} s") from exc
         except ConnectionError as exc:
             raise Unreachable(os.strerror(exc.errno) if exc.errno else reason_of(exc)) from exc
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, OverflowError) as exc:  # the last for a port that is none
             raise Unreachable(reason_of(exc)) from exc
         return connection
 
@@ -3039,12 +3039,13 @@ def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 @functools.lru_cache(maxsize=256)
 def proxy_of(url: str) -> str | None:
-    """The proxy that the environment (or the system) names for a URL; None: there is none."""
+    """The proxy that the environment (or the system) names for a URL; None: there is none. Raises Unreachable."""
     from urllib.request import getproxies, proxy_bypass
 
-    parts, proxies = urllib.parse.urlsplit(url), getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(parts.netloc):
+    (is_secure, name, _), host, _ = parse_url(url)
+    proxies = getproxies()
+    proxy = proxies.get("https" if is_secure else "http") or proxies.get("all")
+    if not proxy or proxy_bypass(host) or proxy_bypass(name):  # an IPv6 address in brackets, with its port, or without
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
