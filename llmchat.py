@@ -2972,7 +2972,14 @@ class HttpClient:
                 self._proxied[proxy] = httpx.AsyncHTTPTransport(proxy=httpx.Proxy(proxy), limits=limits)
             request = httpx.Request(method, url, headers=dict(headers), content=body, extensions=extensions)
             return ProxiedReply(await self._proxied[proxy].handle_async_request(request))
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.InvalidURL, ValueError) as exc:
+        except (
+            httpx.ConnectError,
+            httpx.ConnectTimeout,
+            httpx.ProxyError,
+            httpx.InvalidURL,
+            ValueError,
+            ImportError,
+        ) as exc:
             raise Unreachable(f"through the proxy that the environment names: {reason_of(exc)}") from exc
         except httpx.HTTPError as exc:
             raise ConnectionError(reason_of(exc)) from exc
