@@ -2780,8 +2780,10 @@ class Exchange(Reply):
         """What a read brought."""
         try:
             self._parser.feed_data(data)
-        except (HttpParserError, HttpParserUpgrade) as exc:
+        except HttpParserError as exc:
             self._error = exc
+        except HttpParserUpgrade:
+            self._error = HttpParserError("it wants to speak another protocol")
         if not self._head.done():
             self._head_bytes += len(data)
             if self.status:
@@ -3351,7 +3353,7 @@ class Providers:
         except OSError as exc:
             what = f"{provider.name} broke the connection before it answered: {shorten(reason_of(exc), provider.key)}"
             raise ProviderUnavailable(what, transient=True) from exc
-        except (HttpParserError, HttpParserUpgrade) as exc:
+        except HttpParserError as exc:
             reason = shorten(reason_of(exc), provider.key)
             raise ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {reason}") from exc
 
