@@ -2629,6 +2629,10 @@ class WholeBody(Body):
         await self._over.wait()
 
 
+# Others (`none`, a charset) mean nothing. The last three are none that InflatedBody knows: they break an answer off.
+COMPRESSIONS = ("gzip", "x-gzip", "deflate", "br", "zstd", "compress")
+
+
 class InflatedBody(Body):
     """Takes a body that comes compressed, although that was not asked for, and hands it on as it was before."""
 
@@ -2662,7 +2666,7 @@ class Reply(ABC):
 
     def attach(self, body: Body) -> None:
         """What of the body is there goes to it at once, the rest as it comes."""
-        is_compressed = self.headers.get("content-encoding", "identity").lower() != "identity"
+        is_compressed = self.headers.get("content-encoding", "").lower() in COMPRESSIONS
         self._attach(InflatedBody(body) if is_compressed else body)
 
     @abstractmethod
