@@ -2642,13 +2642,22 @@ class InflatedBody(Body):
 
     def feed(self, data: bytes) -> None:
         try:
-            inflated = self._inflater.decompress(data, PROVIDER_EVENT_BYTES_MAX)
-            if self._inflater.unconsumed_tail:
-                raise ValueError(f"{len(data):,} bytes inflate to more than {PROVIDER_EVENT_BYTES_MAX:,}, the limit")
+            inflated = self._inflate(data)
         except (zlib.error, ValueError) as exc:
             self.break_off(exc)
         else:
             self._body.feed(inflated)
+
+    def _inflate(self, data: bytes) -> bytes:
+        inflated, rest = b"", data
+        while rest:
+            if self._inflater.eof:  # one member after another (RFC 1952, 2.2)
+                self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
+            inflated += self._inflater.decompress(rest, PROVIDER_EVENT_BYTES_MAX + 1 - len(inflated))
+            if len(inflated) > PROVIDER_EVENT_BYTES_MAX:
+                raise ValueError(f"{len(data):,} bytes inflate to more than {PROVIDER_EVENT_BYTES_MAX:,}, the limit")
+            rest = self._inflater.unused_data
+        return inflated
 
     def finish(self) -> None:
         self._body.finish()
