@@ -517,6 +517,20 @@ async def test_an_answer_before_the_question_was_taken_leaves_no_half_question_f
         assert provider.accepted == 2
 
 
+@on_both_loops
+async def test_a_refusal_before_the_question_was_taken_is_read_although_the_connection_closes() -> None:
+    async def refuse(peer: Peer) -> None:
+        await peer.reader.read(1)
+        peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await peer.send(b"HTTP/1.1 413 Too Large\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno")
+        await asyncio.sleep(0.01)  # what then closes with a reset would overtake it
+
+    async with StandIn(refuse) as provider, open_client() as client:
+        for _ in range(5):
+            reply = await post(client, provider.url, b" " * 30_000_000)
+            assert reply.status == 413 and (await read(reply)).data == b"no"
+
+
 # ── heads ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -867,12 +881,15 @@ async def test_a_cancelled_wait_for_a_head_closes_the_connection_at_once() -> No
         await until(lambda: provider.open == 0)
 
 
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["::1", "127.0.0.1"], ["127.0.0.1", "127.0.0.1"]])
 @on_both_loops
-async def test_a_question_cancelled_at_any_step_leaves_nothing_open(tls: Tls, is_secure: bool) -> None:
+async def test_a_question_cancelled_at_any_step_leaves_nothing_open(
+    tls: Tls, is_secure: bool, addresses: list[str]
+) -> None:
     """The step is the turn of the loop: before the look-up, in it, while connecting, in the handshake, and so on."""
     async with StandIn(dripping(chunked(b"Hello", b"World"), 8), tls=tls.server(is_secure)) as provider:
         url = provider.url.replace("127.0.0.1", "provider.example")
-        resolve(("127.0.0.1", provider.port))
+        resolve(*((address, provider.port) for address in addresses))
         turns, is_done = 0, False
         while not is_done:
             async with open_client() as client:
@@ -1249,6 +1266,42 @@ async def test_a_question_through_a_proxy_names_the_whole_address_and_its_body_c
         assert head.startswith(b"post http://provider.example/v1/chat http/1.1\r\n") and head.endswith(b"\r\n\r\n{}")
         assert b"\r\nhost: provider.example\r\n" in head and b"\r\nauthorization: bearer k\r\n" in head
         assert b"\r\ncontent-length: 2\r\n" in head and head.count(b"host:") == 1
+
+
+@on_both_loops
+async def test_a_secure_provider_is_asked_through_a_tunnel_by_its_name(tls: Tls) -> None:
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+        writer.write_eof()
+
+    async def tunnel(peer: Peer) -> None:
+        proxy.requests.append(await peer.reader.readuntil(b"\r\n\r\n"))
+        reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
+        with contextlib.closing(writer):
+            await peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await asyncio.gather(pump(peer.reader, writer), pump(reader, peer.writer))
+
+    async with StandIn(ok(), tls=tls.server(True)) as provider, StandIn(tunnel) as proxy, open_client() as client:
+        with environment(HTTPS_PROXY=f"http://127.0.0.1:{proxy.port}"):
+            for _ in range(2):
+                assert await ask(client, provider.url.replace("127.0.0.1", "provider.example")) == b"Hello"
+            with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
+                await post(client, provider.url.replace("127.0.0.1", "other.example"))
+        names = [request.split(b":")[0] for request in proxy.requests]
+        assert names == [b"CONNECT provider.example", b"CONNECT other.example"]
+        assert [request.split(b" ")[:2] for request in provider.requests] == [[b"POST", b"/v1/chat"]] * 2
+
+
+@on_both_loops
+async def test_a_proxy_gets_the_password_that_stands_in_its_address() -> None:
+    async with StandIn(ok()) as proxy, open_client() as client:
+        with environment(HTTP_PROXY=f"http://me:secret@127.0.0.1:{proxy.port}"):
+            assert await ask(client, NOWHERE) == b"Hello"
+        assert b"proxy-authorization: basic bwu6c2vjcmv0\r\n" in proxy.requests[0].lower()
+        with environment(HTTP_PROXY="ftp://me:secret@127.0.0.1"), pytest.raises(Unreachable) as caught:
+            await post(client, NOWHERE)
+        assert "secret" not in str(caught.value)
 
 
 @on_both_loops
