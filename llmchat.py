@@ -2905,6 +2905,9 @@ class ProviderConnection(asyncio.Protocol):
         else:
             self.transport.abort()  # nobody asked for anything
 
+    def eof_received(self) -> None:
+        self.transport.abort()  # a polite close would wait until the question is sent, which may be never
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._client.forget(self)
         if self._exchange is not None:
