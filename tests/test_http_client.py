@@ -531,6 +531,20 @@ async def test_a_refusal_before_the_question_was_taken_is_read_although_the_conn
             assert reply.status == 413 and (await read(reply)).data == b"no"
 
 
+@on_both_loops
+async def test_a_provider_that_says_its_last_word_before_it_took_the_question_keeps_nobody_waiting() -> None:
+    async def turn_away(peer: Peer) -> None:
+        peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await peer.send(UNTIL_CLOSE + b"Hello")
+        peer.writer.write_eof()
+        await done.wait()
+
+    done = asyncio.Event()
+    async with StandIn(turn_away) as provider, open_client() as client:
+        assert await ask(client, provider.url, b" " * 30_000_000) == b"Hello"
+        done.set()
+
+
 # ── heads ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -672,6 +686,17 @@ async def test_a_kept_connection_that_its_provider_closed_is_not_used_again(endi
         assert await ask(client, provider.url) == b"Hello"
         await until(lambda: kept(client) == 0)
         assert await ask(client, provider.url) == b"World"
+
+
+@on_both_loops
+async def test_a_kept_connection_that_is_about_to_be_closed_is_not_used_again() -> None:
+    async with StandIn(ok()) as provider, open_client() as client:
+        assert await ask(client, provider.url) == b"Hello"
+        (connections,) = client._kept.values()
+        for connection in connections:
+            connection.transport.abort()  # which the connection is told in the loop's next turn
+        assert kept(client) == 1 and await ask(client, provider.url) == b"Hello"
+        assert provider.accepted == 2
 
 
 @pytest.mark.parametrize("data", [b"", b"HTTP/1.1 200 OK\r\n"])
