@@ -2666,6 +2666,10 @@ class WholeBody(Body):
         await self._over.wait()
 
 
+# Others (`none`, a charset) mean nothing. The last three are none that InflatedBody knows: they break an answer off.
+COMPRESSIONS = ("gzip", "x-gzip", "deflate", "br", "zstd", "compress")
+
+
 class InflatedBody(Body):
     """Takes a body that comes compressed, although that was not asked for, and hands it on as it was before."""
 
@@ -2675,13 +2679,22 @@ class InflatedBody(Body):
 
     def feed(self, data: bytes) -> None:
         try:
-            inflated = self._inflater.decompress(data, PROVIDER_EVENT_BYTES_MAX)
-            if self._inflater.unconsumed_tail:
-                raise ValueError(f"{len(data):,} bytes inflate to more than {PROVIDER_EVENT_BYTES_MAX:,}, the limit")
+            inflated = self._inflate(data)
         except (zlib.error, ValueError) as exc:
             self.break_off(exc)
         else:
             self._body.feed(inflated)
+
+    def _inflate(self, data: bytes) -> bytes:
+        inflated, rest = b"", data
+        while rest:
+            if self._inflater.eof:  # one member after another (RFC 1952, 2.2)
+                self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
+            inflated += self._inflater.decompress(rest, PROVIDER_EVENT_BYTES_MAX + 1 - len(inflated))
+            if len(inflated) > PROVIDER_EVENT_BYTES_MAX:
+                raise ValueError(f"{len(data):,} bytes inflate to more than {PROVIDER_EVENT_BYTES_MAX:,}, the limit")
+            rest = self._inflater.unused_data
+        return inflated
 
     def finish(self) -> None:
         self._body.finish()
@@ -2699,7 +2712,7 @@ class Reply(ABC):
 
     def attach(self, body: Body) -> None:
         """What of the body is there goes to it at once, the rest as it comes."""
-        is_compressed = self.headers.get("content-encoding", "identity").lower() != "identity"
+        is_compressed = self.headers.get("content-encoding", "").lower() in COMPRESSIONS
         self._attach(InflatedBody(body) if is_compressed else body)
 
     @abstractmethod
@@ -2796,7 +2809,8 @@ class Exchange(Reply):
             raise HttpParserError("a second reply to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if not self.status:  # or it is a trailer, which is no header (RFC 9112, 7.1.2)
+            self.headers[name.decode("latin-1").lower()] = value.strip().decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -2816,8 +2830,10 @@ class Exchange(Reply):
         """What a read brought."""
         try:
             self._parser.feed_data(data)
-        except (HttpParserError, HttpParserUpgrade) as exc:
+        except HttpParserError as exc:
             self._error = exc
+        except HttpParserUpgrade:
+            self._error = HttpParserError("it wants to speak another protocol")
         if not self._head.done():
             self._head_bytes += len(data)
             if self.status:
@@ -2911,7 +2927,8 @@ class ProviderConnection(asyncio.Protocol):
 
     def release(self, is_reusable: bool) -> None:
         self._exchange = None
-        if is_reusable and not self.transport.is_closing():
+        is_sent = not self.transport.get_write_buffer_size()  # a provider may answer before it has read the question
+        if is_reusable and is_sent and not self.transport.is_closing() and not self._client.is_closed:
             self._client.keep(self)
         else:
             self.transport.abort()
@@ -2924,6 +2941,9 @@ class ProviderConnection(asyncio.Protocol):
             self._exchange.take(data)
         else:
             self.transport.abort()  # nobody asked for anything
+
+    def eof_received(self) -> None:
+        self.transport.abort()  # a polite close would wait until the question is sent, which may be never
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._client.forget(self)
@@ -2943,8 +2963,10 @@ class HttpClient:
         self._timer: asyncio.TimerHandle | None = None
         self._proxied: dict[str, httpx.AsyncHTTPTransport] = {}  # by the proxy's URL
         self._tls: ssl.SSLContext | None = None
+        self.is_closed = False
 
     async def close(self) -> None:
+        self.is_closed = True
         for kept in list(self._kept.values()):
             for connection in list(kept):
                 connection.transport.abort()
@@ -2980,7 +3002,7 @@ class HttpClient:
             raise Unreachable(f"no connection within {PROVIDER_CONNECT_SECONDS} s") from exc
         except ConnectionError as exc:
             raise Unreachable(os.strerror(exc.errno) if exc.errno else reason_of(exc)) from exc
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, OverflowError) as exc:  # the last for a port that is none
             raise Unreachable(reason_of(exc)) from exc
         return connection
 
@@ -3005,7 +3027,14 @@ class HttpClient:
                 self._proxied[proxy] = httpx.AsyncHTTPTransport(proxy=httpx.Proxy(proxy), limits=limits)
             request = httpx.Request(method, url, headers=dict(headers), content=body, extensions=extensions)
             return ProxiedReply(await self._proxied[proxy].handle_async_request(request))
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.InvalidURL, ValueError) as exc:
+        except (
+            httpx.ConnectError,
+            httpx.ConnectTimeout,
+            httpx.ProxyError,
+            httpx.InvalidURL,
+            ValueError,
+            ImportError,
+        ) as exc:
             raise Unreachable(f"through the proxy that the environment names: {reason_of(exc)}") from exc
         except httpx.HTTPError as exc:
             raise ConnectionError(reason_of(exc)) from exc
@@ -3072,12 +3101,13 @@ def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 @functools.lru_cache(maxsize=256)
 def proxy_of(url: str) -> str | None:
-    """The proxy that the environment (or the system) names for a URL; None: there is none."""
+    """The proxy that the environment (or the system) names for a URL; None: there is none. Raises Unreachable."""
     from urllib.request import getproxies, proxy_bypass
 
-    parts, proxies = urllib.parse.urlsplit(url), getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(parts.netloc):
+    (is_secure, name, _), host, _ = parse_url(url)
+    proxies = getproxies()
+    proxy = proxies.get("https" if is_secure else "http") or proxies.get("all")
+    if not proxy or proxy_bypass(host) or proxy_bypass(name):  # an IPv6 address in brackets, with its port, or without
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
@@ -3378,7 +3408,7 @@ class Providers:
         except OSError as exc:
             what = f"{provider.name} broke the connection before it answered: {shorten(reason_of(exc), provider.key)}"
             raise ProviderUnavailable(what, transient=True) from exc
-        except (HttpParserError, HttpParserUpgrade) as exc:
+        except HttpParserError as exc:
             reason = shorten(reason_of(exc), provider.key)
             raise ProviderProtocol(f"{provider.name} answered with something that is not HTTP: {reason}") from exc
 
