@@ -39,14 +39,14 @@ Words, one per thing:
 
 Read it top to bottom. A section uses only itself and those above it; within one, a caller may stand above its helpers:
 
-     1 Limits          5 Dialects      9 Store            13 OpenAI view
-     2 Errors          6 Repetition   10 Generations      14 main
-     3 Configuration   7 Markdown     11 Identity
-     4 Events, SSE     8 Providers    12 HTTP
+     1 Limits          5 Dialects       9 Providers     13 Identity
+     2 Errors          6 Repetition    10 Store         14 HTTP
+     3 Configuration   7 Markdown      11 Archives      15 OpenAI view
+     4 Events, SSE     8 HTTP client   12 Generations   16 main
 
 Invariants, worth stating by their absence: no producer and no flush awaits a subscriber; no content is published before
-it is committed; no text is ever a control signal; above Providers the only I/O is to read .env; only Store contains
-SQL; nothing above HTTP makes a response to a client; os.environ appears once.
+it is committed; no text is ever a control signal; above the HTTP client the only I/O is to read .env; only Store and
+Archives contain SQL; nothing above HTTP makes a response to a client; os.environ appears once.
 """
 
 from __future__ import annotations
@@ -410,7 +410,7 @@ class ProviderFacts:
     """What is known of a provider before anyone has a key: the row of the built-in table.
 
     `variables` hold the key, the first one found wins. `local`: the address is this machine's, a key switches
-    nothing on and none is needed. `quirks` name departures from the dialect; sections 5 and 8 say what each does.
+    nothing on and none is needed. `quirks` name departures from the dialect; sections 5 and 9 say what each does.
     """
 
     base_url: str | None
@@ -490,7 +490,7 @@ PROVIDER_FACTS: dict[str, ProviderFacts] = {
 DIALECT_NAMES = ("openai", "anthropic")
 DEMO = "demo"
 DEMO_MODELS = ("tour", "slow", "long", "markdown", "reasoning", "loop", "fails")
-DEMO_HOST = "demo.invalid"  # RFC 2606: no such host can exist; section 8 answers for it without a network
+DEMO_HOST = "demo.invalid"  # RFC 2606: no such host can exist; section 9 answers for it without a network
 
 
 @dataclass(frozen=True)
@@ -2499,138 +2499,19 @@ class MarkdownStream:
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 8. Providers
+# 8. HTTP client
 #
-# A question goes out on a connection of our own, HTTP/1.1 over the parser that uvicorn has on the other side, for here is
-# where a stream spends its time: what a read brings is kept as it is (Answer.feed), without waking a task, and decoded in
-# one go by whoever wants deltas (Answer.take). Only what has to take a proxy goes through httpx. A Reply is what comes
-# back either way, and from the demo provider too, so that a first start without a key takes nearly the same way. Every
-# way in which a question can fail becomes a ProviderError here; what follows from it (retry, fallback, the end of the
-# generation) is decided in section 10.
+# How a question gets to a provider and its reply back: on a connection of our own, HTTP/1.1 over the parser that uvicorn
+# has on the other side, for between here and the flush is where a stream spends its time. No task wakes for what a read
+# brings: it goes to the Body that was attached, which may have the reply pause. Only what has to take a proxy goes
+# through httpx. Absent on purpose: redirects, which would carry the key elsewhere, cookies, and HTTP/2, which would put
+# all streams of a provider behind one lost packet.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-DEMO_TEXT = """\
-Hello! This answer comes from llmchat's built-in **demo** provider: no key, no network, the same text every time. \
-You wrote:
 
-> {question}
-
-Everything else about it is real. Each piece of this text was committed to the database before you saw it, so you can \
-close the connection in the middle and come back:
-
-```bash
-curl -N http://127.0.0.1:8000/api/v1/messages/2/stream -H 'Last-Event-ID: 120'
-```
-
-| what happens | what you get |
-|---|---|
-| you disconnect | the answer goes on, and waits for you |
-| you stop it | the part that is there is kept |
-| the server is killed | everything you saw is still there |
-
-To talk to a real model, set a key such as `OPENAI_API_KEY` or an address such as \
-`OLLAMA_BASE_URL=http://127.0.0.1:11434/v1`, and start again. 你好, ¡hola!, 🙂.
-"""
-DEMO_MARKDOWN = """\
-# A heading
-
-A paragraph with *emphasis*, **strong words**, `code`, ~~a mistake~~ and [a link](https://example.org/).
-
-1. first
-2. second
-   - nested
-   - [x] done
-   - [ ] to do
-
-```python
-def fibonacci(count: int) -> list[int]:
-    numbers = [0, 1]
-    while len(numbers) < count:
-        numbers.append(numbers[-1] + numbers[-2])
-    return numbers[:count]
-```
-
-| language | since | typed |
-|:---|---:|:---:|
-| Python | 1991 | gradually |
-| C | 1972 | yes |
-
-> A quotation, and after it a rule.
-
----
-
-The end.
-"""
-DEMO_REASONING = (
-    "The user wants to see how reasoning looks. I think about it for a moment, then I answer in one sentence.\n"
-)
-
-
-class Demo(NamedTuple):
-    """A demo model: its answer, the pause after each piece of it, the pattern of a piece, and what it thinks first."""
-
-    text: str
-    pause_seconds: float = 0.015
-    piece: str = r"(?s).{1,4}"
-    reasoning: str = ""
-
-
-DEMOS = {
-    "tour": Demo(DEMO_TEXT),
-    "slow": Demo("One word a second: this is what a large model on a small machine feels like.\n", 1.0, r"\S+\s*"),
-    "long": Demo(
-        "".join(f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)), 0.005
-    ),
-    "markdown": Demo(DEMO_MARKDOWN),
-    "reasoning": Demo("That is how it looks: the reasoning first, then the answer.\n", reasoning=DEMO_REASONING),
-    "loop": Demo("This model goes round in circles. " * 2000, 0.001),
-    "fails": Demo("This answer breaks off in the mid"),
-}
-assert tuple(DEMOS) == DEMO_MODELS
-
-
-async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
-    """A demo model's answer as a provider would send it. `fails` breaks off without a finish_reason."""
-    demo = DEMOS[model]
-    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", demo.reasoning)]
-    text = demo.text.replace("{question}", shorten(question, None))
-    deltas += [{"content": piece} for piece in re.findall(demo.piece, text)]
-    for delta in deltas:
-        yield b"data: %s\n\n" % encode_json({"choices": [{"index": 0, "delta": delta}]})
-        await asyncio.sleep(demo.pause_seconds)
-    if model != "fails":
-        yield b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-        yield b"data: [DONE]\n\n"
-
-
-def answer_demo(question: bytes) -> Reply:
-    """The demo provider's reply to a question, without a network."""
-    asked = decode_json(question)
-    content = asked["messages"][-1]["content"]
-    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    return IteratedReply(200, {}, demo_stream(asked["model"], text))
-
-
-class Target(NamedTuple):
-    """Whom a question goes to."""
-
-    provider: Provider
-    model: str
-
-    def __str__(self) -> str:
-        return f"{self.provider.name}/{self.model}"
-
-
-@dataclass(frozen=True)
-class ModelList:
-    """A provider's models as they were last asked; `error` says why there are none."""
-
-    models: tuple[str, ...]
-    error: str | None
-    asked_at: float  # monotonic seconds
-
-
-# ── a reply, and who takes its body ──
+def reason_of(exc: BaseException) -> str:
+    """An exception's own words, or its name when it has none."""
+    return shorten(str(exc), None) or type(exc).__name__
 
 
 class Body(Protocol):
@@ -3112,7 +2993,134 @@ def proxy_of(url: str) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-# ── an answer ──
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 9. Providers
+#
+# What a reply brings is kept as it comes (Answer.feed), and decoded in one go by whoever wants deltas (Answer.take). The
+# demo provider's reply is one too, so that a first start without a key takes nearly the same way. Every way in which a
+# question can fail becomes a ProviderError here; what follows from it (retry, fallback, the end of the generation) is
+# decided in section 12.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+DEMO_TEXT = """\
+Hello! This answer comes from llmchat's built-in **demo** provider: no key, no network, the same text every time. \
+You wrote:
+
+> {question}
+
+Everything else about it is real. Each piece of this text was committed to the database before you saw it, so you can \
+close the connection in the middle and come back:
+
+```bash
+curl -N http://127.0.0.1:8000/api/v1/messages/2/stream -H 'Last-Event-ID: 120'
+```
+
+| what happens | what you get |
+|---|---|
+| you disconnect | the answer goes on, and waits for you |
+| you stop it | the part that is there is kept |
+| the server is killed | everything you saw is still there |
+
+To talk to a real model, set a key such as `OPENAI_API_KEY` or an address such as \
+`OLLAMA_BASE_URL=http://127.0.0.1:11434/v1`, and start again. 你好, ¡hola!, 🙂.
+"""
+DEMO_MARKDOWN = """\
+# A heading
+
+A paragraph with *emphasis*, **strong words**, `code`, ~~a mistake~~ and [a link](https://example.org/).
+
+1. first
+2. second
+   - nested
+   - [x] done
+   - [ ] to do
+
+```python
+def fibonacci(count: int) -> list[int]:
+    numbers = [0, 1]
+    while len(numbers) < count:
+        numbers.append(numbers[-1] + numbers[-2])
+    return numbers[:count]
+```
+
+| language | since | typed |
+|:---|---:|:---:|
+| Python | 1991 | gradually |
+| C | 1972 | yes |
+
+> A quotation, and after it a rule.
+
+---
+
+The end.
+"""
+DEMO_REASONING = (
+    "The user wants to see how reasoning looks. I think about it for a moment, then I answer in one sentence.\n"
+)
+
+
+class Demo(NamedTuple):
+    """A demo model: its answer, the pause after each piece of it, the pattern of a piece, and what it thinks first."""
+
+    text: str
+    pause_seconds: float = 0.015
+    piece: str = r"(?s).{1,4}"
+    reasoning: str = ""
+
+
+DEMOS = {
+    "tour": Demo(DEMO_TEXT),
+    "slow": Demo("One word a second: this is what a large model on a small machine feels like.\n", 1.0, r"\S+\s*"),
+    "long": Demo(
+        "".join(f"Paragraph {number} of a long answer, to scroll and to stop.\n\n" for number in range(1, 1001)), 0.005
+    ),
+    "markdown": Demo(DEMO_MARKDOWN),
+    "reasoning": Demo("That is how it looks: the reasoning first, then the answer.\n", reasoning=DEMO_REASONING),
+    "loop": Demo("This model goes round in circles. " * 2000, 0.001),
+    "fails": Demo("This answer breaks off in the mid"),
+}
+assert tuple(DEMOS) == DEMO_MODELS
+
+
+async def demo_stream(model: str, question: str) -> AsyncIterator[bytes]:
+    """A demo model's answer as a provider would send it. `fails` breaks off without a finish_reason."""
+    demo = DEMOS[model]
+    deltas = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", demo.reasoning)]
+    text = demo.text.replace("{question}", shorten(question, None))
+    deltas += [{"content": piece} for piece in re.findall(demo.piece, text)]
+    for delta in deltas:
+        yield b"data: %s\n\n" % encode_json({"choices": [{"index": 0, "delta": delta}]})
+        await asyncio.sleep(demo.pause_seconds)
+    if model != "fails":
+        yield b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+        yield b"data: [DONE]\n\n"
+
+
+def answer_demo(question: bytes) -> Reply:
+    """The demo provider's reply to a question, without a network."""
+    asked = decode_json(question)
+    content = asked["messages"][-1]["content"]
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return IteratedReply(200, {}, demo_stream(asked["model"], text))
+
+
+class Target(NamedTuple):
+    """Whom a question goes to."""
+
+    provider: Provider
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.provider.name}/{self.model}"
+
+
+@dataclass(frozen=True)
+class ModelList:
+    """A provider's models as they were last asked; `error` says why there are none."""
+
+    models: tuple[str, ...]
+    error: str | None
+    asked_at: float  # monotonic seconds
 
 
 class Answer(Body):
@@ -3292,11 +3300,6 @@ async def read_whole(reply: Reply, bytes_max: int, seconds: float) -> WholeBody:
         async with asyncio.timeout(seconds):
             await body.wait()
     return body
-
-
-def reason_of(exc: BaseException) -> str:
-    """An exception's own words, or its name when it has none."""
-    return shorten(str(exc), None) or type(exc).__name__
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -3538,9 +3541,9 @@ def models_of(document: Any) -> list[str]:
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 9. Store
+# 10. Store
 #
-# The only place with SQL. Two connections, each in the thread that aiosqlite gives it: one writes, one reads. An
+# SQL is here and in Archives. Two connections, each in the thread that aiosqlite gives it: one writes, one reads. An
 # operation is a plain function of a sqlite3 connection and runs as a whole in that thread, so transactions never
 # interleave and there is nothing to lock. Writes are committed in groups: whatever waits when the writer comes free
 # goes into one transaction, each operation in a savepoint of its own, so that one that is refused takes no other
@@ -3635,7 +3638,7 @@ class NewMessage:
     request_hash: str | None = None
     hidden: bool = False  # a new conversation that is in no list and is deleted some time after it has ended
     answer_system: str | None = None  # the system prompt of this answer alone; None: the conversation's
-    response: Mapping[str, Any] | None = None  # what a response of section 13 repeats of its request
+    response: Mapping[str, Any] | None = None  # what a response of section 15 repeats of its request
 
 
 @dataclass(frozen=True)
@@ -4681,7 +4684,7 @@ def sweep_unstored(connection: sqlite3.Connection, ended_before_ms: int, watched
     return cast("int | None", oldest.fetchone()[0])
 
 
-# ── what a response of section 13 needs: the answer, what it was asked with, what it follows ──
+# ── what a response of section 15 needs: the answer, what it was asked with, what it follows ──
 
 
 def select_response(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
@@ -4800,7 +4803,111 @@ def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[Usa
     ]
 
 
-# ── archives: conversations as files ────────────────────────────────────────────────────────────────────────────────
+class Store:
+    """The database. Every method may raise StoreUnavailable."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = -1
+        self._writer: Database | None = None
+        self._reader: Database | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
+        self._wake = asyncio.Event()
+        self._is_writable = True
+        self._touched_at = float("-inf")
+
+    async def open(self) -> int:
+        """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
+        lock = lock_database(self._path)
+        self._lock = lock.descriptor
+        try:
+            await asyncio.to_thread(remove_left_copies, self._path)
+            interrupted = await asyncio.to_thread(partial(prepare_database, self._path, suspect=lock.suspect))
+            self._writer = await open_database(self._path, read_only=False)
+            self._reader = await open_database(self._path, read_only=True)
+        except BaseException:
+            await self.close()
+            raise
+        self._task = asyncio.create_task(self._write_forever(), name="writer")
+        return interrupted
+
+    async def close(self) -> None:
+        """Ends the writer after what already waits, then both connections, then the lock."""
+        if self._task is not None:
+            with contextlib.suppress(StoreUnavailable):
+                await self.write(lambda connection: None)  # whatever waits is committed before this
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for database in (self._reader, self._writer):
+            if database is not None:
+                await database.close()
+        if self._lock >= 0:
+            if self._task is not None:  # it was open, so what is left behind was not found damaged
+                with contextlib.suppress(OSError):
+                    mark_lock(self._lock, CLEAN)
+            os.close(self._lock)
+            self._lock = -1
+
+    async def read(self, operation: Callable[..., T], *arguments: Any) -> T:
+        """Runs an operation that only reads, in the reader's thread: all that it finds is of one moment."""
+        assert self._reader is not None, "the store is open"
+        try:
+            return await self._reader.run(read_at_once, operation, *arguments)
+        except sqlite3.Error as exc:
+            raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
+
+    async def open_copy(self) -> BinaryIO:
+        """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
+        return await asyncio.to_thread(open_copy, self._path)
+
+    async def write(self, operation: Callable[..., T], *arguments: Any, durable: bool = False) -> T:
+        """Runs an operation in the next group; returns when that is committed. `durable`: and fsynced."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        bound = (lambda connection: operation(connection, *arguments)) if arguments else operation
+        self._waiting.append((bound, durable, future))
+        self._wake.set()
+        return await future
+
+    async def is_writable(self, seconds: float) -> bool:
+        """Whether a write goes through; what was found within the last `seconds` is good enough."""
+        if time.monotonic() - self._touched_at > seconds:
+            self._touched_at = time.monotonic()
+            try:
+                await self.write(touch)
+                self._is_writable = True
+            except StoreUnavailable:
+                self._is_writable = False
+        return self._is_writable
+
+    async def _write_forever(self) -> None:
+        """The only writer: takes all that waits, commits it together, tells each how it went."""
+        assert self._writer is not None, "the store is open"
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            group, self._waiting = self._waiting, []
+            durable = any(one[1] for one in group)
+            try:
+                outcomes = await self._writer.run(commit_together, [one[0] for one in group], durable)
+            except sqlite3.Error as exc:
+                error = StoreUnavailable(f"the database cannot be written: {reason_of(exc)}", retry_after_seconds=1)
+                error.__cause__ = exc
+                outcomes = [error] * len(group)
+            for (_, _, future), outcome in zip(group, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 11. Archives
+#
+# Conversations as files, and back.
 #
 # An archive is {"format": "llmchat", "version": 1, "conversations": […]}, complete but for keys, which are stored
 # nowhere, and ids, which belong to one database. In their place stands an origin: what a conversation or a message is
@@ -4808,6 +4915,7 @@ def sum_usage(connection: sqlite3.Connection, owner: str, days: int) -> list[Usa
 # `llmchat:<id>-<created_at_ms>`, since an id is never used again. So what comes in a second time is known, also in the
 # database that it came from. For the same reason what /v1/responses repeats of a request stays here: a response's name
 # is its message's id, and what it says of the one before it names another.
+# ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
 Role = Literal["user", "assistant", "system", "tool"]
@@ -4994,7 +5102,7 @@ def close_fence(text: str) -> str:
     return f"{text}\n{fence}" if fence else text
 
 
-# ── archives: what comes in ─────────────────────────────────────────────────────────────────────────────────────────
+# ── what comes in ─────────────────────────────────────────────────────────────────────────────────────────────────────
 #
 # Three formats become one stream of records: ours; ChatGPT's `conversations.json`, a list of trees under `mapping`; and
 # Claude's, a list of `chat_messages`. Neither service documents its own; these are the shapes that their users find in
@@ -5167,7 +5275,7 @@ def storable(value: Any, depth: int = 1) -> Any:
     return [storable(below, depth + 1) for below in value] if isinstance(value, list) else value
 
 
-# ── archives: ours ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── ours ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class StoredCall(Struct):
@@ -5227,7 +5335,7 @@ def our_message(value: Any) -> ArchivedMessage:
     return message
 
 
-# ── archives: ChatGPT's and Claude's ────────────────────────────────────────────────────────────────────────────────
+# ── ChatGPT's and Claude's ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def listed(value: Any) -> list[Any]:
@@ -5495,7 +5603,7 @@ def claude_result(content: Any) -> list[Delta]:
     return deltas_of("text", texts or ([shorten(json.dumps(content), None)] if content else []))
 
 
-# ── archives: files ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_document(source: ArchiveFile) -> Iterator[Record]:
@@ -5677,7 +5785,7 @@ def read_archive(file: BinaryIO, answer: ImportAnswer) -> Iterator[Record]:
         yield from read_document(ArchiveFile(JsonWindow(chunks), answer, lambda pointer: None))
 
 
-# ── archives: into the database ─────────────────────────────────────────────────────────────────────────────────────
+# ── into the database ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def grouped(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -5771,107 +5879,6 @@ def import_message(
     index_text(connection, owner, message_id, text_of(message.content))
 
 
-class Store:
-    """The database. Every method may raise StoreUnavailable."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = -1
-        self._writer: Database | None = None
-        self._reader: Database | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._waiting: list[tuple[Callable[..., Any], bool, asyncio.Future[Any]]] = []
-        self._wake = asyncio.Event()
-        self._is_writable = True
-        self._touched_at = float("-inf")
-
-    async def open(self) -> int:
-        """Locks, migrates and recovers the file; returns how many messages were interrupted. Raises StartError."""
-        lock = lock_database(self._path)
-        self._lock = lock.descriptor
-        try:
-            await asyncio.to_thread(remove_left_copies, self._path)
-            interrupted = await asyncio.to_thread(partial(prepare_database, self._path, suspect=lock.suspect))
-            self._writer = await open_database(self._path, read_only=False)
-            self._reader = await open_database(self._path, read_only=True)
-        except BaseException:
-            await self.close()
-            raise
-        self._task = asyncio.create_task(self._write_forever(), name="writer")
-        return interrupted
-
-    async def close(self) -> None:
-        """Ends the writer after what already waits, then both connections, then the lock."""
-        if self._task is not None:
-            with contextlib.suppress(StoreUnavailable):
-                await self.write(lambda connection: None)  # whatever waits is committed before this
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        for database in (self._reader, self._writer):
-            if database is not None:
-                await database.close()
-        if self._lock >= 0:
-            if self._task is not None:  # it was open, so what is left behind was not found damaged
-                with contextlib.suppress(OSError):
-                    mark_lock(self._lock, CLEAN)
-            os.close(self._lock)
-            self._lock = -1
-
-    async def read(self, operation: Callable[..., T], *arguments: Any) -> T:
-        """Runs an operation that only reads, in the reader's thread: all that it finds is of one moment."""
-        assert self._reader is not None, "the store is open"
-        try:
-            return await self._reader.run(read_at_once, operation, *arguments)
-        except sqlite3.Error as exc:
-            raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
-
-    async def open_copy(self) -> BinaryIO:
-        """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
-        return await asyncio.to_thread(open_copy, self._path)
-
-    async def write(self, operation: Callable[..., T], *arguments: Any, durable: bool = False) -> T:
-        """Runs an operation in the next group; returns when that is committed. `durable`: and fsynced."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        bound = (lambda connection: operation(connection, *arguments)) if arguments else operation
-        self._waiting.append((bound, durable, future))
-        self._wake.set()
-        return await future
-
-    async def is_writable(self, seconds: float) -> bool:
-        """Whether a write goes through; what was found within the last `seconds` is good enough."""
-        if time.monotonic() - self._touched_at > seconds:
-            self._touched_at = time.monotonic()
-            try:
-                await self.write(touch)
-                self._is_writable = True
-            except StoreUnavailable:
-                self._is_writable = False
-        return self._is_writable
-
-    async def _write_forever(self) -> None:
-        """The only writer: takes all that waits, commits it together, tells each how it went."""
-        assert self._writer is not None, "the store is open"
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            group, self._waiting = self._waiting, []
-            durable = any(one[1] for one in group)
-            try:
-                outcomes = await self._writer.run(commit_together, [one[0] for one in group], durable)
-            except sqlite3.Error as exc:
-                error = StoreUnavailable(f"the database cannot be written: {reason_of(exc)}", retry_after_seconds=1)
-                error.__cause__ = exc
-                outcomes = [error] * len(group)
-            for (_, _, future), outcome in zip(group, outcomes, strict=True):
-                if future.done():
-                    continue
-                if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
-
-
 async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnswer:
     """Brings in a file, a few messages in a transaction. Raises InvalidRequest and TooLarge, which say what came in."""
     answer = ImportAnswer(ImportCount(), ImportCount(), [])
@@ -5890,7 +5897,7 @@ async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnsw
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 10. Generations
+# 12. Generations
 #
 # The way of a delta. A producer (one task per generation, owned here and by no request) asks its provider and sleeps
 # until the answer's end. What arrives meanwhile is kept as bytes and tells the flusher (one task), which has every such
@@ -7161,12 +7168,12 @@ class ViewSubscriber(Subscriber):
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 11. Identity
+# 13. Identity
 #
 # Who asks, and whether they may. On the loopback address without a token everybody is the one owner `local`, since
 # whoever is on this machine could read the file as well; elsewhere a request shows a token (a program in its
 # Authorization header, the page by a session cookie that signing in made). Every row has an owner, every query of
-# section 9 is given one, and another owner's ids do not exist. Three attacks need no stolen token, and are refused
+# section 10 is given one, and another owner's ids do not exist. Three attacks need no stolen token, and are refused
 # before anything else: a name that resolves to this machine (DNS rebinding: the Host must be known; an address always
 # is, for nobody can rebind it), a foreign page that posts with the user's cookie (the Origin of every write must be
 # ours), and guessing (failures slow down their address, and everybody). Tokens are compared as hashes, in constant
@@ -7495,7 +7502,7 @@ def owner_of(request: Request) -> str:
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 12. HTTP
+# 14. HTTP
 #
 # A handler parses, authorises, calls and renders; what it can raise is in section 2, and one renderer turns that into
 # the error shape. ENDPOINTS is the API: the routes, /openapi.json, /docs and `help` are all read off it, so none of
@@ -8815,10 +8822,10 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 13. OpenAI view
+# 15. OpenAI view
 #
 # The API that everybody's tools speak, as a translation of the same messages: a chat completion and a response are each
-# a message of ours, started, committed, stopped and resumed by section 10 like any other, so both survive a lost
+# a message of ours, started, committed, stopped and resumed by section 12 like any other, so both survive a lost
 # connection, and a restart as far as they had come. `chatcmpl-42` and `resp_42` are message 42. There is one
 # translation each way per format: what a client sends has a method `turn`, and a view takes our events one by one
 # (ChatView, ResponseView); a finished response goes through the same view. What a client did not ask to store lies in
@@ -9723,7 +9730,7 @@ OPENAI_ENDPOINTS = (
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 14. main
+# 16. main
 #
 # `create_app` builds everything from a Config and opens it in its lifespan, whose end is the one place that says in
 # which order things close. The server is uvicorn's with four changes: a signal drains first, while requests are still
