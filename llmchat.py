@@ -2514,6 +2514,9 @@ def reason_of(exc: BaseException) -> str:
     return shorten(str(exc), None) or type(exc).__name__
 
 
+# ── bodies: who takes what comes ──────────────────────────────────────────────────────────────────────────────────────
+
+
 class Body(Protocol):
     """Who takes the body of a reply: piece by piece as it comes, then its end, or why there is none."""
 
@@ -2582,6 +2585,9 @@ class InflatedBody(Body):
 
     def break_off(self, exc: BaseException) -> None:
         self._body.break_off(exc)
+
+
+# ── replies: where it comes from ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Reply(ABC):
@@ -2664,12 +2670,12 @@ class Exchange(Reply):
 
     def __init__(self, connection: ProviderConnection) -> None:
         super().__init__(0, {})
-        self.on_body = (pieces := list[bytes]()).append  # for every chunk: no function of Python's
-        self._pieces = pieces  # which nobody has taken yet
+        self._pieces: list[bytes] = []  # of the body, which nobody has taken yet
+        self.on_body = self._pieces.append  # the parser's for every chunk, so no function of ours
         self._connection: ProviderConnection | None = connection  # None: nothing more will come
         self._body: Body | None = None
         self._error: BaseException | None = None
-        self._head = asyncio.get_running_loop().create_future()
+        self._head: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._head_bytes = 0
         self._is_interim = self._is_complete = self._is_reusable = False
         self._parser = HttpResponseParser(self)
@@ -2774,6 +2780,9 @@ class Exchange(Reply):
         self._body = None
         if self._connection is not None:
             self._end()
+
+
+# ── connections ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Address(NamedTuple):
@@ -2902,20 +2911,14 @@ class HttpClient:
         import httpx
 
         extensions = {"timeout": {"connect": PROVIDER_CONNECT_SECONDS}}
+        no_way = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.InvalidURL, ValueError, ImportError)
         try:
             if proxy not in self._proxied:
                 limits = httpx.Limits(max_connections=None)
                 self._proxied[proxy] = httpx.AsyncHTTPTransport(proxy=httpx.Proxy(proxy), limits=limits)
             request = httpx.Request(method, url, headers=dict(headers), content=body, extensions=extensions)
             return ProxiedReply(await self._proxied[proxy].handle_async_request(request))
-        except (
-            httpx.ConnectError,
-            httpx.ConnectTimeout,
-            httpx.ProxyError,
-            httpx.InvalidURL,
-            ValueError,
-            ImportError,
-        ) as exc:
+        except no_way as exc:
             raise Unreachable(f"through the proxy that the environment names: {reason_of(exc)}") from exc
         except httpx.HTTPError as exc:
             raise ConnectionError(reason_of(exc)) from exc
