@@ -183,6 +183,7 @@ RETRY_AFTER_SECONDS_MAX = 120  # a provider that asks for more is not waited for
 
 FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
 FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
+FLUSH_COST_AVERAGED = 5  # flushes
 FLUSH_FREE_SECONDS = 0.0015  # a flush that takes no longer does not slow the pace down
 FLUSH_COST_RATIO = 10  # beyond that, it may take one part in this many of the time
 FLUSH_SLOW_RATIO = 1.5  # times the fastest interval, and providers are read at the same pace
@@ -6440,6 +6441,7 @@ class Flusher(Worker):
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._next_flush_at = 0.0
+        self._cost = 0.0  # seconds that a flush takes, averaged: in one of ten, SQLite empties its log
         self._is_slow = False
 
     def mark(self, generation: Generation) -> None:
@@ -6489,13 +6491,14 @@ class Flusher(Worker):
 
     def _set_pace(self, batch: Sequence[Flush], started_at: float) -> None:
         """When the next flush may come. Waiting makes pieces fewer and longer; where they are long, it gains nothing."""
-        cost = time.monotonic() - started_at
-        self.flush_ms = cost * 1000
+        seconds = time.monotonic() - started_at
+        self.flush_ms = seconds * 1000
+        self._cost += (seconds - self._cost) / FLUSH_COST_AVERAGED
         pieces = [delta for flush in batch for _, delta in flush.pieces]
         characters = sum(len(delta.text) for delta in pieces)
         gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
         fastest = self._config.flush_interval_ms / 1000
-        interval = max(fastest, (cost - FLUSH_FREE_SECONDS) * FLUSH_COST_RATIO * gain)
+        interval = max(fastest, (self._cost - FLUSH_FREE_SECONDS) * FLUSH_COST_RATIO * gain)
         paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
         self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
         self._is_slow = interval > FLUSH_SLOW_RATIO * fastest

@@ -436,6 +436,18 @@ def test_a_costly_flush_is_followed_by_a_wait_only_if_that_makes_pieces_longer(c
     assert paced._next_flush_at == pytest.approx(started_at - llmchat.FLUSH_BURST_SECONDS + seconds)
 
 
+def test_a_single_costly_flush_does_not_slow_the_pace_down_but_many_do() -> None:
+    generation: Any = None
+    batch = [llmchat.Flush(generation, [(1, llmchat.Delta("text", "x"))], None)]
+    paced, waits = flusher(), []
+    for seconds in (*[0.001] * 10, 0.008, *[0.001] * 10, *[0.008] * 10):
+        paced._next_flush_at = 0.0
+        started_at = time.monotonic() - seconds
+        paced._set_pace(batch, started_at)
+        waits.append(paced._next_flush_at - started_at + llmchat.FLUSH_BURST_SECONDS)
+    assert max(waits[:21]) == pytest.approx(0.02) and waits[-1] > 0.04 and paced._is_slow
+
+
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_provider_that_has_to_wait_is_not_kept_waiting_for_the_pace(is_late: bool) -> None:
     async def run() -> None:
