@@ -83,7 +83,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -183,12 +183,16 @@ RETRY_AFTER_SECONDS_MAX = 120  # a provider that asks for more is not waited for
 
 FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
 FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
-FLUSH_COST_AVERAGED = 5  # flushes
-FLUSH_FREE_SECONDS = 0.0025  # a flush that takes no longer does not slow the pace down
-FLUSH_COST_RATIO = 10  # beyond that, it may take one part in this many of the time
+FLUSH_COST_AVERAGED = 10  # flushes
+FLUSH_COST_RATIO = 12  # a flush may take one part in this many of the time
 FLUSH_SLOW_RATIO = 1.5  # times the fastest interval, and providers are read at the same pace
 FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
+
+JOURNAL_CHARACTERS_MAX = 2_000  # of a message in the journal: as many are worth a page of their own
+JOURNAL_SECONDS = 0.5  # that they may stay there, if not more are due at once than
+JOURNAL_SHARE = 16  # one part in this many, rounded up, at each flush
+JOURNAL_TRIM_ROWS = 16  # of the journal that nobody needs any more, before they are deleted
 
 WRITER_CACHE_KILOBYTES = 1_000  # of pages: twice as many cost 20 KB a stream at 500 streams, and saved nothing
 READER_CACHE_KILOBYTES = 2_000  # SQLite's default: a long conversation opens in it
@@ -3555,6 +3559,12 @@ def models_of(document: Any) -> list[str]:
 # a group that holds a promise (it survives a power cut). Migrations only go forward, each in a transaction with its
 # step of user_version. A second process on the same file is refused by a lock beside it, not by SQLite's own, so that
 # backups and curious people may read. Deliberately absent: an ORM, a pool, and any write outside `Store.write`.
+#
+# A message's content is its rows in `delta`, in order. While it runs, what the journal has beyond them is content too: a
+# flush appends one row there for all messages, which touches a page or two, where a row of its own for each message
+# would touch a page for each. Once there is enough of a message, or at a flush after half a second, and in any case in
+# the transaction of its end, that becomes rows of its own, which know the lengths of the events they were published in
+# (`cuts_json`). The journal may keep it for a while: an offset before the end of a message's rows counts no more.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 MIGRATIONS = Path(__file__).resolve().parent / "migrations"
@@ -3678,7 +3688,8 @@ class Session(NamedTuple):
     expires_at_ms: int
 
 
-Row = tuple[int, int, str, str]  # a delta as it is stored: message_id, offset, kind, text
+Row = tuple[int, int, str, str, str | None]  # of the table delta: message_id, offset, kind, text, cuts_json
+Piece = tuple[int, str, str]  # of a message in the journal: offset, kind, text
 
 
 @dataclass(frozen=True)
@@ -3693,6 +3704,18 @@ class Outcome:
     first_delta_ms: int | None
     total_ms: int
     first_text_ms: int | None = None
+
+
+class Save(NamedTuple):
+    """What a flush writes: content that goes into the journal, content that becomes its messages' own rows, with what
+    the journal had of them before, and the ends of some."""
+
+    journalled: Mapping[int, Sequence[Piece]] = {}  # by message
+    rows: Sequence[Row] = ()
+    outcomes: Sequence[Outcome] = ()
+    journal_id: int = 0  # of the row that `journalled` makes
+    journal_floor: int = 0  # nobody needs the journal's rows before it
+    is_trimming: bool = False  # and they go now
 
 
 class Page(NamedTuple):
@@ -3931,6 +3954,7 @@ def network_file_system(folder: str, mounts: str) -> str | None:
 def interrupt_running(connection: sqlite3.Connection) -> int:
     """Recovery: what still runs in the file belongs to a process that died."""
     connection.execute("BEGIN IMMEDIATE")
+    empty_journal(connection)
     rows = connection.execute(
         "UPDATE message SET status = 'interrupted', ended_at_ms = max(?, created_at_ms) WHERE status = 'running'"
         " RETURNING id, conversation_id",
@@ -4224,7 +4248,7 @@ def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
 def whole_message(connection: sqlite3.Connection, row: sqlite3.Row) -> Message:
     """The message of a row, with its content."""
     rows = connection.execute("SELECT kind, text FROM delta WHERE message_id = ? ORDER BY offset", (row["id"],))
-    return message_of(row, [Delta(*one) for one in rows])
+    return message_of(row, with_journalled(connection, row, [Delta(*one) for one in rows]))
 
 
 def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
@@ -4326,6 +4350,7 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
         " merged = 0, provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
+    settle(connection, message_id, journal_pieces(connection, message_id))  # if its end could not
     before = whole_message(connection, row)
     kept = {"usage": before.usage, "timing": before.timing, "attempts": tuple(before.attempts)}
     return started_of(connection, row, message_id, content=tuple(before.content), **kept)
@@ -4422,10 +4447,11 @@ def insert_message(
 
 def insert_content(connection: sqlite3.Connection, message_id: int, content: Iterable[Delta]) -> None:
     """Stores content that is whole, in rows of bounded length."""
-    rows, offset = [], 0
+    rows: list[Row] = []
+    offset = 0
     for delta in content:
         for piece in split_delta(delta):
-            rows.append((message_id, offset, piece.kind, piece.text))
+            rows.append((message_id, offset, piece.kind, piece.text, None))
             offset += len(piece.text)
     insert_rows(connection, rows)
 
@@ -4435,20 +4461,83 @@ def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
     which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
     encoded = encode_json(rows)
     if b"\\u0000" in encoded:
-        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?, ?)", rows)
     else:
         connection.execute(
             "INSERT INTO delta SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),"
-            " json_extract(value, '$[3]') FROM json_each(?)",
+            " json_extract(value, '$[3]'), json_extract(value, '$[4]') FROM json_each(?)",
             (encoded.decode(),),
         )
 
 
-def save_flush(connection: sqlite3.Connection, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+def joined_rows(message_id: int, offset: int, deltas: Iterable[Delta]) -> Iterator[Row]:
+    """Deltas from an offset on, in as few rows as there are runs of a kind; each row knows what it was joined from."""
+    pieces = []
+    for delta in deltas:
+        pieces.append((offset, delta.kind, delta.text))
+        offset += len(delta.text)
+    for group in group_rows(pieces):
+        texts = [text for _, _, text in group]
+        cuts_json = encode_json([len(text) for text in texts]).decode() if len(texts) > 1 else None
+        yield message_id, group[0][0], group[0][1], "".join(texts), cuts_json
+
+
+def journal_pieces(connection: sqlite3.Connection, message_id: int) -> Iterator[Piece]:
+    """All that the journal has of a message, also what has become rows of its own."""
+    rows = connection.execute(
+        "SELECT json_extract(pieces_json, ?) FROM journal WHERE instr(pieces_json, ?) ORDER BY id",
+        (f'$."{message_id}"', f'"{message_id}":'),
+    )
+    for (pieces_json,) in rows:
+        yield from json.loads(pieces_json)
+
+
+def beyond(pieces: Iterable[Piece], end: int) -> list[Delta]:
+    """Those of a message's pieces that its own rows, which end there, do not have."""
+    return [Delta(kind, text) for offset, kind, text in pieces if offset >= end]
+
+
+def with_journalled(connection: sqlite3.Connection, row: sqlite3.Row, content: list[Delta]) -> list[Delta]:
+    """The whole content of a message's row, given what its own rows have of it."""
+    if row["status"] != "running":
+        return content
+    return content + beyond(journal_pieces(connection, row["id"]), sum(len(delta.text) for delta in content))
+
+
+def content_end(connection: sqlite3.Connection, message_id: int) -> int:
+    """The offset at which a message's own rows end."""
+    newest = "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1"
+    row = connection.execute(newest, (message_id,)).fetchone()
+    return row["offset"] + len(row["text"]) if row is not None else 0
+
+
+def settle(connection: sqlite3.Connection, message_id: int, pieces: Iterable[Piece]) -> None:
+    """Makes rows of what the journal has of a message beyond its own."""
+    end = content_end(connection, message_id)
+    insert_rows(connection, list(joined_rows(message_id, end, beyond(pieces, end))))
+
+
+def empty_journal(connection: sqlite3.Connection) -> None:
+    """Recovery: gives running messages what the journal has of them."""
+    pieces: defaultdict[int, list[Piece]] = defaultdict(list)
+    for (pieces_json,) in connection.execute("SELECT pieces_json FROM journal ORDER BY id"):
+        for message_id, more in json.loads(pieces_json).items():
+            pieces[int(message_id)] += more
+    for (message_id,) in connection.execute("SELECT id FROM message WHERE status = 'running'").fetchall():
+        settle(connection, message_id, pieces[message_id])
+    connection.execute("DELETE FROM journal")
+
+
+def save_flush(connection: sqlite3.Connection, save: Save) -> None:
     """A flush: new content of running messages, and the ends of some. The one place that sets a terminal status."""
-    if rows:
-        insert_rows(connection, rows)
-    for outcome in outcomes:
+    if save.journalled:
+        entry = (save.journal_id, encode_json(save.journalled).decode())
+        connection.execute("INSERT INTO journal VALUES (?, ?)", entry)
+    if save.rows:
+        insert_rows(connection, save.rows)
+    if save.is_trimming:
+        connection.execute("DELETE FROM journal WHERE id < ?", (save.journal_floor,))
+    for outcome in save.outcomes:
         ending = outcome.ending
         connection.execute(
             "UPDATE message SET status = ?, finish_reason = ?, error_json = ?, usage_json = ?, attempts_json = ?, provider = ?,"
@@ -4498,7 +4587,8 @@ def merge_deltas(connection: sqlite3.Connection, message_id: int, ended_at_ms: i
             between = (message_id, last + 1, group[-1][0])
             connection.execute("DELETE FROM delta WHERE message_id = ? AND offset BETWEEN ? AND ?", between)
             values = ("".join(text for _, _, text in group), message_id, last)
-            connection.execute("UPDATE delta SET text = ? WHERE message_id = ? AND offset = ?", values)
+            merged = "UPDATE delta SET text = ?, cuts_json = NULL WHERE message_id = ? AND offset = ?"
+            connection.execute(merged, values)
     if len(rows) == MERGE_ROWS:
         return last
     connection.execute("UPDATE message SET merged = 1 WHERE id = ?", (message_id,))
@@ -4535,7 +4625,7 @@ def path_ids(connection: sqlite3.Connection, message_id: int | None) -> list[int
 def select_path(connection: sqlite3.Connection, message_id: int | None) -> tuple[Turn, ...]:
     """The turns from the root to a message, with their content."""
     rows = connection.execute(
-        f"{PATH} SELECT message.id, role, params_json, kind, text FROM path JOIN message USING (id)"
+        f"{PATH} SELECT message.id, role, status, params_json, kind, text FROM path JOIN message USING (id)"
         " LEFT JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
         (message_id,),
     )
@@ -4544,7 +4634,11 @@ def select_path(connection: sqlite3.Connection, message_id: int | None) -> tuple
         content = found.setdefault(row["id"], (row, []))[1]
         content += [Delta(row["kind"], row["text"])] if row["kind"] else []
     return tuple(
-        Turn(row["role"], tuple(join_deltas(content)), json.loads(row["params_json"]).get("tool_call_id"))
+        Turn(
+            row["role"],
+            tuple(join_deltas(with_journalled(connection, row, content))),
+            json.loads(row["params_json"]).get("tool_call_id"),
+        )
         for row, content in found.values()
     )
 
@@ -4565,43 +4659,46 @@ def load_message(connection: sqlite3.Connection, owner: str, message_id: int) ->
     return whole_message(connection, select_message(connection, owner, message_id))
 
 
-def deltas_from(connection: sqlite3.Connection, message_id: int, cursor: int) -> list[Delta]:
-    """What rows have beyond a cursor, which may stand inside of one; some four frames of it."""
+def deltas_from(connection: sqlite3.Connection, message_id: int, cursor: int, *, as_published: bool) -> Iterator[Delta]:
+    """What a message's own rows have beyond a cursor, which may stand inside of one."""
     rows = connection.execute(
-        "SELECT offset, kind, text FROM delta WHERE message_id = :id AND offset >= coalesce("
+        "SELECT offset, kind, text, cuts_json FROM delta WHERE message_id = :id AND offset >= coalesce("
         "(SELECT max(offset) FROM delta WHERE message_id = :id AND offset <= :cursor), 0) ORDER BY offset",
         {"id": message_id, "cursor": cursor},
     )
-    found, characters = [], 0
-    for offset, kind, text in rows:
-        unread = text[max(cursor - offset, 0) :]
-        found += [Delta(kind, unread)] if unread else []
-        characters += len(unread)
-        if characters >= FRAME_CHARACTERS_MAX * 4:
-            break
-    return found
+    for offset, kind, text, cuts_json in rows:
+        start = 0
+        for length in json.loads(cuts_json) if cuts_json and as_published else (len(text),):
+            unread = text[max(cursor - offset, start) : start + length]
+            start += length
+            if unread:
+                yield Delta(kind, unread)
 
 
 def load_page(
-    connection: sqlite3.Connection,
-    owner: str,
-    message_id: int,
-    cursor: int,
-    join: Callable[[Iterable[Delta]], list[Delta]] = join_deltas,
+    connection: sqlite3.Connection, owner: str, message_id: int, cursor: int, *, as_published: bool = False
 ) -> Page:
-    """Some content from a cursor on, in pieces that make frames of at most 64 KiB.
+    """Some content from a cursor on, four frames or so, in pieces that make frames of at most 64 KiB.
 
-    `join` may be `list`: then every row is a piece of its own, as it was when it was published."""
-    message = message_of(select_message(connection, owner, message_id), ())
-    last = connection.execute(
-        "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1", (message_id,)
-    ).fetchone()
+    `as_published`: each piece is what it was when it was published, as long as its rows have not been merged."""
+    row = select_message(connection, owner, message_id)
+    end, tail = content_end(connection, message_id), []
+    for delta in beyond(journal_pieces(connection, message_id), end) if row["status"] == "running" else ():
+        if unread := delta.text[max(cursor - end, 0) :]:
+            tail.append(Delta(delta.kind, unread))
+        end += len(delta.text)
+    found, characters = [], 0
+    for delta in itertools.chain(deltas_from(connection, message_id, cursor, as_published=as_published), tail):
+        found.append(delta)
+        characters += len(delta.text)
+        if characters >= FRAME_CHARACTERS_MAX * 4:
+            break
     pieces, offset = [], cursor
-    for delta in join(deltas_from(connection, message_id, cursor)):
+    for delta in found if as_published else join_deltas(found):
         for piece in split_delta(delta):
             offset += len(piece.text)
             pieces.append((offset, piece))
-    return Page(pieces, last["offset"] + len(last["text"]) if last else 0, message)
+    return Page(pieces, end, message_of(row, ()))
 
 
 def summary_of(row: sqlite3.Row, match: Match | None = None) -> ConversationSummary:
@@ -4637,7 +4734,7 @@ def load_conversation(connection: sqlite3.Connection, owner: str, conversation_i
         (conversation_id,),
     ):
         contents[message_id].append(Delta(kind, text))
-    messages = [message_of(row, contents[row["id"]]) for row in rows]
+    messages = [message_of(row, with_journalled(connection, row, contents[row["id"]])) for row in rows]
     path = path_ids(connection, newest_leaf(connection, conversation_id))
     return Conversation(**msgspec.structs.asdict(summary), messages=messages, path=path)
 
@@ -6148,15 +6245,23 @@ def encode_html(frame: HtmlFrame, offset: int) -> bytes:
 
 
 class Flush(NamedTuple):
-    """What one generation gives to a flush: pieces of content with the offset after each, and perhaps its end."""
+    """What one generation gives to a flush: pieces of content with the offset after each, and perhaps its end.
+
+    `is_settled`: with what the journal has of it, they become rows of its own; else they go into the journal too.
+    """
 
     generation: Generation
     pieces: list[tuple[int, Delta]]
     outcome: Outcome | None
+    is_settled: bool
 
-    def rows(self) -> list[Row]:
-        message_id = self.generation.message_id
-        return [(message_id, offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+    def journal_pieces(self) -> list[Piece]:
+        return [(offset - len(delta.text), delta.kind, delta.text) for offset, delta in self.pieces]
+
+    def rows(self) -> Iterator[Row]:
+        generation = self.generation
+        deltas = [*generation.journalled, *(delta for _, delta in self.pieces)]
+        return joined_rows(generation.message_id, generation.settled, deltas)
 
 
 class Attempt:
@@ -6239,8 +6344,8 @@ class Ring:
 class Generation:
     """The running production of one message: what is pending, what was published, who looks on.
 
-    `offset` counts what was taken for a flush, `published` what every subscriber may have. All of it lives in the
-    event loop's thread; nothing here waits.
+    `offset` counts what was taken for a flush, `published` what every subscriber may have, `settled` what the message's
+    own rows have. All of it lives in the event loop's thread; nothing here waits.
     """
 
     def __init__(self, owner: str, started: Started, targets: tuple[Target, ...], config: Config) -> None:
@@ -6261,8 +6366,9 @@ class Generation:
         self.first_text_at: float | None = None
         # content on its way
         self.pending: list[Delta] = []
+        self.journalled: list[Delta] = []  # in the journal: what the message's own rows do not have yet
         self.characters = self._quarter_tokens = 0  # of the whole answer
-        self.offset = self.published = sum(len(delta.text) for delta in started.content)
+        self.offset = self.settled = self.published = sum(len(delta.text) for delta in started.content)
         # who looks on
         self.subscriptions: set[Subscription] = set()
         self.ended = asyncio.Event()  # the `end` event is out
@@ -6338,7 +6444,9 @@ class Generation:
                 self._quarter_tokens += quarter_tokens(piece.text)
                 pieces.append((self.offset, piece))
         self.pending = []
-        return Flush(self, pieces, self.outcome() if self.ending is not None else None)
+        outcome = self.outcome() if self.ending is not None else None
+        is_much = self.offset - self.settled >= JOURNAL_CHARACTERS_MAX
+        return Flush(self, pieces, outcome, is_settled=is_much or outcome is not None)
 
     def outcome(self) -> Outcome:
         """What the terminal transaction writes; a continued answer's figures are the sums of its runs."""
@@ -6422,6 +6530,57 @@ class Worker(ABC):
     async def _work_forever(self) -> None: ...
 
 
+class Journal:
+    """Whose content is in the journal, longest first. It goes by what is committed."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, tuple[Generation, int, float]] = {}  # by message: since which row, and when
+        self._newest_id = self._floor = 0
+
+    def add_due(self, batch: dict[int, Flush]) -> None:
+        """Settles those that have waited long enough; a few at each flush, so that none takes much longer for it."""
+        until, share = time.monotonic() - JOURNAL_SECONDS, math.ceil(len(self._waiting) / JOURNAL_SHARE)
+        for message_id, (generation, _, since) in itertools.islice(self._waiting.items(), share):
+            if since > until:
+                break
+            flush = batch.get(message_id) or Flush(generation, [], None, is_settled=True)
+            batch[message_id] = flush._replace(is_settled=True)
+
+    def save(self, batch: Sequence[Flush]) -> Save:
+        """What a batch writes; its row in the journal has a number that was never used."""
+        settled = {flush.generation.message_id for flush in batch if flush.is_settled}
+        journalled = {flush.generation.message_id: flush.journal_pieces() for flush in batch if not flush.is_settled}
+        self._newest_id += bool(journalled)
+        needed = (row_id for message_id, (_, row_id, _) in self._waiting.items() if message_id not in settled)
+        floor = next(needed, self._newest_id + (not journalled))
+        is_over = floor > self._newest_id and floor > self._floor
+        return Save(
+            journalled=journalled,
+            rows=[row for flush in batch if flush.is_settled for row in flush.rows()],
+            outcomes=[flush.outcome for flush in batch if flush.outcome is not None],
+            journal_id=self._newest_id,
+            journal_floor=floor,
+            is_trimming=is_over or floor - self._floor >= JOURNAL_TRIM_ROWS,
+        )
+
+    def committed(self, batch: Sequence[Flush], save: Save) -> None:
+        """That is written: what was settled has left the journal, the rest has come into it."""
+        now = time.monotonic()
+        self._floor = save.journal_floor if save.is_trimming else self._floor
+        for flush in batch:
+            generation = flush.generation
+            generation.journalled += [delta for _, delta in flush.pieces]
+            if flush.is_settled:
+                self.forget(generation)
+                generation.settled += sum(len(delta.text) for delta in generation.journalled)
+                generation.journalled = []
+            else:
+                self._waiting.setdefault(generation.message_id, (generation, save.journal_id, now))
+
+    def forget(self, generation: Generation) -> None:
+        self._waiting.pop(generation.message_id, None)
+
+
 class Flusher(Worker):
     """Commits what all generations have pending, and is the only writer of deltas: one task, one transaction after the
     other. It works at once when it was idle, and paces itself by what a flush costs.
@@ -6436,12 +6595,13 @@ class Flusher(Worker):
         self._config = config
         self._store = store
         self._publisher = publisher
+        self._journal = Journal()
         self._marked: dict[int, Generation] = {}
         self._resting: list[Answer] = []
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._next_flush_at = 0.0
-        self._cost = 0.0  # seconds that a flush takes, averaged: in one of ten, SQLite empties its log
+        self._cost = 0.0  # seconds that a flush takes, averaged: now and then SQLite empties its log in one
         self._is_slow = False
 
     def mark(self, generation: Generation) -> None:
@@ -6456,6 +6616,7 @@ class Flusher(Worker):
 
     def forget(self, generation: Generation) -> None:
         self._marked.pop(generation.message_id, None)
+        self._journal.forget(generation)
 
     async def _work_forever(self) -> None:
         while True:
@@ -6465,12 +6626,13 @@ class Flusher(Worker):
             await self._read_on()
             self._wake.clear()
             marked, self._marked = self._marked, {}
-            batch = [flush for generation in marked.values() if (flush := generation.take()) is not None]
+            batch = {one: flush for one, generation in marked.items() if (flush := generation.take()) is not None}
             self._resting = [one.answer for one in marked.values() if one.answer is not None and one.answer.is_paused]
             if batch:
                 started_at = time.monotonic()
-                await self._flush(batch)
-                self._set_pace(batch, started_at)
+                self._journal.add_due(batch)
+                await self._flush(list(batch.values()))
+                self._set_pace(batch.values(), started_at)
 
     async def _pace(self) -> None:
         """Waits for the next flush's turn, unless a provider has to wait for it."""
@@ -6489,7 +6651,7 @@ class Flusher(Worker):
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # asyncio's own loop, unlike uvloop, needs two turns for it
 
-    def _set_pace(self, batch: Sequence[Flush], started_at: float) -> None:
+    def _set_pace(self, batch: Iterable[Flush], started_at: float) -> None:
         """When the next flush may come. Waiting makes pieces fewer and longer; where they are long, it gains nothing."""
         seconds = time.monotonic() - started_at
         self.flush_ms = seconds * 1000
@@ -6498,17 +6660,16 @@ class Flusher(Worker):
         characters = sum(len(delta.text) for delta in pieces)
         gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
         fastest = self._config.flush_interval_ms / 1000
-        interval = max(fastest, (self._cost - FLUSH_FREE_SECONDS) * FLUSH_COST_RATIO * gain)
+        interval = max(fastest, self._cost * FLUSH_COST_RATIO * gain)
         paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
         self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
         self._is_slow = interval > FLUSH_SLOW_RATIO * fastest
 
     async def _flush(self, batch: Sequence[Flush]) -> None:
         """Commits a batch, however long the database makes it wait, and has it published."""
-        rows = [row for flush in batch for row in flush.rows()]
-        outcomes = [flush.outcome for flush in batch if flush.outcome is not None]
+        save = self._journal.save(batch)
         try:
-            await self.commit(rows, outcomes)
+            await self.commit(save)
         except Exception:  # the database works, but something in here does not go in: find it, spare the others
             if len(batch) > 1:
                 for flush in batch:
@@ -6516,14 +6677,15 @@ class Flusher(Worker):
             else:
                 await self._publisher.abandon(batch[0].generation)
         else:
+            self._journal.committed(batch, save)
             for flush in batch:
                 self._publisher.publish(flush)
 
-    async def commit(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
+    async def commit(self, save: Save) -> None:
         failing_since: float | None = None
         while True:
             try:
-                await self._store.write(save_flush, rows, outcomes, durable=bool(outcomes))
+                await self._store.write(save_flush, save, durable=bool(save.outcomes))
             except StoreUnavailable as exc:
                 if failing_since is None:
                     failing_since = time.monotonic()
@@ -6569,7 +6731,7 @@ class Chore(Worker):
 
 
 async def merge_what_is_due(store: Store) -> float | None:
-    """Merges the rows of answers that ended a while ago: a stream leaves one every few milliseconds.
+    """Merges the rows of answers that ended a while ago: a stream leaves one every half second.
 
     Between small transactions it leaves the database to the others.
     """
@@ -6828,14 +6990,17 @@ class Generations:
     async def abandon(self, generation: Generation) -> None:
         """A generation whose rows the database refuses, as when its message was deleted by another program.
 
-        What it had in its hands is dropped, so that at least its end can be stored, if there is still a message.
+        What it had in its hands is dropped, so that at least its end can be stored, if there is still a message; and what
+        clients have seen of it, if that is not what the database refuses.
         """
         log.exception("flush refused", extra={"fields": {"message_id": generation.message_id}})
         self._end(generation, Ending("failed"))
         generation.ending = Ending("failed", error=InternalError("the answer cannot be stored").detail())
         outcome = replace(generation.outcome(), usage=None, attempts=())
-        with contextlib.suppress(sqlite3.Error):
-            await self.flusher.commit([], [outcome])
+        for rows in (list(joined_rows(generation.message_id, generation.settled, generation.journalled)), []):
+            with contextlib.suppress(sqlite3.Error):
+                await self.flusher.commit(Save(rows=rows, outcomes=[outcome]))
+                break
         self.flusher.forget(generation)
         self.running.pop(generation.message_id, None)
         if not generation.ended.is_set():
@@ -6995,8 +7160,8 @@ class Generations:
     async def load(self, owner: str, message_id: int, cursor: int) -> Page:
         return await self._store.read(load_page, owner, message_id, cursor)
 
-    async def load_rows(self, owner: str, message_id: int, cursor: int) -> Page:
-        return await self._store.read(load_page, owner, message_id, cursor, list)
+    async def load_published(self, owner: str, message_id: int, cursor: int) -> Page:
+        return await self._store.read(partial(load_page, as_published=True), owner, message_id, cursor)
 
     async def load_whole(self, owner: str, message_id: int) -> Message:
         return await self._store.read(load_message, owner, message_id)
@@ -7152,7 +7317,7 @@ class View(Protocol):
 
 class ViewSubscriber(Subscriber):
     """The same in another wire format. It always begins at the start, and gets every event as it was when it was
-    published, a row of the store each, so that whatever a view counts comes out the same every time."""
+    published, also from the store, so that whatever a view counts comes out the same every time."""
 
     def __init__(self, generations: Generations, owner: str, message_id: int, first: bytes, view: View) -> None:
         super().__init__(generations, owner, message_id, 0, first)
@@ -7170,7 +7335,7 @@ class ViewSubscriber(Subscriber):
         return None
 
     async def _load(self) -> Page:
-        return await self._generations.load_rows(self._owner, self._message_id, self._cursor)
+        return await self._generations.load_published(self._owner, self._message_id, self._cursor)
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -8841,7 +9006,7 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 # comment with one newline: their decoder hands an event without data on to the JSON parser; (2) a chat stream that ends
 # without a finish_reason passes for whole, so a failure is an error event, then [DONE]; (3) on /v1/responses a
 # top-level error event is raised, so there a failure is `response.failed`; (4) their helper replays from 0 and counts:
-# sequence_number comes from the stored rows alone; (5) they repeat a request after a 5xx, which could be paid twice:
+# sequence_number comes from what is stored alone; (5) they repeat a request after a 5xx, which could be paid twice:
 # x-should-retry says when not to. https://platform.openai.com/docs/api-reference
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -9473,9 +9638,9 @@ ITEM_KINDS = {
 class ResponseView(OpenAIView):
     """Our events as those of a response, and its output items; `shape` is what is known of the response at its start.
 
-    Every event is numbered, and the numbers follow from the stored rows alone: two at the start, one for each row, and
-    those that open and close an item where the kind of content changes. Those up to `after` are left out. Once rows
-    were merged there are fewer: whoever then asks for what is after a number beyond the end gets the end.
+    Every event is numbered, and the numbers follow from what is stored alone: two at the start, one for each delta as it
+    was published, and those that open and close an item where the kind of content changes. Those up to `after` are left
+    out. Once rows were merged there are fewer: whoever then asks for what is after a number beyond the end gets the end.
     """
 
     def __init__(self, message_id: int, shape: Mapping[str, Any], after: int = -1) -> None:

@@ -76,7 +76,9 @@ def add_messages(database: sqlite3.Connection, conversation: int, count: int, at
             " created_at_ms, first_delta_at_ms, ended_at_ms) VALUES (?, ?, ?, 'completed', ?, ?, ?, ?, ?, ?)",
             (conversation, parent, role, provider, provider and "bench", provider and "stop", at, at, at),
         ).lastrowid
-        database.execute("INSERT INTO delta VALUES (?, 0, 'text', ?)", (parent, next(texts)))
+        database.execute(
+            "INSERT INTO delta (message_id, offset, kind, text) VALUES (?, 0, 'text', ?)", (parent, next(texts))
+        )
 
 
 def add_to_search(database: sqlite3.Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -23,6 +24,27 @@ from tests.provider import Provider
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 20
+
+
+STORED = (
+    "SELECT 0, offset, text FROM delta WHERE message_id = :id"
+    " UNION ALL SELECT id, 0, json_extract(pieces_json, '$.\"' || :id || '\"') FROM journal ORDER BY 1, 2"
+)
+
+
+def stored_content(connection: sqlite3.Connection, message_id: int) -> str:
+    """The content of a message, of every kind, as a database has it at one moment: its own rows, then what the journal
+    has beyond them."""
+    content = ""
+    for entry, at, found in connection.execute(STORED, {"id": message_id}):
+        pieces = [(at, "", found)] if not entry else json.loads(found or "[]")
+        for offset, _, text in pieces:
+            if not entry or offset >= len(content):
+                assert offset == len(content), (
+                    f"message {message_id} has {len(content)} characters, then some at {offset}"
+                )
+                content += text
+    return content
 
 
 class Server:
@@ -110,9 +132,8 @@ class Server:
 
     def content(self, message_id: int) -> str:
         """The stored content of a message, of every kind, as a second connection sees it."""
-        return "".join(
-            text for (text,) in self.rows("SELECT text FROM delta WHERE message_id = ? ORDER BY offset", message_id)
-        )
+        with contextlib.closing(sqlite3.connect(f"file:{self.db}?mode=ro", uri=True, timeout=10)) as connection:
+            return stored_content(connection, message_id)
 
     def kill(self) -> None:
         """kill -9."""

@@ -51,10 +51,10 @@ def keep_little_in_the_kernel(send_bytes, open_socket=llmchat.open_socket):
 
 def die_at_the_first_flush(place, save=llmchat.save_flush, commit=llmchat.commit_together):
     flushed = []
-    def save_flush(connection, rows, outcomes):
-        save(connection, rows, outcomes)
-        flushed.extend(rows)
-        if rows and place == "in_transaction":
+    def save_flush(connection, flush):
+        save(connection, flush)
+        flushed.extend((*flush.journalled.values(), *flush.rows))
+        if flushed and place == "in_transaction":
             os.kill(os.getpid(), signal.SIGKILL)
     def commit_together(connection, operations, durable):
         values = commit(connection, operations, durable)

@@ -381,7 +381,8 @@ def insert_conversations(path: Path, count: int) -> None:
                 f" SELECT 2 * n - {shift}, n, CASE '{role}' WHEN 'user' THEN NULL ELSE 2 * n - 1 END, '{role}',"
                 " 'completed', n, n FROM number"
             )
-        connection.execute("INSERT INTO delta SELECT id, 0, 'text', 'some words' FROM message")
+        insert = "INSERT INTO delta (message_id, offset, kind, text)"
+        connection.execute(f"{insert} SELECT id, 0, 'text', 'some words' FROM message")
         connection.execute("COMMIT")
 
 

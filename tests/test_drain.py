@@ -136,7 +136,7 @@ def test_a_chat_that_waits_for_its_whole_answer_is_told_of_the_interruption(serv
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/api/v1/chat", b'{"message":"x","stream":false}', headers)
-    wait_until(lambda: server.rows("SELECT count(*) FROM delta WHERE message_id = 2") == [(1,)], "the first delta")
+    wait_until(lambda: server.content(2) == "partial", "the first delta")
     server.process.send_signal(signal.SIGTERM)
     response = connection.getresponse()
     body = response.read()

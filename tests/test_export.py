@@ -199,7 +199,7 @@ def test_conversations_that_are_deleted_during_an_export_are_simply_not_in_it(se
             for _ in range(2):  # each of them more than a page
                 last = llmchat.insert_message(connection, number, None, "user", "completed", 1)
                 rows = [(last, 10_000 * row, "text", "x" * 10_000) for row in range(30)]
-                connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+                connection.executemany("INSERT INTO delta (message_id, offset, kind, text) VALUES (?, ?, ?, ?)", rows)
         connection.commit()
     with server.client.stream("GET", "/api/v1/export") as response:
         body = response.iter_raw(100_000)

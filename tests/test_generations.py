@@ -99,9 +99,8 @@ def test_a_whole_answer_that_cannot_be_stored_is_a_503(server: Tuned, provider: 
         waiting = threads.submit(server.post, "/api/v1/chat", {"message": "Hello", "stream": False})
         provider.wait_chats(asked + 1)
         provider.wait_at_gate(gates[0])
-        wait_until(
-            lambda: server.rows("SELECT text FROM delta ORDER BY message_id DESC LIMIT 1") == [("one ",)], "a delta"
-        )
+        message_id = server.rows("SELECT max(id) FROM message")[0][0]
+        wait_until(lambda: server.content(message_id) == "one ", "a delta")
         with database_locked(server):
             provider.open_gate(gates[0])
             response = waiting.result(20)
@@ -161,10 +160,11 @@ def test_a_message_that_another_program_deletes_takes_no_other_along(server: Tun
 
 
 def test_a_generation_whose_rows_are_refused_is_failed_and_can_be_deleted(server: Tuned, provider: Provider) -> None:
-    """Another program has written where the next delta would go."""
+    """Another program has written where its row would go."""
     stream, reader, message_id, gates = chat_to_the_gate(server, provider, *PARTS)
     with contextlib.closing(sqlite3.connect(server.db, timeout=10)) as other:
-        other.execute("INSERT INTO delta VALUES (?, 4, 'text', 'foreign')", (message_id,))
+        insert = "INSERT INTO delta (message_id, offset, kind, text) VALUES (?, 0, 'text', 'foreign')"
+        other.execute(insert, (message_id,))
         other.commit()
     for gate in gates:
         provider.open_gate(gate)
@@ -217,6 +217,7 @@ async def engine(folder: Path, provider: Provider) -> AsyncIterator[llmchat.Gene
     try:
         yield generations
         assert not generations.running and not generations.flusher._marked and not generations.streams
+        assert not generations.flusher._journal._waiting
     finally:
         await generations.close()
         await providers.close()
@@ -331,9 +332,9 @@ def test_a_flush_that_breaks_in_an_unforeseen_way_ends_one_generation_only(
 ) -> None:
     save = llmchat.save_flush
 
-    def break_for_one(connection: sqlite3.Connection, rows: list[llmchat.Row], outcomes: list[llmchat.Outcome]) -> None:
-        save(connection, rows, outcomes)
-        if any(tuple(row)[-1] == "unforeseen" for row in rows):
+    def break_for_one(connection: sqlite3.Connection, flush: llmchat.Save) -> None:
+        save(connection, flush)
+        if "unforeseen" in str(flush):
             raise ZeroDivisionError
 
     monkeypatch.setattr(llmchat, "save_flush", break_for_one)
@@ -431,14 +432,14 @@ def test_a_costly_flush_is_followed_by_a_wait_only_if_that_makes_pieces_longer(c
     generation: Any = None
     paced, started_at = flusher(), time.monotonic() - 1  # it took a second
     paced._set_pace(
-        [llmchat.Flush(generation, [(characters, llmchat.Delta("text", "x" * characters))], None)], started_at
+        [llmchat.Flush(generation, [(characters, llmchat.Delta("text", "x" * characters))], None, False)], started_at
     )
     assert paced._next_flush_at == pytest.approx(started_at - llmchat.FLUSH_BURST_SECONDS + seconds)
 
 
 def test_a_single_costly_flush_does_not_slow_the_pace_down_but_many_do() -> None:
     generation: Any = None
-    batch = [llmchat.Flush(generation, [(1, llmchat.Delta("text", "x"))], None)]
+    batch = [llmchat.Flush(generation, [(1, llmchat.Delta("text", "x"))], None, False)]
     paced, waits = flusher(), []
     for seconds in (*[0.001] * 10, 0.008, *[0.001] * 10, *[0.008] * 10):
         paced._next_flush_at = 0.0
@@ -470,7 +471,7 @@ def test_a_slow_pace_reads_the_providers_at_the_same_pace_and_loses_nothing(
     provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every flush counts as costly here, so that answers rest between them."""
-    monkeypatch.setattr(llmchat, "FLUSH_FREE_SECONDS", -1.0)
+    monkeypatch.setattr(llmchat, "FLUSH_COST_RATIO", 10_000)
     monkeypatch.setattr(llmchat, "FLUSH_INTERVAL_SECONDS_MAX", 0.1)
     reads: Counter[llmchat.ProviderConnection] = Counter()
     read = llmchat.ProviderConnection.data_received

@@ -43,7 +43,8 @@ def store_answer(connection: sqlite3.Connection, rows: list[tuple[str, str]], st
     message_id = llmchat.insert_message(connection, 1, None, "assistant", status, 1000)
     offset = 0
     for kind, text in rows:
-        connection.execute("INSERT INTO delta VALUES (?, ?, ?, ?)", (message_id, offset, kind, text))
+        row = (message_id, offset, kind, text)
+        connection.execute("INSERT INTO delta (message_id, offset, kind, text) VALUES (?, ?, ?, ?)", row)
         offset += len(text)
     return message_id
 
@@ -190,7 +191,7 @@ def small_rows(server: Server, provider: Provider, count: int) -> int:
     server.wait_ended(message_id)
     with contextlib.closing(sqlite3.connect(server.db, timeout=10)) as connection:
         rows = [(message_id, 5 * number, "text", "word ") for number in range(1, count)]
-        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO delta (message_id, offset, kind, text) VALUES (?, ?, ?, ?)", rows)
         connection.commit()
     return message_id
 
@@ -222,7 +223,7 @@ def test_a_resume_in_flight_while_its_rows_are_merged_is_exact(server: Server, p
             rows.append((message_id, offset, "text", f"{number} "))
             offset += len(rows[-1][3])
         connection.execute("BEGIN")
-        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO delta (message_id, offset, kind, text) VALUES (?, ?, ?, ?)", rows)
         connection.execute("COMMIT")
         ended_at_ms = server.rows("SELECT ended_at_ms FROM message WHERE id = ?", message_id)[0][0]
         readers = [Reader() for _ in range(3)]

@@ -527,7 +527,7 @@ def test_the_sweep_takes_what_has_ended_and_nobody_reads(tmp_path: Path) -> None
         for message_id in (ended, stored):
             ending = llmchat.Ending("completed", "stop")
             outcome = llmchat.Outcome(message_id, ending, target, None, (), None, 5)
-            llmchat.save_flush(connection, [], [outcome])
+            llmchat.save_flush(connection, llmchat.Save(outcomes=[outcome]))
         assert llmchat.sweep_unstored(connection, llmchat.now_ms() - 60_000, []) is not None, "it is too early"
         assert sweep([ended]) is not None, "somebody reads it"
         assert sweep([]) is None
@@ -827,7 +827,8 @@ def test_a_shutdown_is_an_error_to_whom_it_leaves_without_the_rest(provider: Pro
         body = {"model": "m", "messages": USER, "input": "Hi"}
         raws = [stack.enter_context(Raw(server, "POST", path, {**body, "stream": one})) for path, one in asked]
         provider.wait_chats(before + 4)
-        wait_until(lambda: server.rows("SELECT count(*) FROM delta WHERE text = 'Half'") == [(4,)], "the deltas", 30)
+        answers = [row[0] for row in server.rows("SELECT id FROM message WHERE status = 'running'")]
+        wait_until(lambda: [server.content(one) for one in answers] == ["Half"] * 4, "the deltas", 30)
         for raw in (raws[0], raws[2]):
             raw.read_until(b'"Half"')
         assert server.terminate() == 0
@@ -851,7 +852,10 @@ def merge_rows(server: Server, message_id: int) -> None:
                 merged[-1][2] += text
             else:
                 merged.append([offset, kind, text])
-        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?)", [(message_id, *row) for row in merged])
+        connection.executemany(
+            "INSERT INTO delta (message_id, offset, kind, text) VALUES (?, ?, ?, ?)",
+            [(message_id, *row) for row in merged],
+        )
 
 
 def test_once_rows_are_merged_a_replay_is_still_valid_and_whole(server: Server, provider: Provider) -> None:

@@ -20,7 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as some
 
 from tests.client import Event, EventStream, Reader
-from tests.conftest import wait_until
+from tests.conftest import stored_content, wait_until
 from tests.guarantees import Tuned, texts, varied_text
 from tests.provider import (
     HARD_PIECES,
@@ -36,7 +36,6 @@ from tests.provider import (
 )
 
 EXAMPLES = int(os.environ.get("LLMCHAT_TEST_EXAMPLES", "30"))
-LENGTH = "SELECT offset, text FROM delta WHERE message_id = ? ORDER BY offset DESC LIMIT 1"
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,7 @@ class Run:
             time.sleep(0.002)
 
     def stored_length(self) -> int:
-        row = self.database.execute(LENGTH, (self.message_id,)).fetchone()
-        return row[0] + len(row[1]) if row else 0
+        return len(stored_content(self.database, self.message_id))
 
 
 def check(server: Tuned, provider: Provider, answer: list[Piece], crowd: list[Client], ending: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.client import EventStream, Reader
-from tests.conftest import Server, wait_until
+from tests.conftest import Server, stored_content, wait_until
 from tests.guarantees import (
     Tuned,
     chat_to_the_gate,
@@ -43,13 +43,14 @@ def server(
 
 @pytest.fixture(scope="module")
 def finished(server: Server, shared_provider: Provider) -> tuple[int, str]:
-    """A completed message of many rows: its id and its content."""
+    """A completed message of many events: its id and its content."""
     shared_provider.delay = 0.012
     with server.chat("a text that is hard on every layer") as stream:
         reader = read_all(stream)
     shared_provider.delay = 0.0
     message_id = server.rows("SELECT max(id) FROM message")[0][0]
-    assert server.rows("SELECT count(*) FROM delta WHERE message_id = ?", message_id)[0][0] > 10
+    events = "SELECT sum(json_array_length(coalesce(cuts_json, '[1]'))) FROM delta WHERE message_id = ?"
+    assert server.rows(events, message_id)[0][0] > 10
     return message_id, reader.content
 
 
@@ -314,9 +315,12 @@ def test_heartbeats_come_to_one_who_resumes_at_the_newest_cursor(server: Server,
 
 def lose_content(server: Server, message_id: int, offset: int) -> None:
     """What a power cut does: the newest commits are gone."""
-    with contextlib.closing(sqlite3.connect(server.db)) as connection:
-        connection.execute("DELETE FROM delta WHERE message_id = ? AND offset >= ?", (message_id, offset))
-        connection.commit()
+    with contextlib.closing(sqlite3.connect(server.db)) as connection, connection:
+        kept = stored_content(connection, message_id)[:offset]
+        connection.execute("DELETE FROM journal")
+        connection.execute("DELETE FROM delta WHERE message_id = ?", (message_id,))
+        row = (message_id, 0, "text", kept)
+        connection.execute("INSERT INTO delta (message_id, offset, kind, text) VALUES (?, ?, ?, ?)", row)
 
 
 @pytest.fixture

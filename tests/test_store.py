@@ -24,6 +24,7 @@ INSERT_MESSAGE = (
     " (conversation_id, parent_id, role, status, created_at_ms, ended_at_ms, error_json, params_json)"
     " VALUES (:conversation_id, :parent_id, :role, :status, :created_at_ms, :ended_at_ms, :error_json, :params_json)"
 )
+INSERT_DELTA = "INSERT INTO delta (message_id, offset, kind, text) VALUES (?, ?, ?, ?)"
 MESSAGE = {
     "conversation_id": 1, "parent_id": None, "role": "user", "status": "completed", "created_at_ms": 1,
     "ended_at_ms": 1, "error_json": None, "params_json": "{}",
@@ -213,17 +214,17 @@ def test_a_message_that_cannot_be_is_refused_by_the_schema(
 )
 def test_a_delta_that_cannot_be_is_refused_by_the_schema(database: sqlite3.Connection, row: tuple[Any, ...]) -> None:
     with pytest.raises(sqlite3.IntegrityError):
-        database.execute("INSERT INTO delta VALUES (?, ?, ?, ?)", row)
+        database.execute(INSERT_DELTA, row)
 
 
 def test_two_deltas_at_one_offset_are_refused_by_the_schema(database: sqlite3.Connection) -> None:
-    database.execute("INSERT INTO delta VALUES (1, 0, 'text', 'a')")
+    database.execute("INSERT INTO delta (message_id, offset, kind, text) VALUES (1, 0, 'text', 'a')")
     with pytest.raises(sqlite3.IntegrityError):
-        database.execute("INSERT INTO delta VALUES (1, 0, 'text', 'b')")
+        database.execute("INSERT INTO delta (message_id, offset, kind, text) VALUES (1, 0, 'text', 'b')")
 
 
 def test_a_deleted_conversation_takes_its_messages_and_deltas_along(database: sqlite3.Connection) -> None:
-    database.execute("INSERT INTO delta VALUES (1, 0, 'text', 'a')")
+    database.execute("INSERT INTO delta (message_id, offset, kind, text) VALUES (1, 0, 'text', 'a')")
     database.execute("DELETE FROM conversation WHERE id = 1")
     counts = "SELECT (SELECT count(*) FROM message), (SELECT count(*) FROM delta)"
     assert database.execute(counts).fetchone() == (0, 0)
@@ -239,7 +240,7 @@ def test_an_operation_that_is_refused_takes_no_other_along(tmp_path: Path) -> No
                 store.write(llmchat.start_message, new_message("before")),
                 store.write(llmchat.start_message, new_message("refused", conversation_id=99)),
                 store.write(llmchat.start_message, new_message("between")),
-                store.write(lambda connection: connection.execute("INSERT INTO delta VALUES (99, 0, 'text', 'x')")),
+                store.write(lambda connection: connection.execute(INSERT_DELTA, (99, 0, "text", "x"))),
                 store.write(llmchat.start_message, new_message("after")),
             ]
             before, refused, between, broken, after = await asyncio.gather(*waits, return_exceptions=True)
