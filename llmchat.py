@@ -184,7 +184,7 @@ RETRY_AFTER_SECONDS_MAX = 120  # a provider that asks for more is not waited for
 FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
 FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
 FLUSH_COST_AVERAGED = 10  # flushes
-FLUSH_COST_RATIO = 12  # a flush may take one part in this many of the time
+FLUSH_COST_RATIO = 5  # flushes may hold the event loop for one part in this many of the time
 FLUSH_SLOW_RATIO = 1.5  # times the fastest interval, and providers are read at the same pace
 FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
@@ -6601,7 +6601,7 @@ class Flusher(Worker):
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._next_flush_at = 0.0
-        self._cost = 0.0  # seconds that a flush takes, averaged: now and then SQLite empties its log in one
+        self._cost = 0.0  # seconds that a flush holds the event loop, averaged
         self._is_slow = False
 
     def mark(self, generation: Generation) -> None:
@@ -6625,14 +6625,15 @@ class Flusher(Worker):
             await self._pace()
             await self._read_on()
             self._wake.clear()
+            started_at = time.monotonic()
             marked, self._marked = self._marked, {}
             batch = {one: flush for one, generation in marked.items() if (flush := generation.take()) is not None}
             self._resting = [one.answer for one in marked.values() if one.answer is not None and one.answer.is_paused]
             if batch:
-                started_at = time.monotonic()
                 self._journal.add_due(batch)
-                await self._flush(list(batch.values()))
-                self._set_pace(batch.values(), started_at)
+                waited = await self._flush(list(batch.values()))
+                self.flush_ms = (time.monotonic() - started_at) * 1000
+                self._set_pace(batch.values(), started_at, time.monotonic() - started_at - waited)
 
     async def _pace(self) -> None:
         """Waits for the next flush's turn, unless a provider has to wait for it."""
@@ -6651,11 +6652,11 @@ class Flusher(Worker):
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # asyncio's own loop, unlike uvloop, needs two turns for it
 
-    def _set_pace(self, batch: Iterable[Flush], started_at: float) -> None:
-        """When the next flush may come. Waiting makes pieces fewer and longer; where they are long, it gains nothing."""
-        seconds = time.monotonic() - started_at
-        self.flush_ms = seconds * 1000
-        self._cost += (seconds - self._cost) / FLUSH_COST_AVERAGED
+    def _set_pace(self, batch: Iterable[Flush], started_at: float, held: float) -> None:
+        """When the next flush may come, by the seconds for which flushes hold the event loop: how long the database takes
+        slows nothing down but the flush itself. Waiting makes pieces fewer and longer; where they are long, it gains
+        nothing."""
+        self._cost += (held - self._cost) / FLUSH_COST_AVERAGED
         pieces = [delta for flush in batch for _, delta in flush.pieces]
         characters = sum(len(delta.text) for delta in pieces)
         gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
@@ -6665,9 +6666,10 @@ class Flusher(Worker):
         self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
         self._is_slow = interval > FLUSH_SLOW_RATIO * fastest
 
-    async def _flush(self, batch: Sequence[Flush]) -> None:
-        """Commits a batch, however long the database makes it wait, and has it published."""
+    async def _flush(self, batch: Sequence[Flush]) -> float:
+        """Commits a batch, however long the database makes it wait, and has it published. Returns the seconds waited."""
         save = self._journal.save(batch)
+        saved_at = time.monotonic()
         try:
             await self.commit(save)
         except Exception:  # the database works, but something in here does not go in: find it, spare the others
@@ -6676,10 +6678,12 @@ class Flusher(Worker):
                     await self._flush([flush])
             else:
                 await self._publisher.abandon(batch[0].generation)
-        else:
-            self._journal.committed(batch, save)
-            for flush in batch:
-                self._publisher.publish(flush)
+            return time.monotonic() - saved_at
+        waited = time.monotonic() - saved_at
+        self._journal.committed(batch, save)
+        for flush in batch:
+            self._publisher.publish(flush)
+        return waited
 
     async def commit(self, save: Save) -> None:
         failing_since: float | None = None

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -430,10 +430,9 @@ def flusher() -> Any:
 @pytest.mark.parametrize(("characters", "seconds"), [(10, llmchat.FLUSH_INTERVAL_SECONDS_MAX), (100_000, 0.02)])
 def test_a_costly_flush_is_followed_by_a_wait_only_if_that_makes_pieces_longer(characters: int, seconds: float) -> None:
     generation: Any = None
-    paced, started_at = flusher(), time.monotonic() - 1  # it took a second
-    paced._set_pace(
-        [llmchat.Flush(generation, [(characters, llmchat.Delta("text", "x" * characters))], None, False)], started_at
-    )
+    paced, started_at = flusher(), time.monotonic() - 1
+    pieces = [(characters, llmchat.Delta("text", "x" * characters))]
+    paced._set_pace([llmchat.Flush(generation, pieces, None, False)], started_at, 1.0)
     assert paced._next_flush_at == pytest.approx(started_at - llmchat.FLUSH_BURST_SECONDS + seconds)
 
 
@@ -441,12 +440,40 @@ def test_a_single_costly_flush_does_not_slow_the_pace_down_but_many_do() -> None
     generation: Any = None
     batch = [llmchat.Flush(generation, [(1, llmchat.Delta("text", "x"))], None, False)]
     paced, waits = flusher(), []
-    for seconds in (*[0.001] * 10, 0.008, *[0.001] * 10, *[0.008] * 10):
+    for seconds in (*[0.001] * 10, 0.008, *[0.001] * 10, *[0.008] * 30):
         paced._next_flush_at = 0.0
         started_at = time.monotonic() - seconds
-        paced._set_pace(batch, started_at)
+        paced._set_pace(batch, started_at, seconds)
         waits.append(paced._next_flush_at - started_at + llmchat.FLUSH_BURST_SECONDS)
-    assert max(waits[:21]) == pytest.approx(0.02) and waits[-1] > 0.04 and paced._is_slow
+    assert max(waits[:21]) == pytest.approx(0.02) and waits[-1] > 0.03 and paced._is_slow
+
+
+def test_a_slow_database_does_not_slow_the_pace_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for; the next flush may come as soon as it is ready."""
+    now = [1000.0]
+
+    class Slow:
+        async def write(self, *_: Any, durable: bool) -> None:
+            now[0] += 5
+
+    class Publisher:
+        def publish(self, flush: llmchat.Flush) -> None:
+            now[0] += 0.001
+
+    async def run() -> tuple[float, float]:
+        paced = flusher()
+        paced._store, paced._publisher = cast(Any, Slow()), cast(Any, Publisher())
+        generation: Any = SimpleNamespace(message_id=1, answer=None, journalled=[])
+        generation.take = lambda: llmchat.Flush(generation, [(1, llmchat.Delta("text", "x"))], None, False)
+        paced.mark(generation)
+        paced.open()
+        while not paced.flush_ms:
+            await asyncio.sleep(0)
+        await paced.close()
+        return paced._cost * llmchat.FLUSH_COST_AVERAGED, paced.flush_ms
+
+    monkeypatch.setattr(llmchat, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    assert asyncio.run(run()) == (pytest.approx(0.001), pytest.approx(5001))
 
 
 @pytest.mark.parametrize("is_late", [False, True])
