@@ -219,7 +219,10 @@ REST_SECONDS = 10  # without an answer, before free memory is given back
 CHORE_RETRY_SECONDS = 60  # after the database refused what is done after answers' ends
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
-MERGE_COST_RATIO = 4  # merging may take one part in this many of the time, and one
+CHORE_COST_RATIO = 4  # merging may take one part in this many of the time, and one; indexing too
+INDEX_AFTER_SECONDS = (
+    0.5  # since a text came, before it is indexed with all that came meanwhile; a search does not wait
+)
 
 CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
 CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
@@ -3670,7 +3673,6 @@ class Started:
     parameters: Parameters = NO_PARAMETERS
     repeated: bool = False  # an earlier request with the same Idempotency-Key has started it
     status: str = "running"
-    is_first: bool = False  # the first answer of its conversation
     hidden: bool = False
     content: tuple[Delta, ...] = ()
     usage: Usage | None = None
@@ -3758,9 +3760,9 @@ def connect(path: str, *, read_only: bool) -> sqlite3.Connection:
     return connection
 
 
-def value_of(connection: sqlite3.Connection, query: str, *arguments: Any) -> Any:
+def value_of(connection: sqlite3.Connection, query: str, *arguments: Any, **named: Any) -> Any:
     """The first value of the first row; None: there is no row."""
-    row = connection.execute(query, arguments).fetchone()
+    row = connection.execute(query, named or arguments).fetchone()
     return None if row is None else row[0]
 
 
@@ -3960,10 +3962,9 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
         " RETURNING id, conversation_id",
         (now_ms(),),
     ).fetchall()
-    for message_id, conversation_id in rows:
-        ended_now = "UPDATE conversation SET updated_at_ms = ? WHERE id = ? AND hidden = 1"
-        connection.execute(ended_now, (now_ms(), conversation_id))
-        index_ended(connection, message_id)
+    ended_now = "UPDATE conversation SET updated_at_ms = ? WHERE id = ? AND hidden = 1"
+    connection.executemany(ended_now, [(now_ms(), conversation_id) for _, conversation_id in rows])
+    mark_unindexed(connection, [message_id for message_id, _ in rows])
     connection.execute("COMMIT")
     return len(rows)
 
@@ -3978,6 +3979,8 @@ UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
 INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
+INDEX_GROUP_CHARACTERS = 50_000  # of the messages that one transaction indexes; the last may go beyond
+INDEX_GROUP_TEXTS = 200  # the same
 SEARCH_WORDS_MAX = 16  # of one query; a character of a script without spaces counts as one
 SEARCH_PREFIX_CHARACTERS_MIN = 3  # of a word that matches as a prefix, one less of the last, which is being typed
 SEARCH_PREFIX_WORDS_MAX = 2  # newest words of a query that match as prefixes: for each, FTS5 merges all that it begins
@@ -3990,7 +3993,8 @@ MARK_START, MARK_END = "\x02", "\x03"
 
 def segment(text: str | None) -> str:
     """The text as it is indexed: a space around every character of a script that has none."""
-    return UNSPACED.sub(r" \1 ", text or "")
+    text = text or ""
+    return text if text.isascii() else UNSPACED.sub(r" \1 ", text)
 
 
 def unsegment(text: str) -> str:
@@ -4017,33 +4021,51 @@ def fold(text: str) -> str:
     return text.lower() if text.isascii() else text.translate(FOLDING)
 
 
+@functools.lru_cache(maxsize=256)
 def owner_token(owner: str) -> str:
     """An owner as one word of the index."""
     return "o" + hashlib.sha256(owner.encode()).hexdigest()[:16]
 
 
-def index_text(connection: sqlite3.Connection, owner: str, row_id: int, text: str) -> None:
-    """Makes a text findable in place of what its row held: a message's; or, where the id is negative, a title."""
-    connection.execute("DELETE FROM message_fts WHERE rowid = ?", (row_id,))
-    if text:
-        column = "text" if row_id > 0 else "title"
-        query = f"INSERT INTO message_fts (rowid, owner, {column}) VALUES (?, ?, ?)"
-        connection.execute(query, (row_id, owner_token(owner), segment(text)))
+def mark_unindexed(connection: sqlite3.Connection, ids: Sequence[int]) -> None:
+    """Has `index_texts` take these in: messages', and negative ones of conversations whose titles they are."""
+    connection.execute("INSERT OR IGNORE INTO unindexed SELECT value FROM json_each(?)", (json.dumps(ids),))
 
 
-def index_ended(connection: sqlite3.Connection, message_id: int) -> None:
-    owner = value_of(
-        connection,
-        "SELECT owner FROM conversation JOIN message ON conversation.id = conversation_id WHERE message.id = ? AND hidden = 0",
-        message_id,
-    )
-    if owner is None:
-        return
-    rows = connection.execute(
-        "SELECT text FROM delta WHERE message_id = ? AND kind = 'text' AND offset < ? ORDER BY offset",
-        (message_id, INDEXED_CHARACTERS_MAX),
-    )
-    index_text(connection, owner, message_id, "".join(text for (text,) in rows))
+UNINDEXED_SIZES = (
+    "SELECT json_group_array(json_array(id, (SELECT offset + length(text) FROM delta WHERE message_id = unindexed.id"
+    f"  ORDER BY offset DESC LIMIT 1))) FROM (SELECT id FROM unindexed LIMIT {INDEX_GROUP_TEXTS}) AS unindexed"
+)
+TEXTS_TO_INDEX = (
+    "SELECT json_group_array(json_array(id, owner, title, text)) FROM ("
+    "SELECT -id AS id, owner, title, NULL AS text FROM conversation"
+    " WHERE hidden = 0 AND id IN (SELECT -value FROM json_each(:ids))"
+    " UNION ALL SELECT message.id, owner, NULL, (SELECT group_concat(text, '') FROM (SELECT text FROM delta"
+    f"  WHERE message_id = message.id AND kind = 'text' AND offset < {INDEXED_CHARACTERS_MAX} ORDER BY offset))"
+    " FROM message JOIN conversation ON conversation.id = conversation_id"
+    " WHERE hidden = 0 AND message.id IN (SELECT value FROM json_each(:ids)))"
+)
+
+
+def index_texts(connection: sqlite3.Connection) -> bool:
+    """Makes a group of what is unindexed findable; returns whether there is more. It takes a handful of statements, however
+    much that is (see `insert_rows`). What is gone by now, or hidden, is passed over."""
+    ids, characters = [], 0
+    for row_id, size in json.loads(value_of(connection, UNINDEXED_SIZES)):
+        if characters < INDEX_GROUP_CHARACTERS:
+            ids.append(row_id)
+            characters += min(size or 0, INDEXED_CHARACTERS_MAX)
+    ids_json = json.dumps(ids)
+    found = json.loads(value_of(connection, TEXTS_TO_INDEX, ids=ids_json))
+    for table, column in (("message_fts", "rowid"), ("unindexed", "id")):
+        connection.execute(f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))", (ids_json,))
+    rows = [
+        (row_id, owner_token(owner), title and segment(title), text and segment(text))
+        for row_id, owner, title, text in found
+        if title or text
+    ]
+    insert_rows(connection, "message_fts (rowid, owner, title, text)", rows)
+    return len(ids) == INDEX_GROUP_TEXTS or characters >= INDEX_GROUP_CHARACTERS
 
 
 class Phrase(NamedTuple):
@@ -4256,76 +4278,70 @@ def start_message(connection: sqlite3.Connection, new: NewMessage) -> Started:
     if earlier := find_repeated(connection, new):
         return earlier
     conversation_id, parent_id = new.conversation_id, new.parent_id
+    asked_ids = []
     if conversation_id is None:
         if isinstance(parent_id, int):
             raise InvalidRequest(f"parent_id: {parent_id} was given without the conversation_id that it belongs to")
         conversation_id, parent_id = insert_conversation(connection, new), None
+        asked_ids.append(-conversation_id)
     else:
         require_conversation(connection, new.owner, conversation_id)
         parent_id = find_parent(connection, conversation_id, parent_id)
-    if new.system is not None:
-        connection.execute("UPDATE conversation SET system = ? WHERE id = ?", (new.system, conversation_id))
-    refuse_unasked_results(connection, parent_id, new.turns)
+    path = [*select_path(connection, parent_id)]
+    refuse_unasked_results(path, new.turns)
     for turn in new.turns:
         params_json = encode_json({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}).decode()
         parent_id = insert_message(
             connection, conversation_id, parent_id, turn.role, "completed", now_ms(), params_json=params_json
         )
         insert_content(connection, parent_id, turn.content)
-        if not new.hidden:
-            index_text(connection, new.owner, parent_id, text_of(turn.content))
-    return insert_answer(connection, new, conversation_id, parent_id)
+        asked_ids.append(parent_id)
+        path.append(Turn(turn.role, tuple(join_deltas(turn.content)), turn.tool_call_id))
+    if not new.hidden:
+        mark_unindexed(connection, asked_ids)
+    return insert_answer(connection, new, conversation_id, parent_id, path)
 
 
-def refuse_unasked_results(connection: sqlite3.Connection, parent_id: int | None, turns: Iterable[Turn]) -> None:
-    """Raises InvalidRequest for a tool's result of a request that the answer before it, there or stored, did not call
-    for: no provider would get it. OpenAI refuses it too; in which order results come, and what is said in between,
+def refuse_unasked_results(path: Sequence[Turn], turns: Iterable[Turn]) -> None:
+    """Raises InvalidRequest for a tool's result of a request that the answer before it, there or in the path to it, did not
+    call for: no provider would get it. OpenAI refuses it too; in which order results come, and what is said in between,
     makes no difference."""
-    called: set[str] | None = None
+    last = next(filter(is_answer, reversed(path)), None)
+    called = called_ids(last) if last is not None else set()
     for turn in turns:
         if is_answer(turn):
             called = called_ids(turn)
-        if not turn.id_field:
-            continue
-        if called is None:
-            last = next(filter(is_answer, reversed(select_path(connection, parent_id))), None)
-            called = called_ids(last) if last is not None else set()
-        if turn.tool_call_id not in called:
+        if turn.id_field and turn.tool_call_id not in called:
             words = "a message with role 'tool' must be a response to a preceding message with 'tool_calls'"
             raise InvalidRequest(f"{turn.id_field}: {turn.tool_call_id!r} is no call of the answer before it; {words}")
 
 
 def insert_answer(
-    connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None
+    connection: sqlite3.Connection, new: NewMessage, conversation_id: int, parent_id: int | None, path: Sequence[Turn]
 ) -> Started:
-    """Stores the running message of an answer to `parent_id`; parameters that the request leaves open are the conversation's."""
-    params_json = value_of(connection, "SELECT params_json FROM conversation WHERE id = ?", conversation_id)
-    asked = {**json.loads(params_json), **msgspec.to_builtins(new.parameters)}
+    """Stores the running message of an answer to `parent_id`, to which the path leads; parameters that the request leaves
+    open are the conversation's."""
     created_at_ms = now_ms()
+    params_json, system, hidden = connection.execute(
+        "UPDATE conversation SET updated_at_ms = ?, system = coalesce(?, system) WHERE id = ?"
+        " RETURNING params_json, system, hidden",
+        (created_at_ms, new.system, conversation_id),
+    ).fetchone()
+    asked = {**json.loads(params_json), **msgspec.to_builtins(new.parameters)}
     message_id = insert_message(
         connection, conversation_id, parent_id, "assistant", "running", created_at_ms,
         provider=new.targets[0].provider.name, model=new.targets[0].model, params_json=encode_json(asked).decode(),
         idempotency_key=new.idempotency_key, request_hash=new.request_hash, system=new.answer_system,
         response_json=encode_json(new.response).decode() if new.response is not None else None,
     )  # fmt: skip
-    connection.execute("UPDATE conversation SET updated_at_ms = ? WHERE id = ?", (created_at_ms, conversation_id))
-    row = select_message(connection, new.owner, message_id)
-    answers = "SELECT count(*) FROM message WHERE conversation_id = ? AND role = 'assistant'"
-    is_first = not row["hidden"] and value_of(connection, answers, conversation_id) == 1
-    return started_of(connection, row, parent_id, is_first=is_first)
-
-
-def started_of(connection: sqlite3.Connection, row: sqlite3.Row, last_id: int | None, **more: Any) -> Started:
-    """What the generation of a message begins with; `last_id` is of the last of its turns."""
     return Started(
-        row["conversation_id"],
-        row["id"],
-        row["parent_id"],
-        row["conversation_system"] if row["system"] is None else row["system"],
-        select_path(connection, last_id),
-        msgspec.json.decode(row["params_json"], type=Parameters),
-        hidden=bool(row["hidden"]),
-        **more,
+        conversation_id,
+        message_id,
+        parent_id,
+        system if new.answer_system is None else new.answer_system,
+        tuple(path),
+        msgspec.convert(asked, Parameters),
+        hidden=bool(hidden),
     )
 
 
@@ -4336,7 +4352,8 @@ def regenerate_message(connection: sqlite3.Connection, message_id: int, new: New
     row = select_answer(connection, new.owner, message_id)
     asked = {**json.loads(row["params_json"]), **msgspec.to_builtins(new.parameters)}
     new = replace(new, parameters=msgspec.convert(asked, Parameters), answer_system=row["system"])
-    return insert_answer(connection, new, row["conversation_id"], row["parent_id"])
+    path = select_path(connection, row["parent_id"])
+    return insert_answer(connection, new, row["conversation_id"], row["parent_id"], path)
 
 
 def continue_message(connection: sqlite3.Connection, owner: str, message_id: int, target: Target) -> Started:
@@ -4352,8 +4369,19 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
     )
     settle(connection, message_id, journal_pieces(connection, message_id))  # if its end could not
     before = whole_message(connection, row)
-    kept = {"usage": before.usage, "timing": before.timing, "attempts": tuple(before.attempts)}
-    return started_of(connection, row, message_id, content=tuple(before.content), **kept)
+    return Started(
+        row["conversation_id"],
+        message_id,
+        row["parent_id"],
+        row["conversation_system"] if row["system"] is None else row["system"],
+        select_path(connection, message_id),
+        msgspec.json.decode(row["params_json"], type=Parameters),
+        hidden=bool(row["hidden"]),
+        content=tuple(before.content),
+        usage=before.usage,
+        timing=before.timing,
+        attempts=tuple(before.attempts),
+    )
 
 
 def select_answer(connection: sqlite3.Connection, owner: str, message_id: int) -> sqlite3.Row:
@@ -4383,13 +4411,10 @@ def find_repeated(connection: sqlite3.Connection, new: NewMessage) -> Started | 
 
 def insert_conversation(connection: sqlite3.Connection, new: NewMessage) -> int:
     title, created_at_ms = make_title("\n".join(text_of(turn.content) for turn in new.turns)), now_ms()
-    conversation_id = insert_row(
+    return insert_row(
         connection, "conversation", owner=new.owner, title=title, system=new.system or "", hidden=new.hidden,
         created_at_ms=created_at_ms, updated_at_ms=created_at_ms,
     )  # fmt: skip
-    if not new.hidden:
-        index_text(connection, new.owner, -conversation_id, title)
-    return conversation_id
 
 
 def make_title(text: str) -> str:
@@ -4453,21 +4478,20 @@ def insert_content(connection: sqlite3.Connection, message_id: int, content: Ite
         for piece in split_delta(delta):
             rows.append((message_id, offset, piece.kind, piece.text, None))
             offset += len(piece.text)
-    insert_rows(connection, rows)
+    insert_rows(connection, "delta", rows)
 
 
-def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Stores deltas in one statement, however many: after each, this thread would have to wait for the interpreter,
+def insert_rows(connection: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Stores rows in one statement, however many: after each, this thread would have to wait for the interpreter,
     which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
-    encoded = encode_json(rows)
+    if not rows:
+        return
+    encoded, columns = encode_json(rows), range(len(rows[0]))
     if b"\\u0000" in encoded:
-        connection.executemany("INSERT INTO delta VALUES (?, ?, ?, ?, ?)", rows)
+        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' for _ in columns)})", rows)
     else:
-        connection.execute(
-            "INSERT INTO delta SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),"
-            " json_extract(value, '$[3]'), json_extract(value, '$[4]') FROM json_each(?)",
-            (encoded.decode(),),
-        )
+        values = ", ".join(f"json_extract(value, '$[{column}]')" for column in columns)
+        connection.execute(f"INSERT INTO {table} SELECT {values} FROM json_each(?)", (encoded.decode(),))
 
 
 def joined_rows(message_id: int, offset: int, deltas: Iterable[Delta]) -> Iterator[Row]:
@@ -4514,7 +4538,7 @@ def content_end(connection: sqlite3.Connection, message_id: int) -> int:
 def settle(connection: sqlite3.Connection, message_id: int, pieces: Iterable[Piece]) -> None:
     """Makes rows of what the journal has of a message beyond its own."""
     end = content_end(connection, message_id)
-    insert_rows(connection, list(joined_rows(message_id, end, beyond(pieces, end))))
+    insert_rows(connection, "delta", list(joined_rows(message_id, end, beyond(pieces, end))))
 
 
 def empty_journal(connection: sqlite3.Connection) -> None:
@@ -4533,8 +4557,7 @@ def save_flush(connection: sqlite3.Connection, save: Save) -> None:
     if save.journalled:
         entry = (save.journal_id, encode_json(save.journalled).decode())
         connection.execute("INSERT INTO journal VALUES (?, ?)", entry)
-    if save.rows:
-        insert_rows(connection, save.rows)
+    insert_rows(connection, "delta", save.rows)
     if save.is_trimming:
         connection.execute("DELETE FROM journal WHERE id < ?", (save.journal_floor,))
     for outcome in save.outcomes:
@@ -4554,7 +4577,8 @@ def save_flush(connection: sqlite3.Connection, save: Save) -> None:
             " WHERE id = (SELECT conversation_id FROM message WHERE id = ?)",
             (now_ms(), outcome.message_id),
         )
-        index_ended(connection, outcome.message_id)
+    if save.outcomes:
+        mark_unindexed(connection, [outcome.message_id for outcome in save.outcomes])
 
 
 def find_unmerged(connection: sqlite3.Connection) -> tuple[int, int] | None:
@@ -4623,7 +4647,9 @@ def path_ids(connection: sqlite3.Connection, message_id: int | None) -> list[int
 
 
 def select_path(connection: sqlite3.Connection, message_id: int | None) -> tuple[Turn, ...]:
-    """The turns from the root to a message, with their content."""
+    """The turns from the root to a message, with their content; None: there are none."""
+    if message_id is None:
+        return ()
     rows = connection.execute(
         f"{PATH} SELECT message.id, role, status, params_json, kind, text FROM path JOIN message USING (id)"
         " LEFT JOIN delta ON delta.message_id = message.id ORDER BY depth DESC, offset",
@@ -4752,7 +4778,7 @@ def update_conversation(
         (title, system, params_json, conversation_id),
     )
     if title != row["title"]:
-        index_text(connection, owner, -conversation_id, title)
+        mark_unindexed(connection, [-conversation_id])
     return summary_of(require_conversation(connection, owner, conversation_id))
 
 
@@ -4849,6 +4875,11 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
     if newest_leaf(connection, row["conversation_id"]) is None:
         delete_conversation(connection, owner, row["conversation_id"])
     return True
+
+
+def is_first_answer(connection: sqlite3.Connection, conversation_id: int, message_id: int) -> bool:
+    oldest = "SELECT min(id) FROM message WHERE conversation_id = ? AND role = 'assistant'"
+    return cast(bool, value_of(connection, oldest, conversation_id) == message_id)
 
 
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
@@ -4958,6 +4989,13 @@ class Store:
             return await self._reader.run(read_at_once, operation, *arguments)
         except sqlite3.Error as exc:
             raise StoreUnavailable(f"the database cannot be read: {reason_of(exc)}", retry_after_seconds=1) from exc
+
+    async def search(self, owner: str, query: str, limit: int) -> ConversationList:
+        """What matches a query, also in texts that came a moment ago, unless they cannot be indexed now."""
+        if await self.read(value_of, "SELECT EXISTS (SELECT 1 FROM unindexed)"):
+            with contextlib.suppress(StoreUnavailable):
+                await self.write(index_texts)
+        return await self.read(search_conversations, owner, query, limit)
 
     async def open_copy(self) -> BinaryIO:
         """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
@@ -5932,6 +5970,8 @@ def import_records(connection: sqlite3.Connection, owner: str, answer: ImportAns
             "UPDATE conversation SET updated_at_ms = ? WHERE id = ? AND updated_at_ms < ?",
             (conversation.updated_at_ms, conversation_id, conversation.updated_at_ms),
         )
+    while index_texts(connection):
+        pass
 
 
 def find_by_origin(
@@ -5954,7 +5994,7 @@ def import_conversation(connection: sqlite3.Connection, owner: str, conversation
     }
     params_json = encode_json(conversation.parameters).decode()
     conversation_id = insert_row(connection, "conversation", owner=owner, params_json=params_json, **columns)
-    index_text(connection, owner, -conversation_id, conversation.title)
+    mark_unindexed(connection, [-conversation_id])
     return conversation_id
 
 
@@ -5977,7 +6017,7 @@ def import_message(
         origin=message.origin, merged=1,
     )  # fmt: skip
     insert_content(connection, message_id, message.content)
-    index_text(connection, owner, message_id, text_of(message.content))
+    mark_unindexed(connection, [message_id])
 
 
 async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnswer:
@@ -6017,8 +6057,8 @@ async def import_archive(store: Store, owner: str, file: BinaryIO) -> ImportAnsw
 # from the providers pauses because what has arrived is bounded, and after FLUSH_PATIENCE_SECONDS the generations end as
 # `failed` for everyone who looks on; their content and status are still written when the database is back.
 #
-# Also here, since they follow an answer's end: its title, the merging of its rows, the sweep of what nobody stored, and
-# the return of memory.
+# Also here, since they follow an answer's start or end: the indexing of its texts, its title, the merging of its rows,
+# the sweep of what nobody stored, and the return of memory.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 log = logging.getLogger("llmchat")
@@ -6705,31 +6745,32 @@ class Flusher(Worker):
 
 
 class Chore(Worker):
-    """Work that is due some time after an answer's end. It says in how many seconds it is due again; None: there is none.
+    """Work that is due some time after an answer's start or end. It says in how many seconds it is due again; None: there
+    is none.
 
-    One task, which looks at the start and when `wake` says that something has ended; it sleeps until more is due, and
-    without a timer when there is none.
+    One task, which looks at the start and when `wake` says that something has begun or ended; it sleeps until more is
+    due, and without a timer when there is none.
     """
 
     def __init__(self, name: str, work: Callable[[], Awaitable[float | None]]) -> None:
         super().__init__(name)
         self._work = work
-        self._ended = asyncio.Event()
+        self._called = asyncio.Event()
 
     def wake(self) -> None:
-        """An answer has ended."""
-        self._ended.set()
+        """There may be something to do."""
+        self._called.set()
 
     async def _work_forever(self) -> None:
         while True:
-            self._ended.clear()
+            self._called.clear()
             try:
                 seconds = await self._work()
             except (StoreUnavailable, sqlite3.Error) as exc:
                 log.warning(f"{self._name} failed", extra={"fields": {"error": reason_of(exc)}})
                 seconds = CHORE_RETRY_SECONDS
             if seconds is None:
-                await self._ended.wait()
+                await self._called.wait()
             else:
                 await asyncio.sleep(seconds)
 
@@ -6748,8 +6789,18 @@ async def merge_what_is_due(store: Store) -> float | None:
         while offset is not None:
             started_at = time.monotonic()
             offset = await store.write(merge_deltas, message_id, ended_at_ms, offset)
-            await asyncio.sleep((time.monotonic() - started_at) * MERGE_COST_RATIO)
+            await asyncio.sleep((time.monotonic() - started_at) * CHORE_COST_RATIO)
     return None
+
+
+async def index_what_is_new(store: Store) -> None:
+    """Makes findable what has come, with what comes a moment later."""
+    has_more = True
+    await asyncio.sleep(INDEX_AFTER_SECONDS)
+    while has_more:
+        started_at = time.monotonic()
+        has_more = await store.write(index_texts)
+        await asyncio.sleep((time.monotonic() - started_at) * CHORE_COST_RATIO)
 
 
 def give_back_memory() -> None:
@@ -6766,6 +6817,7 @@ class Generations:
 
     def __init__(self, config: Config, store: Store, providers: Providers) -> None:
         self.flusher = Flusher(config, store, self)
+        self.indexer = Chore("indexer", partial(index_what_is_new, store))
         self.merger = Chore("merger", partial(merge_what_is_due, store))
         self.sweeper = Chore("sweeper", self._sweep)
         self.tidier = Chore("tidier", self._tidy)
@@ -6783,7 +6835,7 @@ class Generations:
         self._rendered_characters = 0
 
     def open(self) -> None:
-        for one in (self.flusher, self.merger, self.sweeper, self.tidier):
+        for one in (self.flusher, self.indexer, self.merger, self.sweeper, self.tidier):
             one.open()
 
     async def close(self) -> None:
@@ -6794,7 +6846,7 @@ class Generations:
             task.cancel()
         tasks = [generation.task for generation in self.running.values() if generation.task is not None]
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
-        for chore in (self.merger, self.sweeper, self.tidier):
+        for chore in (self.indexer, self.merger, self.sweeper, self.tidier):
             await chore.close()
         await self._wait_until_all_ended(FLUSH_PATIENCE_SECONDS)
         await self.flusher.close()
@@ -6866,6 +6918,7 @@ class Generations:
         self.running[generation.message_id] = generation
         generation.task = asyncio.create_task(self._produce(generation), name=f"generation {generation.message_id}")
         self._watch(generation)
+        self.indexer.wake()
         fields = {"message_id": generation.message_id, "model": str(generation.target)}
         log.info("generation started", extra={"fields": fields})
 
@@ -7033,12 +7086,17 @@ class Generations:
                     generation.rendering.feed(offset, delta)
         if flush.outcome is not None:
             self._busy_at = time.monotonic()
+            self.indexer.wake()
             self.merger.wake()
             self.tidier.wake()
             self.running.pop(generation.message_id, None)
             if not generation.ended.is_set():
                 self._announce(generation, flush.outcome)
-            if self._config.title_model and generation.started.is_first and flush.outcome.ending.status == "completed":
+            if (
+                self._config.title_model
+                and flush.outcome.ending.status == "completed"
+                and not generation.started.hidden
+            ):
                 self._keep(asyncio.create_task(self._title(generation), name=f"title {generation.conversation_id}"))
             if generation.started.hidden:
                 self.sweeper.wake()
@@ -7066,9 +7124,12 @@ class Generations:
         task.add_done_callback(self._tasks.discard)
 
     async def _title(self, generation: Generation) -> None:
-        """Lets a model name the conversation. Nobody waits for it, and a failure is no more than a line in the log."""
+        """Lets a model name the conversation after its first answer. Nobody waits for it, and a failure is no more than a
+        line in the log."""
         try:
             async with asyncio.timeout(TITLE_SECONDS):
+                if not await self._store.read(is_first_answer, generation.conversation_id, generation.message_id):
+                    return
                 target = await self._providers.resolve(None, self._config.title_model, "LLMCHAT_TITLE_MODEL")
                 message = await self._store.read(load_message, generation.owner, generation.message_id)
                 asked = text_of(generation.started.turns[-1].content) if generation.started.turns else ""
@@ -8465,7 +8526,7 @@ async def get_usage(request: Request) -> Response:
 async def get_conversations(request: Request) -> Response:
     store, owner, asked = service_of(request).store, owner_of(request), read_query(request, ConversationsQuery)
     if asked.query.strip():
-        return json_response(await store.read(search_conversations, owner, asked.query, asked.limit))
+        return json_response(await store.search(owner, asked.query, asked.limit))
     before = None if asked.before is UNSET else tuple(map(int, asked.before.split("-")))
     return json_response(await store.read(list_conversations, owner, asked.limit, before))
 

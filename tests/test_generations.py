@@ -466,9 +466,10 @@ def test_a_slow_database_does_not_slow_the_pace_down(monkeypatch: pytest.MonkeyP
         generation: Any = SimpleNamespace(message_id=1, answer=None, journalled=[])
         generation.take = lambda: llmchat.Flush(generation, [(1, llmchat.Delta("text", "x"))], None, False)
         paced.mark(generation)
+        set_pace, is_paced = paced._set_pace, asyncio.Event()
+        monkeypatch.setattr(paced, "_set_pace", lambda *arguments: (set_pace(*arguments), is_paced.set()))
         paced.open()
-        while not paced.flush_ms:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(is_paced.wait(), 20)
         await paced.close()
         return paced._cost * llmchat.FLUSH_COST_AVERAGED, paced.flush_ms
 

@@ -84,7 +84,7 @@ def test_every_cursor_gets_the_rest_whatever_part_is_in_rows(
     message_id = started(database).message_id
     journal_in_pieces(database, message_id)
     deltas = [llmchat.Delta("text", piece) for piece in PIECES[:settled]]
-    llmchat.insert_rows(database, list(llmchat.joined_rows(message_id, 0, deltas)))
+    llmchat.insert_rows(database, "delta", list(llmchat.joined_rows(message_id, 0, deltas)))
     assert len(rows_of(database, message_id)) == min(settled, 1)
     for cursor in range(len(WHOLE) + 1):
         page = llmchat.load_page(database, "local", message_id, cursor, as_published=as_published)
@@ -115,7 +115,7 @@ def test_a_start_gives_each_message_what_only_the_journal_had(
     message_id, empty = started(database).message_id, started(database).message_id
     journal_in_pieces(database, message_id)
     deltas = [llmchat.Delta("text", piece) for piece in PIECES[:settled]]
-    llmchat.insert_rows(database, list(llmchat.joined_rows(message_id, 0, deltas)))
+    llmchat.insert_rows(database, "delta", list(llmchat.joined_rows(message_id, 0, deltas)))
     assert llmchat.prepare_database(str(tmp_path / "x.db"), suspect=True) == 2
     message = llmchat.load_message(database, "local", message_id)
     assert (message.status, message.text) == ("interrupted", WHOLE)
@@ -156,7 +156,7 @@ def test_merging_stays_right_at_every_step(database: sqlite3.Connection, monkeyp
     message_id, offset, content = started(database).message_id, 0, ""
     for number in range(10):
         deltas = [llmchat.Delta("text", f"{number}.{one} ") for one in range(5)]
-        llmchat.insert_rows(database, list(llmchat.joined_rows(message_id, offset, deltas)))
+        llmchat.insert_rows(database, "delta", list(llmchat.joined_rows(message_id, offset, deltas)))
         content += llmchat.text_of(deltas)
         offset = len(content)
     database.execute("UPDATE message SET status = 'stopped', ended_at_ms = 1 WHERE id = ?", (message_id,))

@@ -311,9 +311,9 @@ def test_an_answer_is_merged_when_its_time_has_come_without_a_restart(
 def test_when_nothing_has_ended_the_sweep_sleeps_without_a_timer(tmp_path: Path) -> None:
     async def scenario(service: Any) -> None:
         merger = service.generations.merger
-        await until(lambda: len(merger._ended._waiters) == 1)
+        await until(lambda: len(merger._called._waiters) == 1)
         await answer_of_demo(service)
-        await until(lambda: not merger._ended._waiters)
+        await until(lambda: not merger._called._waiters)
 
     run_app(tmp_path / "llmchat.db", scenario)
 
@@ -325,14 +325,14 @@ def test_memory_is_given_back_once_nothing_has_run_for_a_while(tmp_path: Path, m
 
     async def scenario(service: Any) -> None:
         tidier = service.generations.tidier
-        await until(lambda: len(tidier._ended._waiters) == 1)
+        await until(lambda: len(tidier._called._waiters) == 1)
         assert not given, "nothing has run yet"
         slow = await start_demo(service, "slow")
         await answer_of_demo(service)
         await asyncio.sleep(0.3)
         assert not given, "something still runs"
         await service.generations.stop("local", slow)
-        await until(lambda: bool(given) and len(tidier._ended._waiters) == 1)
+        await until(lambda: bool(given) and len(tidier._called._waiters) == 1)
         assert given == ["given"]
 
     run_app(tmp_path / "llmchat.db", scenario)

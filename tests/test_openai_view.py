@@ -522,7 +522,7 @@ def test_the_sweep_takes_what_has_ended_and_nobody_reads(tmp_path: Path) -> None
     with contextlib.closing(llmchat.connect(path, read_only=False)) as connection:
         sweep = partial(llmchat.sweep_unstored, connection, llmchat.now_ms() + 60_000)
         ended, running = (llmchat.start_message(connection, new).message_id for _ in "ab")
-        assert not llmchat.start_message(connection, new).is_first, "nobody pays for a title that nobody sees"
+        assert llmchat.start_message(connection, new).hidden, "nobody pays for a title that nobody sees"
         stored = llmchat.start_message(connection, replace(new, hidden=False)).message_id
         for message_id in (ended, stored):
             ending = llmchat.Ending("completed", "stop")
