@@ -69,6 +69,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -184,7 +185,7 @@ RETRY_AFTER_SECONDS_MAX = 120  # a provider that asks for more is not waited for
 FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
 FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
 FLUSH_COST_AVERAGED = 10  # flushes
-FLUSH_COST_RATIO = 5  # flushes may hold the event loop for one part in this many of the time
+FLUSH_COST_RATIO = 4  # flushes may hold the event loop for one part in this many of the time
 FLUSH_SLOW_RATIO = 1.5  # times the fastest interval, and providers are read at the same pace
 FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
@@ -796,24 +797,27 @@ encode_json = msgspec.json.Encoder().encode
 decode_json = msgspec.json.Decoder().decode
 
 
+def runs_of(deltas: Iterable[Delta]) -> Iterator[tuple[str, list[str]]]:
+    """The texts of deltas by runs of a kind; of kinds that must stay whole, each is a run."""
+    for kind, run in itertools.groupby(deltas, operator.attrgetter("kind")):
+        texts = [delta.text for delta in run]
+        if kind in MERGED_KINDS:
+            yield kind, texts
+        else:
+            yield from ((kind, [text]) for text in texts)
+
+
 def join_deltas(deltas: Iterable[Delta]) -> list[Delta]:
     """The same content in as few deltas as there are runs of a kind."""
-    runs: list[tuple[str, list[str]]] = []
-    for delta in deltas:
-        if runs and delta.kind == runs[-1][0] and delta.kind in MERGED_KINDS:
-            runs[-1][1].append(delta.text)
-        else:
-            runs.append((delta.kind, [delta.text]))
-    return [Delta(kind, "".join(texts)) for kind, texts in runs]
+    return [Delta(kind, "".join(texts)) for kind, texts in runs_of(deltas)]
 
 
-def split_delta(delta: Delta) -> Iterator[Delta]:
+def split_delta(delta: Delta) -> Sequence[Delta]:
     """The delta in pieces that make frames of at most 64 KiB; kinds that must stay whole stay whole."""
-    if delta.kind not in MERGED_KINDS or len(delta.text) <= FRAME_CHARACTERS_MAX:
-        yield delta
-        return
-    for start in range(0, len(delta.text), FRAME_CHARACTERS_MAX):
-        yield Delta(delta.kind, delta.text[start : start + FRAME_CHARACTERS_MAX])
+    if len(delta.text) <= FRAME_CHARACTERS_MAX or delta.kind not in MERGED_KINDS:
+        return (delta,)
+    starts = range(0, len(delta.text), FRAME_CHARACTERS_MAX)
+    return [Delta(delta.kind, delta.text[start : start + FRAME_CHARACTERS_MAX]) for start in starts]
 
 
 def text_of(deltas: Iterable[Delta]) -> str:
@@ -865,20 +869,18 @@ class SseDecoder:
         self._last_was_cr = False
         self._started = False
 
-    def lines(self, data: bytes) -> bytes | None:
-        """The data of these bytes' events, a line each, if they are several and whole, of one line, as they mostly are.
+    def lines(self, data: bytes) -> list[bytes] | None:
+        """The data of these bytes' events if they are several and whole, and each is one line of data, as they mostly are.
 
-        It is for whoever can decode many lines at once; None, or if that fails: `feed`.
+        It is for whoever can decode many lines at once, and finds out if one of them is more than that; None, or if that
+        fails: `feed`.
         """
         if self._buffer or self._last_was_cr or not LINES_BYTES_MIN <= len(data) <= PROVIDER_EVENT_BYTES_MAX:
             return None
         if not data.startswith(b"data: ") or not data.endswith(b"\n\n") or b"\r" in data:
             return None
-        lines = data[6:-2].replace(b"\n\ndata: ", b"\n")
-        if 2 * lines.count(b"\n") + 2 != data.count(b"\n"):
-            return None
         self._started = True
-        return lines
+        return data[6:-2].split(b"\n\ndata: ")
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """The events that these bytes complete: (name, data), the name empty where none was given."""
@@ -887,6 +889,8 @@ class SseDecoder:
         if not self._started:
             data = self._drop_byte_order_mark(data)
         if not self._buffer and len(data) <= PROVIDER_EVENT_BYTES_MAX and data.endswith(b"\n\n"):  # as it mostly comes
+            if data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2:
+                return [(b"", data[6:-2])]
             blocks = data[:-2].split(b"\n\n")
         else:
             blocks = self._split(data)
@@ -1339,8 +1343,8 @@ class Decoder(ABC):
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
         """Appends what one SSE event brings. Raises ProviderError."""
 
-    def decode_lines(self, lines: bytes, deltas: list[Delta]) -> bool:
-        """The same for many events, a line of data each, at once; False, with nothing done: they need `decode`."""
+    def decode_lines(self, lines: Sequence[bytes], deltas: list[Delta]) -> bool:
+        """The same for many events at once; False, with nothing done: they need `decode`, as where one is several lines."""
         return False
 
     @abstractmethod
@@ -1438,17 +1442,16 @@ class OpenAIDecoder(Decoder):
         if self._mending:
             self._mend(deltas, first)
 
-    def decode_lines(self, lines: bytes, deltas: list[Delta]) -> bool:
+    def decode_lines(self, lines: Sequence[bytes], deltas: list[Delta]) -> bool:
         if self.done or self._mending:
             return False
-        each = lines.split(b"\n")
         try:
-            chunks = CHAT_CHUNK.decode_lines(lines)
+            chunks = CHAT_CHUNK.decode_lines(b"\n".join(lines))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
-        if len(chunks) != len(each):
+        if len(chunks) != len(lines):
             return False
-        for chunk, data in zip(chunks, each, strict=True):
+        for chunk, data in zip(chunks, lines, strict=True):
             self._decode_chunk(chunk, data, deltas)
         return True
 
@@ -2022,23 +2025,21 @@ class RepetitionGuard:
         self._period_characters = 0  # of the run that the text ends with; 0 for none
         self._run_characters = 0
 
-    def feed(self, text: str) -> str | None:
-        """Takes a delta; returns the period once the text goes round in circles, else None."""
-        if not text or not self._is_on:
+    def feed(self, texts: Sequence[str]) -> str | None:
+        """Takes deltas; returns the period once the text goes round in circles, else None."""
+        if not self._is_on:
             return None
-        self._pending += text
-        if text != self._delta:
-            self._delta, self._delta_count = text, 1
-        elif repeated := self._repeated_delta(text):
-            return repeated
+        delta, count = self._delta, self._delta_count
+        for text in texts:
+            if text == delta:
+                count += 1
+                if count >= REPETITION_DELTAS and is_repeated(delta, count):
+                    return delta
+            elif text:
+                delta, count = text, 1
+        self._delta, self._delta_count = delta, count
+        self._pending += "".join(texts)
         return self._repeated_period() if len(self._pending) >= REPETITION_STEP_CHARACTERS else None
-
-    def _repeated_delta(self, delta: str) -> str | None:
-        self._delta_count += 1
-        if self._delta_count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
-            return None
-        letters = sum(map(str.isalpha, set(delta)))
-        return delta if letters >= REPETITION_DELTA_LETTERS_MIN else None
 
     def _repeated_period(self) -> str | None:
         pending, step = self._pending, REPETITION_STEP_CHARACTERS
@@ -2064,6 +2065,13 @@ class RepetitionGuard:
         if "\n" in period:
             enough_characters = 2 * (enough_characters - REPETITION_STEP_CHARACTERS)  # twice, with the lag
         return period if self._run_characters >= enough_characters else None
+
+
+def is_repeated(delta: str, count: int) -> bool:
+    """Whether so many of the same delta in a row are a circle by now."""
+    if count != (2 * REPETITION_DELTAS if "\n" in delta else REPETITION_DELTAS):
+        return False
+    return sum(map(str.isalpha, set(delta))) >= REPETITION_DELTA_LETTERS_MIN
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3235,7 +3243,8 @@ class Answer(Body):
         failure = None
         if data and self.failure is None and not self.decoder.done:
             failure = self._decode(data, deltas)
-            self._set_patience(bool(deltas))
+            if self.decoder.finish_reason is not None or self.decoder.done:
+                self._set_patience(bool(deltas))
         if self._is_at_end and failure is None and self.failure is None and not self._is_decoded:
             self._is_decoded = True
             failure = (None if self._is_whole() else self._broken) or self._decode_end(deltas)
@@ -3254,7 +3263,7 @@ class Answer(Body):
         A moment is given to that, though: the usage may come after the finish_reason, and a connection that was read to
         its end can be used again.
         """
-        if self._over.is_set() or not self._is_whole():
+        if self._over.is_set():
             return
         if self._patience is None or self.decoder.done or has_grown:
             if self._patience is not None:
@@ -6164,18 +6173,22 @@ class Subscription:
 
     def put(self, offset: int, frame: bytes) -> None:
         """Takes a frame, or gives up: whoever reads too slowly starts again from the store."""
-        if self.lagging:
-            return
-        if self._is_awaited and self.queue.empty() and self._send_now(frame):
+        if self._is_awaited and self._send_now(frame):
             self.cursor = offset
-            return
-        if self.queue.full() or self._bytes > SEND_BYTES_MAX:
+        elif self.queue.full() or self._bytes > SEND_BYTES_MAX:
             self.lagging = True
             self.drop()
-            self.queue.put_nowait((self.cursor, b""))  # wakes the reader, should it wait
-            return
-        self._bytes += len(frame)
-        self.queue.put_nowait((offset, frame))
+            self.wake()
+        elif not self.lagging:
+            self._bytes += len(frame)
+            self._is_awaited = False
+            self.queue.put_nowait((offset, frame))
+
+    def wake(self, frame: bytes = b"") -> None:
+        """Has the reader look up, should it wait, with a frame that is no content."""
+        if self.queue.empty():
+            self._is_awaited = False
+            self.queue.put_nowait((self.cursor, frame))
 
     def drop(self) -> None:
         while not self.queue.empty():
@@ -6184,7 +6197,7 @@ class Subscription:
 
     async def get(self) -> bytes:
         """Everything that is pending, joined for a single send; waits for the first."""
-        self._is_awaited = True
+        self._is_awaited = self.queue.empty()
         try:
             offset, frame = await self.queue.get()
         finally:
@@ -6458,13 +6471,13 @@ class Generation:
             self.first_delta_at = time.monotonic()
         if self.first_text_at is None and any(one.kind == "text" for one in deltas):
             self.first_text_at = time.monotonic()
-        self.pending += deltas
-        length, circle = 0, None
-        for delta in deltas:
-            length += len(delta.text)
-            guard = self._circles.get(delta.kind)
-            circle = circle or (guard.feed(delta.text) if guard is not None else None)
-        self.characters += length
+        circle = None
+        for kind, texts in runs_of(deltas):
+            delta = Delta(kind, "".join(texts))
+            self.pending.append(delta)
+            self.characters += len(delta.text)
+            if kind in self._circles:
+                circle = circle or self._circles[kind].feed(texts)
         if self.characters > self._characters_max:
             raise TooLong(
                 f"the answer is longer than {self._characters_max:,} characters (LLMCHAT_ANSWER_CHARACTERS_MAX)"
@@ -6479,7 +6492,7 @@ class Generation:
             return None
         pieces = []
         for delta in self.pending if len(self.pending) == 1 else join_deltas(self.pending):
-            for piece in (delta,) if len(delta.text) <= FRAME_CHARACTERS_MAX else split_delta(delta):
+            for piece in split_delta(delta):
                 self.offset += len(piece.text)
                 self._quarter_tokens += quarter_tokens(piece.text)
                 pieces.append((self.offset, piece))
@@ -6518,10 +6531,11 @@ class Generation:
 
     # ── publishing ──
 
-    def publish(self, events: Sequence[tuple[int, bytes]]) -> None:
-        """Puts committed events, or one that carries no content, before everyone who looks on: (offset after it, frame)."""
-        offset, data = events[0] if len(events) == 1 else (events[-1][0], b"".join([frame for _, frame in events]))
-        self._ring.append([frame for _, frame in events], len(data))
+    def publish(self, offset: int, frames: Sequence[bytes]) -> None:
+        """Puts committed events, or one that carries no content, before everyone who looks on; `offset` is the one after
+        them."""
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        self._ring.append(frames, len(data))
         self.published = offset
         for subscription in self.subscriptions:
             subscription.put(offset, data)
@@ -7022,7 +7036,7 @@ class Generations:
     def _notice(self, generation: Generation, code: str, failure: GenerationError, **more: Any) -> None:
         data = {"code": code, **more, "error": failure.detail()}
         notice = encode_event("notice", data)
-        generation.publish([(generation.published, notice)])
+        generation.publish(generation.published, [notice])
         if generation.rendering is not None:
             generation.rendering.publish(generation.published, notice)
 
@@ -7080,7 +7094,8 @@ class Generations:
         generation = flush.generation
         if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
             if flush.pieces:
-                generation.publish([(offset, encode_delta(delta, offset)) for offset, delta in flush.pieces])
+                frames = [encode_delta(delta, offset) for offset, delta in flush.pieces]
+                generation.publish(flush.pieces[-1][0], frames)
             if generation.rendering is not None:
                 for offset, delta in flush.pieces:
                     generation.rendering.feed(offset, delta)
@@ -7149,7 +7164,7 @@ class Generations:
         timing = Timing(outcome.first_delta_ms, outcome.total_ms, outcome.first_text_ms)
         generation.ended.set()
         end = encode_end(outcome.ending, outcome.usage, timing)
-        generation.publish([(generation.published, end)])
+        generation.publish(generation.published, [end])
         if generation.rendering is not None:
             generation.rendering.end(end)
         fields = {
@@ -7286,7 +7301,8 @@ class Subscriber:
     def close(self) -> None:
         """The client is gone: whatever the stream waits for, it ends now."""
         self._closed = True
-        self._wake()
+        if self._subscription is not None:
+            self._subscription.wake()
 
     def _send_now(self, data: bytes) -> bool:
         """Sends what comes while `read` waits. The end is left to `read`, which must return."""
@@ -7294,10 +7310,6 @@ class Subscriber:
             return False
         self._sent_at = time.monotonic()
         return True
-
-    def _wake(self, frame: bytes = b"") -> None:
-        if self._subscription is not None and self._subscription.queue.empty():
-            self._subscription.queue.put_nowait((self._subscription.cursor, frame))
 
     async def read(self) -> bytes | None:
         """What is to be sent next, everything that is there in one piece; None: the stream is over."""
@@ -7350,7 +7362,8 @@ class Subscriber:
         seconds = self._generations.heartbeat_seconds
         silent = time.monotonic() - self._sent_at
         if silent >= seconds:
-            self._wake(HEARTBEAT_FRAME)
+            if self._subscription is not None:
+                self._subscription.wake(HEARTBEAT_FRAME)
             silent = 0.0
         self._timer = asyncio.get_running_loop().call_later(seconds - silent, self._beat)
 

@@ -43,7 +43,7 @@ def texts(directories: list[Path]) -> Iterator[tuple[Path, str]]:
 def alarm(text: str, delta_characters: int) -> tuple[int, str] | None:
     guard = RepetitionGuard(COUNT, CHARACTERS)
     for start in range(0, len(text), delta_characters):
-        if period := guard.feed(text[start : start + delta_characters]):
+        if period := guard.feed([text[start : start + delta_characters]]):
             return start, period
     return None
 

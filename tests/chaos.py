@@ -56,7 +56,7 @@ ATTEMPTS = 3
 # Left out: what only costs time, and what needs settings of its own.
 TOO_DEAR = {"an event over 8 MiB", "an event of one line that never ends", "an error whose body never ends"}
 FAULTS = [case for case in CASES if case.server in ("patient", "impatient") and case.name not in TOO_DEAR]
-TASKS_AT_REST = Counter(["Task-1", "flusher", "merger", "sweeper", "tidier", "writer"])
+TASKS_AT_REST = Counter(["Task-1", "flusher", "indexer", "merger", "sweeper", "tidier", "writer"])
 TAG = re.compile(r"\[(r\d+c\d+q\d+)\]")
 
 WATCHED = """

@@ -47,7 +47,7 @@ def alarm(deltas: list[str], count: int = COUNT, characters: int = CHARACTERS) -
     """The index of the delta that raised the alarm, and the period."""
     guard = RepetitionGuard(count, characters)
     for index, delta in enumerate(deltas):
-        if (period := guard.feed(delta)) is not None:
+        if (period := guard.feed([delta])) is not None:
             return index, period
     return None
 
@@ -237,7 +237,7 @@ def test_memory_does_not_grow_with_the_text_or_the_settings() -> None:
     guard = RepetitionGuard(1_000_000, 1_000_000)
 
     for delta in cut(PROSE * 2_000, 5, 50):
-        guard.feed(delta)
+        guard.feed([delta])
 
     kept = sum(len(value) for value in vars(guard).values() if isinstance(value, str))
     assert kept <= REPETITION_WINDOW_CHARACTERS + REPETITION_STEP_CHARACTERS + 50
