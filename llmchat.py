@@ -116,7 +116,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -1090,7 +1090,8 @@ def answered(turns: Sequence[Turn], quirks: frozenset[str]) -> list[Turn]:
     taken: set[str] = set()
     asked, place = False, 0  # of the next result
     for position, turn in enumerate(turns):
-        turn = replace(turn, content=tuple(one for one in turn.content if one.kind in ROLE_KINDS[turn.role]))
+        if not ROLE_KINDS[turn.role].issuperset([one.kind for one in turn.content]):
+            turn = replace(turn, content=tuple(one for one in turn.content if one.kind in ROLE_KINDS[turn.role]))
         if turn.role == "tool":
             if name := names.pop(turn.tool_call_id, None):
                 kept.insert(place, replace(turn, tool_call_id=name))
@@ -7311,20 +7312,24 @@ class Subscriber:
         self._sent_at = time.monotonic()
         return True
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the client has everything, once it has what was read."""
+        if self._subscription is None or self._source is None or self._subscription.lagging:
+            return self._finished
+        return self._source.ended.is_set() and self._subscription.queue.empty()
+
     async def read(self) -> bytes | None:
         """What is to be sent next, everything that is there in one piece; None: the stream is over."""
         data, self._first = self._first, b""
         while not data:
-            if self._closed or self._finished:
+            if self._closed or self.is_over:
                 return None
-            subscription, source = self._subscription, self._source
-            if subscription is None or source is None or subscription.lagging:
+            if self._subscription is None or self._subscription.lagging:
                 self._detach()
                 data = await self._catch_up()
-            elif source.ended.is_set() and subscription.queue.empty():
-                self._finished = True
             else:
-                data = await subscription.get()
+                data = await self._subscription.get()
         self._sent_at = time.monotonic()
         return data
 
@@ -8011,21 +8016,20 @@ async def read_body(request: Request, bytes_max: int) -> bytes:
 
 async def body_pieces(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
     """The body as it comes. Raises TooLarge, and InvalidRequest for one that comes too slowly or not to its end."""
-    loop, pieces, size = asyncio.get_running_loop(), aiter(request.stream()), 0
+    loop, size, has_more = asyncio.get_running_loop(), 0, True
     started = loop.time()
-    while True:
+    while has_more:
         now = loop.time()
         deadline = BODY_STALL_SECONDS + min(now, started + size / BODY_BYTES_PER_SECOND)
         try:
             async with asyncio.timeout_at(deadline):
-                data = await anext(pieces, None)
-        except ClientDisconnect as exc:
-            raise InvalidRequest("body: the connection was closed before it was whole") from exc
+                message = await request.receive()
         except TimeoutError as exc:
             limits = f"nothing for {BODY_STALL_SECONDS} s, or under {BODY_BYTES_PER_SECOND:,} bytes/s on the whole"
             raise InvalidRequest(f"body: came too slowly: {limits}") from exc
-        if data is None:
-            return
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("body: the connection was closed before it was whole")
+        data, has_more = message.get("body", b""), message.get("more_body", False)
         size += len(data)
         if size > bytes_max:
             raise TooLarge(f"body: is larger than {bytes_max:,} bytes, the limit")
@@ -8194,9 +8198,11 @@ class EventStream(Response):
                 await sending
 
     async def _send(self, subscriber: Subscriber, send: Send) -> None:
-        while (data := await subscriber.read()) is not None:
+        data = await subscriber.read()
+        while data is not None and not subscriber.is_over:
             await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            data = await subscriber.read()
+        await send({"type": "http.response.body", "body": data or b"", "more_body": False})
 
 
 class Download(StreamingResponse):
@@ -8338,11 +8344,10 @@ async def chat(request: Request) -> Response:
     check_answer(request, asked)
     turns = turns_of(asked.message)
     refuse_large(body, turns)
-    new = await new_message(request, asked, body, turns)
     system = asked.system
     if system is None and asked.conversation_id is None:
         system = service.config.system or None
-    new = replace(new, conversation_id=asked.conversation_id, parent_id=asked.parent_id, system=system)
+    new = await new_message(request, asked, body, turns, asked.conversation_id, asked.parent_id, system)
     return await answer_started(request, asked, await service.generations.start(new))
 
 
@@ -8385,17 +8390,20 @@ def refuse_large(body: bytes, turns: Sequence[Turn]) -> None:
         raise TooLarge(f"body: has {len(body):,} bytes; without images the limit is {REQUEST_BYTES_MAX:,}")
 
 
-async def new_message(request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...]) -> NewMessage:
+async def new_message(
+    request: Request, asked: Asked, body: bytes, turns: tuple[Turn, ...],
+    conversation_id: int | None = None, parent_id: int | UnsetType | None = UNSET, system: str | None = None,
+) -> NewMessage:  # fmt: skip
     """What a request means. Raises InvalidRequest for a model that nobody has, before anything is stored."""
     service, key = service_of(request), idempotency_key(request)
     names = asked.fallbacks if asked.fallbacks is not None else comma_list(service.config.fallbacks)
     target = await service.providers.resolve(asked.provider, asked.model)
     return NewMessage(
         owner=owner_of(request),
-        conversation_id=None,
-        parent_id=UNSET,
+        conversation_id=conversation_id,
+        parent_id=parent_id,
         turns=turns,
-        system=None,
+        system=system,
         targets=(target, *[await service.providers.resolve(None, name, "fallbacks") for name in names]),
         parameters=msgspec.convert(asked, Parameters, from_attributes=True),
         idempotency_key=key,
