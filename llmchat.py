@@ -4494,14 +4494,11 @@ def insert_content(connection: sqlite3.Connection, message_id: int, content: Ite
 def insert_rows(connection: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) -> None:
     """Stores rows in one statement, however many: after each, this thread would have to wait for the interpreter,
     which the event loop's has taken meanwhile. SQLite takes the rows apart by itself; only its JSON has no NUL."""
-    if not rows:
-        return
-    encoded, columns = encode_json(rows), range(len(rows[0]))
-    if b"\\u0000" in encoded:
-        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' for _ in columns)})", rows)
-    else:
-        values = ", ".join(f"json_extract(value, '$[{column}]')" for column in columns)
+    if len(rows) > 1 and b"\\u0000" not in (encoded := encode_json(rows)):
+        values = ", ".join(f"json_extract(value, '$[{column}]')" for column in range(len(rows[0])))
         connection.execute(f"INSERT INTO {table} SELECT {values} FROM json_each(?)", (encoded.decode(),))
+    elif rows:
+        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' for _ in rows[0])})", rows)
 
 
 def joined_rows(message_id: int, offset: int, deltas: Iterable[Delta]) -> Iterator[Row]:
