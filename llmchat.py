@@ -221,9 +221,7 @@ CHORE_RETRY_SECONDS = 60  # after the database refused what is done after answer
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
 CHORE_COST_RATIO = 4  # merging may take one part in this many of the time, and one; indexing too
-INDEX_AFTER_SECONDS = (
-    0.5  # since a text came, before it is indexed with all that came meanwhile; a search does not wait
-)
+INDEX_AFTER_SECONDS = 0.5  # since a text came, before it is indexed with what came meanwhile; a search does not wait
 
 CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
 CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
@@ -3983,7 +3981,9 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
 #
 # One FTS5 table for titles and texts. Its tokenizer knows words between spaces; scripts that have none (Chinese,
 # Japanese, Thai, …) go in character by character and are searched as phrases. Whatever a user types is text: every
-# word of it is quoted, and matches as a prefix.
+# word of it is quoted, and matches as a prefix. Texts do not go in with the transaction that brings them: each that
+# writes to FTS5 makes a segment, and an answer alone costs five times what it costs among many. It leaves their ids in
+# `unindexed`, and `index_texts` takes them in together, a moment later, or when somebody searches.
 
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
