@@ -1,9 +1,8 @@
 """Row growth: what a delta costs, and a generation holds, early and late in a long answer, and in short answers.
 
-20,000 deltas a second three ways: answers of 1,000 characters one after another, and the second and the fourth fifth of
-answers of 100,000 characters. A program that looks back over what it already has shows it here. The first fifth has the
-starts, and the last one the ends, with which whole answers are indexed for the search; both are in the mean. Then a few
-answers of 900,000 characters, flat out: what they hold in memory must not grow with them.
+20,000 deltas a second three ways: answers of 1,000 characters one after another, and the first and the last fifth of
+answers of 100,000 characters. A program that looks back over what it already has shows it here. Then a few answers of
+900,000 characters, flat out: what they hold in memory must not grow with them.
 """
 
 import asyncio
@@ -19,7 +18,7 @@ GIANT = Load(10, 90_000, 0)  # 900,000 characters
 
 
 async def run_growth(running: Running, provider_pid: int, short_seconds: float) -> Figures:
-    """`…_cpu_us` a delta, `late_ratio` (fourth fifth / second fifth), `…_kb` resident for each generation at most."""
+    """`…_cpu_us` a delta, `late_ratio` (last fifth / first fifth), `…_kb` resident for each generation at most."""
     await warm_up(running)
     short = await run_short(running, provider_pid, short_seconds)
     long = await run_long(running, provider_pid, LONG)
@@ -28,7 +27,7 @@ async def run_growth(running: Running, provider_pid: int, short_seconds: float) 
     return {
         "short_cpu_us": every[0]["cpu_us"],
         "long_cpu_us": every[1]["cpu_us"],
-        "late_ratio": fifth_cost(long, 3) / fifth_cost(long, 1),
+        "late_ratio": fifth_cost(long, 4) / fifth_cost(long, 0),
         "long_kb": gained_kb(long),
         "giant_kb": gained_kb(giant),
         "wrong": sum(figures["wrong"] for figures in every),
