@@ -868,10 +868,9 @@ class SseDecoder:
         self._started = False
 
     def lines(self, data: bytes) -> list[bytes] | None:
-        """The data of these bytes' events if they are several and whole, and each is one line of data, as they mostly are.
+        """What is the data of these bytes' events if they are whole and each is one line of data, as they mostly are.
 
-        It is for whoever can decode many lines at once, and finds out if one of them is more than that; None, or if that
-        fails: `feed`.
+        That is not looked at here: whoever decodes many lines at once finds out. None, or if that fails: `feed`.
         """
         if self._buffer or self._last_was_cr or not LINES_BYTES_MIN <= len(data) <= PROVIDER_EVENT_BYTES_MAX:
             return None
@@ -3571,11 +3570,12 @@ def models_of(document: Any) -> list[str]:
 # step of user_version. A second process on the same file is refused by a lock beside it, not by SQLite's own, so that
 # backups and curious people may read. Deliberately absent: an ORM, a pool, and any write outside `Store.write`.
 #
-# A message's content is its rows in `delta`, in order. While it runs, what the journal has beyond them is content too: a
-# flush appends one row there for all messages, which touches a page or two, where a row of its own for each message
-# would touch a page for each. Once there is enough of a message, or at a flush after half a second, and in any case in
-# the transaction of its end, that becomes rows of its own, which know the lengths of the events they were published in
-# (`cuts_json`). The journal may keep it for a while: an offset before the end of a message's rows counts no more.
+# A message's content is its rows in `delta`, in order. While it runs, what the journal (a table of ours, none of
+# SQLite's files) has beyond them is content too: a flush appends one row there for all messages, which touches a page
+# or two, where a row of its own for each message would touch a page for each. Once there is enough of a message, or at
+# a flush after half a second, and in any case in the transaction of its end, that becomes rows of its own, which know
+# the lengths of the events they were published in (`cuts_json`). The journal may keep it for a while: an offset before
+# the end of a message's rows counts no more.
 # ═════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 MIGRATIONS = Path(__file__).resolve().parent / "migrations"
@@ -3988,8 +3988,10 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
-INDEXED_CHARACTERS_MAX = 200_000  # of one message: a flush waits while it is indexed, some 20 ms for this much
-INDEX_GROUP_CHARACTERS = 50_000  # of the messages that one transaction indexes; the last may go beyond
+INDEXED_CHARACTERS_MAX = (
+    200_000  # of one message's text: other writes wait while it is indexed, some 20 ms for this much
+)
+INDEX_GROUP_CHARACTERS = 50_000  # of text that one transaction indexes; the last message may go beyond
 INDEX_GROUP_TEXTS = 200  # the same
 SEARCH_WORDS_MAX = 16  # of one query; a character of a script without spaces counts as one
 SEARCH_PREFIX_CHARACTERS_MIN = 3  # of a word that matches as a prefix, one less of the last, which is being typed
@@ -4043,15 +4045,15 @@ def mark_unindexed(connection: sqlite3.Connection, ids: Sequence[int]) -> None:
 
 
 UNINDEXED_SIZES = (
-    "SELECT json_group_array(json_array(id, (SELECT offset + length(text) FROM delta WHERE message_id = unindexed.id"
-    f"  ORDER BY offset DESC LIMIT 1))) FROM (SELECT id FROM unindexed LIMIT {INDEX_GROUP_TEXTS}) AS unindexed"
+    "SELECT json_group_array(json_array(id, (SELECT sum(length(text)) FROM delta WHERE message_id = unindexed.id"
+    f"  AND kind = 'text'))) FROM (SELECT id FROM unindexed LIMIT {INDEX_GROUP_TEXTS}) AS unindexed"
 )
 TEXTS_TO_INDEX = (
     "SELECT json_group_array(json_array(id, owner, title, text)) FROM ("
     "SELECT -id AS id, owner, title, NULL AS text FROM conversation"
     " WHERE hidden = 0 AND id IN (SELECT -value FROM json_each(:ids))"
     " UNION ALL SELECT message.id, owner, NULL, (SELECT group_concat(text, '') FROM (SELECT text FROM delta"
-    f"  WHERE message_id = message.id AND kind = 'text' AND offset < {INDEXED_CHARACTERS_MAX} ORDER BY offset))"
+    "  WHERE message_id = message.id AND kind = 'text' ORDER BY offset))"
     " FROM message JOIN conversation ON conversation.id = conversation_id"
     " WHERE hidden = 0 AND message.id IN (SELECT value FROM json_each(:ids)))"
 )
@@ -4070,7 +4072,7 @@ def index_texts(connection: sqlite3.Connection) -> bool:
     for table, column in (("message_fts", "rowid"), ("unindexed", "id")):
         connection.execute(f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))", (ids_json,))
     rows = [
-        (row_id, owner_token(owner), title and segment(title), text and segment(text))
+        (row_id, owner_token(owner), title and segment(title), text and segment(text[:INDEXED_CHARACTERS_MAX]))
         for row_id, owner, title, text in found
         if title or text
     ]
@@ -4377,7 +4379,7 @@ def continue_message(connection: sqlite3.Connection, owner: str, message_id: int
         " merged = 0, provider = ?, model = ? WHERE id = ?",
         (target.provider.name, target.model, message_id),
     )
-    settle(connection, message_id, journal_pieces(connection, message_id))  # if its end could not
+    settle(connection, message_id, journal_pieces(connection, message_id))  # what `abandon` could not make rows of
     before = whole_message(connection, row)
     return Started(
         row["conversation_id"],
@@ -4524,8 +4526,13 @@ def journal_pieces(connection: sqlite3.Connection, message_id: int) -> Iterator[
 
 
 def beyond(pieces: Iterable[Piece], end: int) -> list[Delta]:
-    """Those of a message's pieces that its own rows, which end there, do not have."""
-    return [Delta(kind, text) for offset, kind, text in pieces if offset >= end]
+    """Those of a message's pieces that its own rows, which end there, do not have; each once."""
+    deltas = []
+    for offset, kind, text in pieces:
+        if offset >= end:
+            deltas.append(Delta(kind, text))
+            end = offset + len(text)
+    return deltas
 
 
 def with_journalled(connection: sqlite3.Connection, row: sqlite3.Row, content: list[Delta]) -> list[Delta]:
@@ -4884,18 +4891,24 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
     return True
 
 
-def is_first_answer(connection: sqlite3.Connection, conversation_id: int, message_id: int) -> bool:
-    oldest = "SELECT min(id) FROM message WHERE conversation_id = ? AND role = 'assistant'"
-    return cast(bool, value_of(connection, oldest, conversation_id) == message_id)
+def is_unnamed(connection: sqlite3.Connection, owner: str, conversation_id: int) -> bool:
+    """Whether a conversation has no title but the one that its first message made."""
+    first_id = value_of(connection, "SELECT min(id) FROM message WHERE conversation_id = ?", conversation_id)
+    path = select_path(connection, first_id)
+    title = value_of(connection, "SELECT title FROM conversation WHERE id = ? AND owner = ?", conversation_id, owner)
+    return bool(path) and title == make_title(text_of(path[0].content))
+
+
+def awaits_title(connection: sqlite3.Connection, owner: str, conversation_id: int, message_id: int) -> bool:
+    """Whether a model may name a conversation, now that this message is completed: after its first answer, and once."""
+    first_answer = "SELECT min(id) FROM message WHERE conversation_id = ? AND role = 'assistant'"
+    is_first = value_of(connection, first_answer, conversation_id) == message_id
+    return is_first and is_unnamed(connection, owner, conversation_id)
 
 
 def title_conversation(connection: sqlite3.Connection, owner: str, conversation_id: int, title: str) -> None:
     """Sets a title that a model made, unless somebody has set one meanwhile."""
-    path = select_path(
-        connection, value_of(connection, "SELECT min(id) FROM message WHERE conversation_id = ?", conversation_id)
-    )
-    shown = value_of(connection, "SELECT title FROM conversation WHERE id = ? AND owner = ?", conversation_id, owner)
-    if path and shown == make_title(text_of(path[0].content)):
+    if is_unnamed(connection, owner, conversation_id):
         update_conversation(connection, owner, conversation_id, {"title": title})
 
 
@@ -5001,7 +5014,8 @@ class Store:
         """What matches a query, also in texts that came a moment ago, unless they cannot be indexed now."""
         if await self.read(value_of, "SELECT EXISTS (SELECT 1 FROM unindexed)"):
             with contextlib.suppress(StoreUnavailable):
-                await self.write(index_texts)
+                while await self.write(index_texts):
+                    pass
         return await self.read(search_conversations, owner, query, limit)
 
     async def open_copy(self) -> BinaryIO:
@@ -6298,7 +6312,7 @@ def encode_html(frame: HtmlFrame, offset: int) -> bytes:
 class Flush(NamedTuple):
     """What one generation gives to a flush: pieces of content with the offset after each, and perhaps its end.
 
-    `is_settled`: with what the journal has of it, they become rows of its own; else they go into the journal too.
+    `is_settled`: with what the journal has of it, they are to be rows of its own; else they go into the journal too.
     """
 
     generation: Generation
@@ -6634,8 +6648,8 @@ class Journal:
 
 
 class Flusher(Worker):
-    """Commits what all generations have pending, and is the only writer of deltas: one task, one transaction after the
-    other. It works at once when it was idle, and paces itself by what a flush costs.
+    """Commits what all generations have pending: one task, one transaction after the other. Nobody else writes what they
+    produce. It works at once when it was idle, and paces itself by what a flush costs.
 
     While that makes it slow, providers are read at the same pace: an answer that has something to take rests until the
     next flush, before which all that rest are read in one turn of the loop. A read costs more than the deltas in it.
@@ -7141,7 +7155,8 @@ class Generations:
         line in the log."""
         try:
             async with asyncio.timeout(TITLE_SECONDS):
-                if not await self._store.read(is_first_answer, generation.conversation_id, generation.message_id):
+                ids = (generation.owner, generation.conversation_id, generation.message_id)
+                if not await self._store.read(awaits_title, *ids):
                     return
                 target = await self._providers.resolve(None, self._config.title_model, "LLMCHAT_TITLE_MODEL")
                 message = await self._store.read(load_message, generation.owner, generation.message_id)
@@ -8164,6 +8179,12 @@ def direct_write(send: Send) -> Callable[[bytes], bool] | None:
     return write
 
 
+def cancel_on_failure(other: asyncio.Task[Any], task: asyncio.Task[Any]) -> None:
+    """Lets no task go on that waits for what another one, which has failed, was to bring about."""
+    if not task.cancelled() and task.exception() is not None:
+        other.cancel()
+
+
 class EventStream(Response):
     """A Server-Sent Events response: sends a subscriber's frames until its end or the client's."""
 
@@ -8188,6 +8209,7 @@ class EventStream(Response):
             send = scope["server_send"]
             subscriber.write = direct_write(send)
             sending = asyncio.create_task(self._send(subscriber, send), name="stream")
+            sending.add_done_callback(partial(cancel_on_failure, cast("asyncio.Task[Any]", asyncio.current_task())))
             try:
                 await watch_client(receive)
             finally:

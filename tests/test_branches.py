@@ -205,6 +205,27 @@ def test_a_model_names_a_conversation_unless_somebody_did(serve: Any, provider: 
     assert title_of(2) == "By hand"
 
 
+def test_a_model_names_a_conversation_once_however_often_its_first_answer_is_continued(
+    serve: Any, provider: Provider
+) -> None:
+    from tests.conftest import wait_until
+
+    server = serve(LLMCHAT_TITLE_MODEL="openai/n")
+    provider.script(*[openai_text("part ", finish="length")] * 2, openai_text("end"), openai_text("Hi!"), model="m")
+    provider.script(openai_text("Named"), openai_text("Next"), model="n")
+    title_of = lambda number: server.get(f"/api/v1/conversations/{number}").json()["title"]  # noqa: E731
+    whole(server, "Hello there")
+    wait_until(lambda: title_of(1) == "Named", "the title")
+    server.client.patch("/api/v1/conversations/1", json={"title": "By hand"})
+    for _ in "ab":
+        assert server.post("/api/v1/messages/2/continue", {"stream": False}).status_code == 200
+    whole(server, "Hello again")
+    wait_until(lambda: title_of(2) == "Next", "the title of the one after it")
+    assert [chat.json["model"] for chat in provider.chats] == ["m", "n", "m", "m", "m", "n"] and title_of(
+        1
+    ) == "By hand"
+
+
 def test_usage_is_summed_by_day_and_model(server: Server, provider: Provider) -> None:
     provider.script(openai_text("A", usage=(10, 2)), openai_text("B", usage=None))
     whole(server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sqlite3
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import llmchat
 from tests.client import EventStream, Reader
 from tests.conftest import Server, stored_content, wait_until
 from tests.guarantees import (
@@ -372,3 +374,35 @@ def test_a_subscriber_that_lags_starts_again_at_its_cursor(provider: Provider, t
         wait_until(lambda: server.lagged > 0, "the slow subscriber's lagging")
         assert read_all(slow).content == "".join(map("".join, parts))
         assert read_all(stream, reader).content == server.content(message_id) == "".join(map("".join, parts))
+
+
+def test_a_stream_that_cannot_go_on_ends_and_leaves_no_client_waiting() -> None:
+    """Its message was deleted while the client read slowly, say. The server closes a connection on which an answer broke
+    off."""
+
+    class Broken(llmchat.Subscriber):
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        async def _catch_up(self) -> bytes:
+            raise llmchat.NotFound("message_id: there is no message 1")
+
+    sent = []
+
+    async def run() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message.get("body"))
+
+        generations: Any = None
+        stream = llmchat.EventStream(Broken(generations, "local", 1, 0, b"first"))
+        scope = {"method": "GET", "server_send": send}
+        with pytest.raises(llmchat.NotFound):
+            async with asyncio.timeout(20) as patience:
+                await stream(scope, asyncio.Event().wait, send)  # type: ignore[arg-type]
+        assert not patience.expired()
+
+    asyncio.run(run())
+    assert sent == [None, b"first"]

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ def test_only_the_beginning_of_a_very_long_text_is_indexed(
     assert found(database, "begin") == [outcome.conversation_id] and not found(database, "late")
 
 
+def test_an_image_beside_it_makes_no_text_unfindable(database: sqlite3.Connection) -> None:
+    image = llmchat.Delta("image", encode_image(llmchat.INDEXED_CHARACTERS_MAX))
+    new = new_message("walrus")
+    (turn,) = new.turns
+    llmchat.start_message(database, replace(new, turns=(replace(turn, content=(image, *turn.content)),)))
+    llmchat.index_texts(database)
+    (match,) = llmchat.search_conversations(database, "local", "walrus", 9).conversations
+    assert match.match and llmchat.value_of(database, "SELECT text FROM message_fts WHERE rowid > 0") == "walrus"
+
+
+def encode_image(characters: int) -> str:
+    return llmchat.encode_json({"media_type": "image/png", "data": "A" * characters}).decode()
+
+
 def test_what_is_deleted_or_hidden_is_never_indexed(database: sqlite3.Connection) -> None:
     gone = ask(database, "walrus", "tusks")
     ask(database, "secret", "whisper", hidden=True)
@@ -122,6 +137,10 @@ def test_a_search_knows_what_came_a_moment_ago(tmp_path: Path, monkeypatch: pyte
             with locked(path):
                 assert len((await store.search("local", "tusks", 9)).conversations) == 1, "it does without the newest"
             assert len((await store.search("local", "flippers", 9)).conversations) == 1
+            for number in range(llmchat.INDEX_GROUP_TEXTS):
+                await store.write(ask, f"question {number:03}", f"answer {number:03}")
+            last = llmchat.INDEX_GROUP_TEXTS - 1
+            assert len((await store.search("local", f"answer {last:03}", 9)).conversations) == 1, "in any group"
 
     run(main())
 
