@@ -4011,8 +4011,9 @@ def segment(text: str | None) -> str:
 
 def unsegment(text: str) -> str:
     """A piece of indexed text as it was before; marks around its words stay."""
-    joined = re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
-    return joined.replace(MARK_END + MARK_START, "")
+    if not text.isascii():
+        text = re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+    return text.replace(MARK_END + MARK_START, "")
 
 
 class Folding(dict[int, str]):
@@ -4117,22 +4118,37 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
     if not phrases:
         return ConversationList([], None)
     words = " AND ".join(phrase.expression() for phrase in phrases)
-    newest = "SELECT rowid FROM message_fts WHERE message_fts MATCH ? AND rowid {} LIMIT ?"
     mine = f"owner:{owner_token(owner)} AND"
-    titles = connection.execute(newest.format("< 0 ORDER BY rowid"), (f"{mine} title:({words})", limit))
-    found = [(-row, row) for (row,) in titles]
-    texts = connection.execute(newest.format("> 0 ORDER BY rowid DESC"), (f"{mine} text:({words})", SEARCH_MATCHES_MAX))
-    within = "SELECT conversation_id FROM message WHERE id = ?"
-    found += [(value_of(connection, within, row), row) for (row,) in texts]
+    titles = connection.execute(
+        "SELECT -rowid, rowid FROM message_fts WHERE message_fts MATCH ? AND rowid < 0 ORDER BY rowid LIMIT ?",
+        (f"{mine} title:({words})", limit),
+    )
+    texts = connection.execute(
+        "SELECT conversation_id, row_id FROM (SELECT rowid AS row_id FROM message_fts WHERE message_fts MATCH ? AND rowid > 0"
+        " ORDER BY rowid DESC LIMIT ?) CROSS JOIN message ON message.id = row_id ORDER BY row_id DESC",
+        (f"{mine} text:({words})", SEARCH_MATCHES_MAX),
+    )
     best: dict[int, int] = {}
-    for conversation_id, row in found:
-        best.setdefault(conversation_id, row)
+    for conversation_id, row_id in itertools.chain(titles, texts):
+        best.setdefault(conversation_id, row_id)
+    chosen = dict(itertools.islice(best.items(), limit))
+    of_them = "IN (SELECT value FROM json_each(?))"
+    rows = connection.execute(f"{SELECT_CONVERSATION} WHERE id {of_them}", (json.dumps([*chosen]),))
+    conversations = {row["id"]: row for row in rows}
+    indexed = "SELECT rowid, coalesce(title, text) FROM message_fts WHERE rowid"
+    found = dict(connection.execute(f"{indexed} {of_them}", (json.dumps([*chosen.values()]),)).fetchall())
     summaries = []
-    for conversation_id, row in itertools.islice(best.items(), limit):
-        text = value_of(connection, "SELECT coalesce(title, text) FROM message_fts WHERE rowid = ?", row)
-        match = Match(row if row > 0 else None, snippet_of(text, phrases))
-        summaries.append(summary_of(require_conversation(connection, owner, conversation_id), match))
+    for conversation_id, row_id in chosen.items():
+        match = Match(row_id if row_id > 0 else None, snippet_of(found[row_id], phrases))
+        summaries.append(summary_of(conversations[conversation_id], match))
     return ConversationList(summaries, None)
+
+
+def search_if_complete(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList | None:
+    """The same; None while there is something that the index does not have yet."""
+    if value_of(connection, "SELECT EXISTS (SELECT 1 FROM unindexed)"):
+        return None
+    return search_conversations(connection, owner, query, limit)
 
 
 def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
@@ -5012,11 +5028,13 @@ class Store:
 
     async def search(self, owner: str, query: str, limit: int) -> ConversationList:
         """What matches a query, also in texts that came a moment ago, unless they cannot be indexed now."""
-        if await self.read(value_of, "SELECT EXISTS (SELECT 1 FROM unindexed)"):
+        found = await self.read(search_if_complete, owner, query, limit)
+        if found is None:
             with contextlib.suppress(StoreUnavailable):
                 while await self.write(index_texts):
                     pass
-        return await self.read(search_conversations, owner, query, limit)
+            found = await self.read(search_conversations, owner, query, limit)
+        return found
 
     async def open_copy(self) -> BinaryIO:
         """A copy of the whole database, made on a connection of its own: nobody waits. Whoever gets it closes it."""
