@@ -4108,15 +4108,12 @@ def parse_query(query: str) -> list[Phrase]:
     return phrases
 
 
-def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
-    """The conversations that match, by their titles first, then by their newest matching message; each with a snippet.
+def find_matches(connection: sqlite3.Connection, owner: str, phrases: Sequence[Phrase], limit: int) -> dict[int, int]:
+    """The conversations that match, and by which row of the index: by their titles first, then by their newest message.
 
     Only the newest matches are looked at, in the index's own order, so that a word that is everywhere costs no more
     than a rare one: relevance (bm25) would have to count all of them.
     """
-    phrases = parse_query(query)
-    if not phrases:
-        return ConversationList([], None)
     words = " AND ".join(phrase.expression() for phrase in phrases)
     mine = f"owner:{owner_token(owner)} AND"
     titles = connection.execute(
@@ -4131,15 +4128,21 @@ def search_conversations(connection: sqlite3.Connection, owner: str, query: str,
     best: dict[int, int] = {}
     for conversation_id, row_id in itertools.chain(titles, texts):
         best.setdefault(conversation_id, row_id)
-    chosen = dict(itertools.islice(best.items(), limit))
+    return dict(itertools.islice(best.items(), limit))
+
+
+def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
+    """The conversations that match, the best first, each with a snippet."""
+    phrases = parse_query(query)
+    matches = find_matches(connection, owner, phrases, limit) if phrases else {}
     of_them = "IN (SELECT value FROM json_each(?))"
-    rows = connection.execute(f"{SELECT_CONVERSATION} WHERE id {of_them}", (json.dumps([*chosen]),))
+    rows = connection.execute(f"{SELECT_CONVERSATION} WHERE id {of_them}", (json.dumps([*matches]),))
     conversations = {row["id"]: row for row in rows}
-    indexed = "SELECT rowid, coalesce(title, text) FROM message_fts WHERE rowid"
-    found = dict(connection.execute(f"{indexed} {of_them}", (json.dumps([*chosen.values()]),)).fetchall())
+    indexed = f"SELECT rowid, coalesce(title, text) FROM message_fts WHERE rowid {of_them}"
+    texts = dict(connection.execute(indexed, (json.dumps([*matches.values()]),)).fetchall())
     summaries = []
-    for conversation_id, row_id in chosen.items():
-        match = Match(row_id if row_id > 0 else None, snippet_of(found[row_id], phrases))
+    for conversation_id, row_id in matches.items():
+        match = Match(row_id if row_id > 0 else None, snippet_of(texts[row_id], phrases))
         summaries.append(summary_of(conversations[conversation_id], match))
     return ConversationList(summaries, None)
 
