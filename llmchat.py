@@ -4054,7 +4054,8 @@ TEXTS_TO_INDEX = (
     "SELECT -id AS id, owner, title, NULL AS text FROM conversation"
     " WHERE hidden = 0 AND id IN (SELECT -value FROM json_each(:ids))"
     " UNION ALL SELECT message.id, owner, NULL, (SELECT group_concat(text, '') FROM (SELECT text FROM delta"
-    "  WHERE message_id = message.id AND kind = 'text' ORDER BY offset))"
+    f"  WHERE message_id = message.id AND kind = 'text' AND offset < {INDEXED_CHARACTERS_MAX} + (SELECT coalesce("
+    "   sum(length(text)), 0) FROM delta WHERE message_id = message.id AND kind != 'text') ORDER BY offset))"
     " FROM message JOIN conversation ON conversation.id = conversation_id"
     " WHERE hidden = 0 AND message.id IN (SELECT value FROM json_each(:ids)))"
 )
@@ -4062,7 +4063,8 @@ TEXTS_TO_INDEX = (
 
 def index_texts(connection: sqlite3.Connection) -> bool:
     """Makes a group of what is unindexed findable; returns whether there is more. It takes a handful of statements, however
-    much that is (see `insert_rows`). What is gone by now, or hidden, is passed over."""
+    much that is (see `insert_rows`). What is gone by now, or hidden, is passed over; of a text that is very long, not
+    much more than its beginning is read."""
     ids, characters = [], 0
     for row_id, size in json.loads(value_of(connection, UNINDEXED_SIZES)):
         if characters < INDEX_GROUP_CHARACTERS:
