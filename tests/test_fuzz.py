@@ -27,14 +27,14 @@ from tests.conftest import Server
 from tests.test_markdown import FRAGMENTS, assert_harmless
 from tests.test_security import connect, read_to_end, scope_of, statuses
 
-FACTOR = int(os.environ.get("LLMCHAT_FUZZ_EXAMPLES", "1"))
+FACTOR = float(os.environ.get("LLMCHAT_FUZZ_EXAMPLES", "0.5"))
 PROVIDER = llmchat.Provider("p", "openai", "http://127.0.0.1/v1", key="sk-fuzz")
 KINDS = {"text", "reasoning", "tool_call", "image", "signature"}
 
 
 def fuzz(examples: int) -> Any:
     return settings(
-        max_examples=examples * FACTOR,
+        max_examples=round(examples * FACTOR),
         deadline=None,
         database=None,
         derandomize=True,
