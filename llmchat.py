@@ -3241,7 +3241,7 @@ class Answer(Body):
         failure = None
         if data and self.failure is None and not self.decoder.done:
             failure = self._decode(data, deltas)
-            if self.decoder.finish_reason is not None or self.decoder.done:
+            if self._is_whole():
                 self._set_patience(bool(deltas))
         if self._is_at_end and failure is None and self.failure is None and not self._is_decoded:
             self._is_decoded = True

@@ -318,6 +318,19 @@ def test_when_nothing_has_ended_the_sweep_sleeps_without_a_timer(tmp_path: Path)
     run_app(tmp_path / "llmchat.db", scenario)
 
 
+def test_what_ends_while_the_indexer_sleeps_is_indexed_without_a_search(tmp_path: Path) -> None:
+    async def scenario(service: Any) -> None:
+        indexer = service.generations.indexer
+        slow = await start_demo(service, "slow")
+        await until(lambda: len(indexer._called._waiters) == 1)
+        await service.generations.stop("local", slow)
+        await until(lambda: not indexer._called._waiters)
+        await until(lambda: len(indexer._called._waiters) == 1)
+        assert await service.store.read(llmchat.value_of, "SELECT count(*) FROM unindexed") == 0
+
+    run_app(tmp_path / "llmchat.db", scenario)
+
+
 def test_memory_is_given_back_once_nothing_has_run_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str] = []
     monkeypatch.setattr(llmchat, "REST_SECONDS", 0.05)
