@@ -3979,7 +3979,7 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
 
 # ── full text ───────────────────────────────────────────────────────────────────────────────────────────────────────
 #
-# One FTS5 table for titles and texts. Its tokenizer knows words between spaces; scripts that have none (Chinese,
+# An FTS5 table for titles and one for texts. Their tokenizer knows words between spaces; scripts that have none (Chinese,
 # Japanese, Thai, …) go in character by character and are searched as phrases. Whatever a user types is text: every
 # word of it is quoted, and matches as a prefix. Texts do not go in with the transaction that brings them: each that
 # writes to FTS5 makes a segment, and an answer alone costs five times what it costs among many. It leaves their ids in
@@ -3993,36 +3993,44 @@ INDEXED_CHARACTERS_MAX = (
 )
 INDEX_GROUP_CHARACTERS = 50_000  # of text that one transaction indexes; the last message may go beyond
 INDEX_GROUP_TEXTS = 200  # the same
-SEARCH_WORDS_MAX = 16  # of one query; a character of a script without spaces counts as one
+SEARCH_WORDS_MAX = 8  # of one query; a character of a script without spaces counts as one
 SEARCH_PREFIX_CHARACTERS_MIN = 3  # of a word that matches as a prefix, one less of the last, which is being typed
-SEARCH_PREFIX_WORDS_MAX = 2  # newest words of a query that match as prefixes: for each, FTS5 merges all that it begins
+SEARCH_PREFIX_WORDS_MAX = 2  # newest words of a query that match as prefixes
+INDEXED_PREFIX_CHARACTERS_MAX = 3  # of the prefixes that the index has, like words
+SEARCH_PREFIXED_MAX = 64  # words that a longer prefix is replaced by; where there are more, FTS5 merges all their rows
 SEARCH_MATCHES_MAX = 200  # newest matches that are looked at; the word "the" is in every message
 SNIPPET_WORDS_BEFORE, SNIPPET_WORDS = 6, 24  # of a snippet: before what was found, and in all
-SNIPPET_CHARACTERS_BEFORE = 500  # that these few words are looked for in
+SNIPPET_CHARACTERS_BEFORE, SNIPPET_CHARACTERS_MAX = 120, 1_000  # the same
 WORD = re.compile(r"[^\W_]+")
+SNIPPET = re.compile(rf"(?:[\W_]*[^\W_]+){{0,{SNIPPET_WORDS}}}")
+WORDS_BEFORE = re.compile(rf"(?:[\W_]*[^\W_]+){{0,{SNIPPET_WORDS_BEFORE}}}")  # of what was found, backwards
 MARK_START, MARK_END = "\x02", "\x03"
+MARKED_UNSPACED = re.compile(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?")
+MARK = re.compile(f"([{MARK_START}{MARK_END}])")
 
 
 def segment(text: str | None) -> str:
-    """The text as it is indexed: a space around every character of a script that has none."""
+    """The text as it is indexed: marks in one character with their letters, a space around every character of a script
+    that has none."""
     text = text or ""
-    return text if text.isascii() else UNSPACED.sub(r" \1 ", text)
+    return text if text.isascii() else UNSPACED.sub(r" \1 ", unicodedata.normalize("NFC", text))
 
 
 def unsegment(text: str) -> str:
     """A piece of indexed text as it was before; marks around its words stay."""
     if not text.isascii():
-        text = re.sub(rf" ?([{MARK_START}{MARK_END}]*{UNSPACED.pattern}[{MARK_START}{MARK_END}]*) ?", r"\1", text)
+        text = MARKED_UNSPACED.sub(r"\1", text)
     return text.replace(MARK_END + MARK_START, "")
 
 
 class Folding(dict[int, str]):
-    """For `str.translate`: each letter as the tokenizer compares it, without case and marks, and one for one."""
+    """For `str.translate`: each letter as the tokenizer compares it, one for one: without case, Latin ones without marks."""
 
     def __missing__(self, code: int) -> str:
-        parts = unicodedata.normalize("NFD", chr(code).lower())
-        bare = unicodedata.normalize("NFC", "".join(one for one in parts if not unicodedata.combining(one)))
-        self[code] = bare if len(bare) == 1 else chr(code)
+        letter = chr(code).casefold()
+        letter = letter if len(letter) == 1 else chr(code).lower()[0]
+        base = unicodedata.normalize("NFD", letter)[0]
+        self[code] = base if base.isascii() else letter
         return self[code]
 
 
@@ -4045,19 +4053,29 @@ def mark_unindexed(connection: sqlite3.Connection, ids: Sequence[int]) -> None:
     connection.execute("INSERT OR IGNORE INTO unindexed SELECT value FROM json_each(?)", (json.dumps(ids),))
 
 
+AMONG = "IN (SELECT value FROM json_each(?))"
+
+
+def unindex(connection: sqlite3.Connection, ids: Sequence[int]) -> None:
+    """Makes what has these ids, as `mark_unindexed` knows them, unfindable."""
+    rows = {"message_fts": [-one for one in ids if one > 0], "conversation_fts": [one for one in ids if one < 0]}
+    for table, row_ids in rows.items():
+        connection.execute(f"DELETE FROM {table} WHERE rowid {AMONG}", (json.dumps(row_ids),))
+
+
 UNINDEXED_SIZES = (
     "SELECT json_group_array(json_array(id, (SELECT sum(length(text)) FROM delta WHERE message_id = unindexed.id"
     f"  AND kind = 'text'))) FROM (SELECT id FROM unindexed LIMIT {INDEX_GROUP_TEXTS}) AS unindexed"
 )
 TEXTS_TO_INDEX = (
-    "SELECT json_group_array(json_array(id, owner, title, text)) FROM ("
-    "SELECT -id AS id, owner, title, NULL AS text FROM conversation"
+    "SELECT json_group_array(json_array(id, owner, text)) FROM ("
+    "SELECT * FROM (SELECT -id AS id, owner, title AS text FROM conversation"
     " WHERE hidden = 0 AND id IN (SELECT -value FROM json_each(:ids))"
-    " UNION ALL SELECT message.id, owner, NULL, (SELECT group_concat(text, '') FROM (SELECT text FROM delta"
+    " UNION ALL SELECT message.id, owner, (SELECT group_concat(text, '') FROM (SELECT text FROM delta"
     f"  WHERE message_id = message.id AND kind = 'text' AND offset < {INDEXED_CHARACTERS_MAX} + (SELECT coalesce("
     "   sum(length(text)), 0) FROM delta WHERE message_id = message.id AND kind != 'text') ORDER BY offset))"
     " FROM message JOIN conversation ON conversation.id = conversation_id"
-    " WHERE hidden = 0 AND message.id IN (SELECT value FROM json_each(:ids)))"
+    " WHERE hidden = 0 AND message.id IN (SELECT value FROM json_each(:ids))) ORDER BY abs(id) DESC)"
 )
 
 
@@ -4070,17 +4088,25 @@ def index_texts(connection: sqlite3.Connection) -> bool:
         if characters < INDEX_GROUP_CHARACTERS:
             ids.append(row_id)
             characters += min(size or 0, INDEXED_CHARACTERS_MAX)
-    ids_json = json.dumps(ids)
-    found = json.loads(value_of(connection, TEXTS_TO_INDEX, ids=ids_json))
-    for table, column in (("message_fts", "rowid"), ("unindexed", "id")):
-        connection.execute(f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))", (ids_json,))
+    newest_first = json.loads(value_of(connection, TEXTS_TO_INDEX, ids=json.dumps(ids)))
     rows = [
-        (row_id, owner_token(owner), title and segment(title), text and segment(text[:INDEXED_CHARACTERS_MAX]))
-        for row_id, owner, title, text in found
-        if title or text
+        (row_id, owner_token(owner), segment(text[:INDEXED_CHARACTERS_MAX]))
+        for row_id, owner, text in newest_first
+        if text
     ]
-    insert_rows(connection, "message_fts (rowid, owner, title, text)", rows)
+    unindex(connection, ids)
+    insert_rows(connection, "message_fts (rowid, owner, text)", [(-row[0], *row[1:]) for row in rows if row[0] > 0])
+    insert_rows(connection, "conversation_fts (rowid, owner, title)", [row for row in rows if row[0] < 0])
+    connection.execute(f"DELETE FROM unindexed WHERE id {AMONG}", (json.dumps(ids),))
     return len(ids) == INDEX_GROUP_TEXTS or characters >= INDEX_GROUP_CHARACTERS
+
+
+WORDS_WITH_PREFIX = (  # from each one straight to the next: how often they occur is not read
+    "WITH RECURSIVE word (term, number) AS (SELECT (SELECT term FROM message_term WHERE term >= :prefix LIMIT 1), 1"
+    " UNION ALL SELECT (SELECT term FROM message_term WHERE term >= word.term || char(1) LIMIT 1), number + 1 FROM word"
+    f"  WHERE term < :end AND number <= {SEARCH_PREFIXED_MAX})"
+    " SELECT term FROM word WHERE term < :end"
+)
 
 
 class Phrase(NamedTuple):
@@ -4092,8 +4118,22 @@ class Phrase(NamedTuple):
     def expression(self) -> str:
         return f'"{" ".join(self.tokens)}"' + ("*" if self.is_prefix else "")
 
+    def expanded(self, connection: sqlite3.Connection) -> str:
+        """The expression, with the words of the texts that begin so in place of a prefix that the index does not have: for
+        such a one FTS5 first merges all rows of them all, but of the words themselves it reads only as many as it has to."""
+        *before, last = self.tokens
+        if self.is_prefix and len(last) > INDEXED_PREFIX_CHARACTERS_MAX:
+            found = connection.execute(WORDS_WITH_PREFIX, {"prefix": last, "end": last + chr(sys.maxunicode)})
+            words = [row[0] for row in found]
+            if 0 < len(words) <= SEARCH_PREFIXED_MAX:
+                return f"({' OR '.join(Phrase((*before, word), False).expression() for word in words)})"
+        return self.expression()
+
     def pattern(self) -> str:
-        return r"[\W_]+".join(self.tokens) + (r"[^\W_]*" if self.is_prefix else r"(?![^\W_])")
+        """What finds it in a folded text. It begins with the letters themselves, which `re` looks for first."""
+        first, *others = self.tokens
+        parts = [rf"{first}(?<![^\W_]{first})", *others]
+        return r"[\W_]+".join(parts) + (r"[^\W_]*" if self.is_prefix else r"(?![^\W_])")
 
 
 def parse_query(query: str) -> list[Phrase]:
@@ -4110,42 +4150,59 @@ def parse_query(query: str) -> list[Phrase]:
     return phrases
 
 
-def find_matches(connection: sqlite3.Connection, owner: str, phrases: Sequence[Phrase], limit: int) -> dict[int, int]:
-    """The conversations that match, and by which row of the index: by their titles first, then by their newest message.
+def is_only_owner(connection: sqlite3.Connection, owner: str) -> bool:
+    """Whether all that is indexed is this owner's."""
+    ends = "SELECT (SELECT min(owner) FROM conversation WHERE hidden = 0), (SELECT max(owner) FROM conversation WHERE hidden = 0)"
+    return tuple(connection.execute(ends).fetchone()) == (owner, owner)
+
+
+def find_matches(
+    connection: sqlite3.Connection, owner: str, phrases: Sequence[Phrase], limit: int
+) -> dict[int, int | None]:
+    """The conversations that match, and in which message; None: in their title. Those come first, then the newest messages.
 
     Only the newest matches are looked at, in the index's own order, so that a word that is everywhere costs no more
     than a rare one: relevance (bm25) would have to count all of them.
     """
+    mine = "" if is_only_owner(connection, owner) else f"owner:{owner_token(owner)} AND "
     words = " AND ".join(phrase.expression() for phrase in phrases)
-    mine = f"owner:{owner_token(owner)} AND"
-    titles = connection.execute(
-        "SELECT -rowid, rowid FROM message_fts WHERE message_fts MATCH ? AND rowid < 0 ORDER BY rowid LIMIT ?",
-        (f"{mine} title:({words})", limit),
+    best: dict[int, int | None] = dict(
+        connection.execute(
+            "SELECT -rowid, NULL FROM conversation_fts WHERE conversation_fts MATCH ? ORDER BY rowid LIMIT ?",
+            (f"{mine}title:({words})", limit),
+        ).fetchall()
     )
-    texts = connection.execute(
-        "SELECT conversation_id, row_id FROM (SELECT rowid AS row_id FROM message_fts WHERE message_fts MATCH ? AND rowid > 0"
-        " ORDER BY rowid DESC LIMIT ?) CROSS JOIN message ON message.id = row_id ORDER BY row_id DESC",
-        (f"{mine} text:({words})", SEARCH_MATCHES_MAX),
-    )
-    best: dict[int, int] = {}
-    for conversation_id, row_id in itertools.chain(titles, texts):
-        best.setdefault(conversation_id, row_id)
-    return dict(itertools.islice(best.items(), limit))
+    if len(best) < limit:
+        words = " AND ".join(phrase.expanded(connection) for phrase in phrases)
+        newest_first = connection.execute(
+            "SELECT (SELECT conversation_id FROM message WHERE id = -message_fts.rowid), -rowid FROM message_fts"
+            " WHERE message_fts MATCH ? ORDER BY rowid LIMIT ?",
+            (f"{mine}text:({words})", SEARCH_MATCHES_MAX),
+        )
+        for conversation_id, message_id in newest_first:
+            best.setdefault(conversation_id, message_id)
+            if len(best) == limit:
+                break
+    return best
 
 
 def search_conversations(connection: sqlite3.Connection, owner: str, query: str, limit: int) -> ConversationList:
     """The conversations that match, the best first, each with a snippet."""
     phrases = parse_query(query)
     matches = find_matches(connection, owner, phrases, limit) if phrases else {}
-    of_them = "IN (SELECT value FROM json_each(?))"
-    rows = connection.execute(f"{SELECT_CONVERSATION} WHERE id {of_them}", (json.dumps([*matches]),))
+    rows = connection.execute(f"{SELECT_CONVERSATION} WHERE id {AMONG}", (json.dumps([*matches]),))
     conversations = {row["id"]: row for row in rows}
-    indexed = f"SELECT rowid, coalesce(title, text) FROM message_fts WHERE rowid {of_them}"
-    texts = dict(connection.execute(indexed, (json.dumps([*matches.values()]),)).fetchall())
-    summaries = []
-    for conversation_id, row_id in matches.items():
-        match = Match(row_id if row_id > 0 else None, snippet_of(texts[row_id], phrases))
-        summaries.append(summary_of(conversations[conversation_id], match))
+    row_ids = [-message_id for message_id in matches.values() if message_id is not None]
+    texts = dict(
+        connection.execute(
+            f"SELECT -rowid, text FROM message_fts WHERE rowid {AMONG}", (json.dumps(row_ids),)
+        ).fetchall()
+    )
+    wanted, summaries = word_finder(phrases), []
+    for conversation_id, message_id in matches.items():
+        row = conversations[conversation_id]
+        text = segment(row["title"]) if message_id is None else texts[message_id]
+        summaries.append(summary_of(row, Match(message_id, snippet_of(text, wanted))))
     return ConversationList(summaries, None)
 
 
@@ -4156,23 +4213,31 @@ def search_if_complete(connection: sqlite3.Connection, owner: str, query: str, l
     return search_conversations(connection, owner, query, limit)
 
 
-def snippet_of(text: str, phrases: Sequence[Phrase]) -> list[SnippetPart]:
-    """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
+def word_finder(phrases: Sequence[Phrase]) -> re.Pattern[str]:
+    """What finds any of the phrases in a folded text."""
     longest_first = sorted((phrase.pattern() for phrase in phrases), key=len, reverse=True)
-    wanted, folded = re.compile(rf"(?<![^\W_])(?:{'|'.join(longest_first)})"), fold(text)
-    first = wanted.search(folded)
+    return re.compile("|".join(longest_first))
+
+
+def snippet_of(text: str, wanted: re.Pattern[str]) -> list[SnippetPart]:
+    """The words around the first find in an indexed text, as parts; the marked ones were searched for."""
+    lowered = text.lower()  # all that most texts need, and many times faster than `fold`
+    first = (len(lowered) == len(text) and wanted.search(lowered)) or wanted.search(fold(text))
     at = first.start() if first else 0
-    before = [word.start() for word in WORD.finditer(text, max(at - SNIPPET_CHARACTERS_BEFORE, 0), at)]
-    start = [*before, at][-SNIPPET_WORDS_BEFORE - 1 :][0]
-    ends = [word.end() for word in itertools.islice(WORD.finditer(text, start), SNIPPET_WORDS + 1)]
-    end = ends[SNIPPET_WORDS - 1] if len(ends) > SNIPPET_WORDS else len(text)
-    pieces = ["…"] if WORD.search(text, 0, start) else [text[:start]]
-    for found in wanted.finditer(folded, start, end):
-        pieces += [text[start : found.start()], MARK_START, text[found.start() : found.end()], MARK_END]
-        start = found.end()
-    pieces += [text[start:end], "…" if end < len(text) else ""]
+    backwards = text[max(at - SNIPPET_CHARACTERS_BEFORE, 0) : at][::-1]
+    start = at - len(WORDS_BEFORE.match(backwards)[0])  # type: ignore[index]  # it also matches no word
+    if start <= SNIPPET_CHARACTERS_BEFORE and not WORD.search(text, 0, start):
+        start = 0
+    longest = start + SNIPPET_CHARACTERS_MAX
+    words_end = SNIPPET.match(text, start, longest).end()  # type: ignore[union-attr]  # it also matches no word
+    end = words_end if WORD.search(text, words_end) else min(len(text), longest)
+    shown, pieces, last = text[start:end], ["…" if start > 0 else ""], 0
+    for found in wanted.finditer(fold(shown)):
+        pieces += [shown[last : found.start()], MARK_START, shown[found.start() : found.end()], MARK_END]
+        last = found.end()
+    pieces += [shown[last:], "…" if end < len(text) else ""]
     parts, mark = [], False
-    for piece in re.split(f"([{MARK_START}{MARK_END}])", unsegment("".join(pieces))):
+    for piece in MARK.split(unsegment("".join(pieces))):
         if piece in (MARK_START, MARK_END):
             mark = piece == MARK_START
         elif piece:
@@ -4824,8 +4889,8 @@ def delete_conversation(connection: sqlite3.Connection, owner: str, conversation
         "SELECT id FROM message WHERE status = 'running' AND conversation_id = ?", (conversation_id,)
     ).fetchall()
     if not running:
-        indexed = "SELECT id FROM message WHERE conversation_id = :id UNION ALL SELECT -:id"
-        connection.execute(f"DELETE FROM message_fts WHERE rowid IN ({indexed})", {"id": conversation_id})
+        messages = connection.execute("SELECT id FROM message WHERE conversation_id = ?", (conversation_id,))
+        unindex(connection, [-conversation_id, *(row[0] for row in messages)])
         connection.execute("DELETE FROM conversation WHERE id = ?", (conversation_id,))
     return [row[0] for row in running]
 
@@ -4903,10 +4968,8 @@ def delete_response(connection: sqlite3.Connection, owner: str, message_id: int)
         doomed.append(asked_id)
         parent_id = value_of(connection, "SELECT parent_id FROM message WHERE id = ?", asked_id)
     connection.execute("UPDATE message SET parent_id = ? WHERE parent_id = ?", (parent_id, message_id))
-    for table, key in (("message_fts", "rowid"), ("message", "id")):
-        connection.execute(
-            f"DELETE FROM {table} WHERE {key} IN (SELECT value FROM json_each(?))", (json.dumps(doomed),)
-        )
+    unindex(connection, doomed)
+    connection.execute(f"DELETE FROM message WHERE id {AMONG}", (json.dumps(doomed),))
     if newest_leaf(connection, row["conversation_id"]) is None:
         delete_conversation(connection, owner, row["conversation_id"])
     return True

@@ -82,22 +82,20 @@ def add_messages(database: sqlite3.Connection, conversation: int, count: int, at
 
 
 def add_to_search(database: sqlite3.Connection) -> None:
-    """Adds what is missing in the full-text table, where the first chat shows how an owner is written there.
+    """Adds what is missing in the full-text tables, where the first chat shows how an owner is written there.
 
-    Chinese goes in character by character. Message n has row n, the title of conversation n has row -n.
+    Chinese goes in character by character. Message n and the title of conversation n have row -n, newest first.
     """
-    if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'message_fts'").fetchone():
-        return
-    (owner,) = database.execute("SELECT owner FROM message_fts WHERE rowid > 0 LIMIT 1").fetchone()
+    (owner,) = database.execute("SELECT owner FROM message_fts LIMIT 1").fetchone()
     database.create_function("apart", 1, lambda text: re.sub("([\u4e00-\u9fff])", r" \1 ", text), deterministic=True)
     database.execute(
-        "INSERT INTO message_fts (rowid, owner, text) SELECT message_id, ?, apart(text) FROM delta"
-        " WHERE message_id NOT IN (SELECT rowid FROM message_fts)",
+        "INSERT INTO message_fts (rowid, owner, text) SELECT -message_id, ?, apart(text) FROM delta"
+        " WHERE -message_id NOT IN (SELECT rowid FROM message_fts) ORDER BY message_id DESC",
         (owner,),
     )
     database.execute(
-        "INSERT INTO message_fts (rowid, owner, title) SELECT -id, ?, title FROM conversation"
-        " WHERE -id NOT IN (SELECT rowid FROM message_fts)",
+        "INSERT INTO conversation_fts (rowid, owner, title) SELECT -id, ?, title FROM conversation"
+        " WHERE -id NOT IN (SELECT rowid FROM conversation_fts) ORDER BY id DESC",
         (owner,),
     )
 

@@ -221,7 +221,7 @@ def test_a_conversation_travels_between_servers_with_everything_that_happened_in
     for words in ("More", "Look"):  # in a message, in the title
         search = second.get(f"/api/v1/conversations?query={words}").json()["conversations"]
         assert [one["id"] for one in search] == [2], "what came in is found"
-    assert second.rows("SELECT count(*) FROM message_fts WHERE rowid = -2") == [(1,)]
+    assert second.rows("SELECT count(*) FROM conversation_fts WHERE rowid = -2") == [(1,)]
     assert first.post("/api/v1/import", content=archive, headers=JSON).json()["messages"] == {
         "imported": 0,
         "present": 5,

@@ -509,7 +509,7 @@ def test_what_is_not_stored_is_hidden_and_leaves_nothing_behind(impatient: Serve
         assert respond(impatient, "Forget walruses", store=False).json()["store"] is False
     assert titles(impatient) == [] and titles(impatient, "walruses") == []
     wait_until(lambda: impatient.rows("SELECT count(*) FROM message") == [(0,)], "the sweep")
-    for table in ("conversation", "delta", "message_fts"):
+    for table in ("conversation", "delta", "message_fts", "conversation_fts"):
         assert impatient.rows(f"SELECT count(*) FROM {table}") == [(0,)]
 
 
