@@ -1411,7 +1411,30 @@ class ChatChunk(Struct, gc=False):
     x_groq: Any = None
 
 
-CHAT_CHUNK = msgspec.json.Decoder(ChatChunk)
+class TextDelta(Struct, gc=False):
+    content: str
+    reasoning_content: None = None
+    reasoning: None = None
+    tool_calls: None = None
+    refusal: None = None
+
+
+class TextChoice(Struct, gc=False):
+    delta: TextDelta
+    finish_reason: None = None
+    usage: None = None
+
+
+class TextChunk(Struct, gc=False):
+    """A chunk with text and nothing else, as nearly all are: what is in no other needs no look."""
+
+    choices: tuple[TextChoice]
+    usage: None = None
+    error: None = None
+    x_groq: None = None
+
+
+CHAT_CHUNK, TEXT_CHUNK = msgspec.json.Decoder(ChatChunk), msgspec.json.Decoder(TextChunk)
 
 
 class OpenAIDecoder(Decoder):
@@ -1443,8 +1466,14 @@ class OpenAIDecoder(Decoder):
     def decode_lines(self, lines: Sequence[bytes], deltas: list[Delta]) -> bool:
         if self.done or self._mending:
             return False
+        joined = b"\n".join(lines)
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            plain = TEXT_CHUNK.decode_lines(joined)
+            if len(plain) == len(lines):
+                deltas += [Delta("text", text) for chunk in plain if (text := chunk.choices[0].delta.content)]
+                return True
         try:
-            chunks = CHAT_CHUNK.decode_lines(b"\n".join(lines))
+            chunks = CHAT_CHUNK.decode_lines(joined)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
         if len(chunks) != len(lines):
@@ -1994,6 +2023,8 @@ assert tuple(DIALECTS) == DIALECT_NAMES
 
 REPETITION_PERIOD_CHARACTERS_MAX = 1_000  # a long paragraph; one period and this many more are the least evidence
 REPETITION_STEP_CHARACTERS = 100  # from look to look: shares out a look's cost; a verdict lags less than two steps
+REPETITION_PROBE_CHARACTERS = 64  # searched for first: where these are not there again, no period is
+REPETITION_PROBED_CHARACTERS = REPETITION_PERIOD_CHARACTERS_MAX + REPETITION_PROBE_CHARACTERS  # in the newest of the text
 REPETITION_WINDOW_CHARACTERS = 4_000  # what is kept and searched
 REPETITION_BEFORE = "".join(  # what stands before a text: control characters in no order, which take a byte each
     random.Random(0).choices([*map(chr, range(32)), *map(chr, range(128, 160))], k=REPETITION_WINDOW_CHARACTERS)
@@ -2047,9 +2078,10 @@ class RepetitionGuard:
         return next(filter(None, looks), None)
 
     def _look(self, step: str) -> str | None:
-        newest_first = (step[::-1] + self._newest_first)[:REPETITION_WINDOW_CHARACTERS]
-        self._newest_first = newest_first
-        period_characters = newest_first.find(newest_first[:REPETITION_PERIOD_CHARACTERS_MAX], 1)
+        newest_first = self._newest_first = (step[::-1] + self._newest_first)[:REPETITION_WINDOW_CHARACTERS]
+        period_characters = newest_first.find(newest_first[:REPETITION_PROBE_CHARACTERS], 1, REPETITION_PROBED_CHARACTERS)
+        if period_characters > 0:
+            period_characters = newest_first.find(newest_first[:REPETITION_PERIOD_CHARACTERS_MAX], period_characters)
         if not 0 < period_characters <= REPETITION_PERIOD_CHARACTERS_MAX:
             self._period_characters = 0
             return None
