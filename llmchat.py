@@ -167,7 +167,8 @@ ARRIVED_BYTES_MAX = 128 * 1024  # of one answer, not yet taken by the flusher; b
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
-LINES_BYTES_MIN = 600  # of events; from some three on, it pays to decode them at once
+LINES_BYTES_MIN = 1_500  # of events; from some six on, it pays to decode them at once
+END_LINES = 3  # the newest of many: why it ended, what it took, [DONE]
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
 FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
 LINGER_SECONDS = 0.25  # that an answer whose end has come waits for that of its connection, to use it again
@@ -220,8 +221,9 @@ REST_SECONDS = 10  # without an answer, before free memory is given back
 CHORE_RETRY_SECONDS = 60  # after the database refused what is done after answers' ends
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
+GARBAGE_OBJECTS = 5_000  # more than the last time, before the collector looks for cycles; Python's own 700 are a few deltas
 CHORE_COST_RATIO = 4  # merging may take one part in this many of the time, and one; indexing too
-INDEX_AFTER_SECONDS = 0.5  # since a text came, before it is indexed with what came meanwhile; a search does not wait
+INDEX_AFTER_SECONDS = 2.0  # since a text came, before it is indexed with what came meanwhile; a search does not wait
 
 CHECK_BYTES_MAX = 256_000_000  # of a database that is checked indexes and all after an unclean end
 CHECK_SECONDS_MAX = 10  # of that check: a start may not wait for a disk for ever
@@ -868,16 +870,21 @@ class SseDecoder:
         self._started = False
 
     def lines(self, data: bytes) -> list[bytes] | None:
-        """What is the data of these bytes' events if they are whole and each is one line of data, as they mostly are.
+        """What is the data of the events that these bytes complete if each is one line of data, as they mostly are.
 
-        That is not looked at here: whoever decodes many lines at once finds out. None, or if that fails: `feed`.
+        That is not looked at here: whoever decodes many lines at once finds out, and if it is so, has them passed over.
+        None, or if that fails: `feed`.
         """
-        if self._buffer or self._last_was_cr or not LINES_BYTES_MIN <= len(data) <= PROVIDER_EVENT_BYTES_MAX:
+        end = data.rfind(b"\n\n")
+        if end < 0 or self._last_was_cr or not LINES_BYTES_MIN <= len(data) <= PROVIDER_EVENT_BYTES_MAX:
             return None
-        if not data.startswith(b"data: ") or not data.endswith(b"\n\n") or b"\r" in data:
-            return None
+        whole = bytes(self._buffer) + data[:end]
+        return whole[6:].split(b"\n\ndata: ") if whole.startswith(b"data: ") and b"\r" not in data else None
+
+    def pass_over(self, data: bytes) -> None:
+        """The events whose lines were found in these bytes are done with; what is after them begins the next one."""
         self._started = True
-        return data[6:-2].split(b"\n\ndata: ")
+        self._buffer[:] = data[data.rfind(b"\n\n") + 2 :]
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """The events that these bytes complete: (name, data), the name empty where none was given."""
@@ -1464,22 +1471,24 @@ class OpenAIDecoder(Decoder):
             self._mend(deltas, first)
 
     def decode_lines(self, lines: Sequence[bytes], deltas: list[Delta]) -> bool:
-        if self.done or self._mending:
+        body, last = lines[:-END_LINES], lines[-END_LINES:]  # which may be the end, as no others are
+        if self.done or self._mending or any(b"\n" in line for line in last):
             return False
-        joined = b"\n".join(lines)
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            plain = TEXT_CHUNK.decode_lines(joined)
-            if len(plain) == len(lines):
-                deltas += [Delta("text", text) for chunk in plain if (text := chunk.choices[0].delta.content)]
-                return True
+        joined = b"\n".join(body)
+        plain: list[TextChunk] = []
         try:
-            chunks = CHAT_CHUNK.decode_lines(joined)
+            with contextlib.suppress(msgspec.ValidationError):
+                plain = TEXT_CHUNK.decode_lines(joined)
+            chunks = [] if plain else CHAT_CHUNK.decode_lines(joined)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
-        if len(chunks) != len(lines):
+        if len(plain or chunks) != len(body):
             return False
-        for chunk, data in zip(chunks, lines, strict=True):
+        deltas += [Delta("text", text) for chunk in plain if (text := chunk.choices[0].delta.content)]
+        for chunk, data in zip(chunks, body, strict=False):
             self._decode_chunk(chunk, data, deltas)
+        for data in last:
+            self.decode(b"", data, deltas)
         return True
 
     def _decode_chunk(self, chunk: ChatChunk, data: bytes, deltas: list[Delta]) -> None:
@@ -2024,7 +2033,9 @@ assert tuple(DIALECTS) == DIALECT_NAMES
 REPETITION_PERIOD_CHARACTERS_MAX = 1_000  # a long paragraph; one period and this many more are the least evidence
 REPETITION_STEP_CHARACTERS = 100  # from look to look: shares out a look's cost; a verdict lags less than two steps
 REPETITION_PROBE_CHARACTERS = 64  # searched for first: where these are not there again, no period is
-REPETITION_PROBED_CHARACTERS = REPETITION_PERIOD_CHARACTERS_MAX + REPETITION_PROBE_CHARACTERS  # in the newest of the text
+REPETITION_PROBED_CHARACTERS = (
+    REPETITION_PERIOD_CHARACTERS_MAX + REPETITION_PROBE_CHARACTERS
+)  # in the newest of the text
 REPETITION_WINDOW_CHARACTERS = 4_000  # what is kept and searched
 REPETITION_BEFORE = "".join(  # what stands before a text: control characters in no order, which take a byte each
     random.Random(0).choices([*map(chr, range(32)), *map(chr, range(128, 160))], k=REPETITION_WINDOW_CHARACTERS)
@@ -2079,7 +2090,9 @@ class RepetitionGuard:
 
     def _look(self, step: str) -> str | None:
         newest_first = self._newest_first = (step[::-1] + self._newest_first)[:REPETITION_WINDOW_CHARACTERS]
-        period_characters = newest_first.find(newest_first[:REPETITION_PROBE_CHARACTERS], 1, REPETITION_PROBED_CHARACTERS)
+        period_characters = newest_first.find(
+            newest_first[:REPETITION_PROBE_CHARACTERS], 1, REPETITION_PROBED_CHARACTERS
+        )
         if period_characters > 0:
             period_characters = newest_first.find(newest_first[:REPETITION_PERIOD_CHARACTERS_MAX], period_characters)
         if not 0 < period_characters <= REPETITION_PERIOD_CHARACTERS_MAX:
@@ -3318,7 +3331,9 @@ class Answer(Body):
         held_characters = self.decoder.held_characters
         try:
             lines = self._sse.lines(data)
-            if lines is None or not self.decoder.decode_lines(lines, deltas):
+            if lines is not None and self.decoder.decode_lines(lines, deltas):
+                self._sse.pass_over(data)
+            else:
                 for name, payload in self._sse.feed(data):
                     self.decoder.decode(name, payload, deltas)
         except GenerationError as exc:
@@ -7223,20 +7238,20 @@ class Generations:
         """What was committed, to everyone who looks on."""
         generation = flush.generation
         if not generation.ended.is_set():  # else `end` is out, and what the database has beyond it is for a resume
-            if flush.pieces:
-                frames = [encode_delta(delta, offset) for offset, delta in flush.pieces]
-                generation.publish(flush.pieces[-1][0], frames)
             if generation.rendering is not None:
                 for offset, delta in flush.pieces:
                     generation.rendering.feed(offset, delta)
+            if flush.outcome is not None:
+                self._announce(generation, flush.outcome, flush.pieces)
+            elif flush.pieces:
+                frames = [encode_delta(delta, offset) for offset, delta in flush.pieces]
+                generation.publish(flush.pieces[-1][0], frames)
         if flush.outcome is not None:
             self._busy_at = time.monotonic()
             self.indexer.wake()
             self.merger.wake()
             self.tidier.wake()
             self.running.pop(generation.message_id, None)
-            if not generation.ended.is_set():
-                self._announce(generation, flush.outcome)
             if (
                 self._config.title_model
                 and flush.outcome.ending.status == "completed"
@@ -7291,11 +7306,15 @@ class Generations:
             fields = {"conversation_id": generation.conversation_id, "error": reason_of(exc)}
             log.warning("no title", extra={"fields": fields})
 
-    def _announce(self, generation: Generation, outcome: Outcome) -> None:
+    def _announce(
+        self, generation: Generation, outcome: Outcome, pieces: Sequence[tuple[int, Delta]] = ()
+    ) -> None:  # fmt: skip
+        """Tells everyone who looks on how it ended, in one piece with the last of the content."""
         timing = Timing(outcome.first_delta_ms, outcome.total_ms, outcome.first_text_ms)
-        generation.ended.set()
         end = encode_end(outcome.ending, outcome.usage, timing)
-        generation.publish(generation.published, [end])
+        generation.ended.set()
+        frames = [encode_delta(delta, offset) for offset, delta in pieces]
+        generation.publish(pieces[-1][0] if pieces else generation.published, [*frames, end])
         if generation.rendering is not None:
             generation.rendering.end(end)
         fields = {
@@ -8318,15 +8337,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._subscriber as subscriber:  # refuses before anything is sent
-            await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
-            if scope["method"] == "HEAD":
-                await send({"type": "http.response.body", "body": b""})
-                return
             # A task of its own sends, and this one only waits for the client: to wake a task is to climb through all the
-            # layers that await each other in it, and here are a dozen. The envelope has nothing to do after the headers.
-            send = scope["server_send"]
-            subscriber.write = direct_write(send)
-            sending = asyncio.create_task(self._send(subscriber, send), name="stream")
+            # layers that await each other in it, and here are a dozen.
+            sending = asyncio.create_task(self._send(subscriber, scope, send), name="stream")
             sending.add_done_callback(partial(cancel_on_failure, cast("asyncio.Task[Any]", asyncio.current_task())))
             try:
                 await watch_client(receive)
@@ -8334,8 +8347,14 @@ class EventStream(Response):
                 subscriber.close()
                 await sending
 
-    async def _send(self, subscriber: Subscriber, send: Send) -> None:
-        data = await subscriber.read()
+    async def _send(self, subscriber: Subscriber, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
+        send = scope["server_send"]  # the envelope has nothing to do after the headers
+        subscriber.write = direct_write(send)
+        data = await subscriber.read()  # with the headers, in one piece
         while data is not None and not subscriber.is_over:
             await send({"type": "http.response.body", "body": data, "more_body": True})
             data = await subscriber.read()
@@ -10318,7 +10337,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        gc.freeze()  # what was imported stays: the collector need not look at all of it again and again
+        gc.freeze()  # what was imported stays: the collector need not look at all of it again and again,
+        gc.set_threshold(GARBAGE_OBJECTS)  # nor at what a few deltas brought
         self._greeting()
 
     def handle_exit(self, sig: int, frame: Any) -> None:

@@ -236,24 +236,31 @@ def test_several_events_at_once_are_the_same_events_or_left_alone(
     monkeypatch: pytest.MonkeyPatch, parts: list[bytes], data: st.DataObject
 ) -> None:
     monkeypatch.setattr("llmchat.LINES_BYTES_MIN", 0)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(parts)), max_size=4)))
+    stream = b"".join(parts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     decoder, events = SseDecoder(), []
-    for first, last in itertools.pairwise([0, *cuts, len(parts)]):
-        piece = b"".join(parts[first:last])
+    for first, last in itertools.pairwise([0, *cuts, len(stream)]):
+        piece = stream[first:last]
         at_once = decoder.lines(piece)
-        is_plain = at_once is not None and not any(b"\n" in line for line in at_once)  # else its decoder finds out
-        events += [(b"", line) for line in at_once or ()] if is_plain else decoder.feed(piece)
-    assert events + decoder.end() == decode(b"".join(parts))
+        if at_once is not None and not any(b"\n" in line for line in at_once):  # else its decoder finds out
+            decoder.pass_over(piece)
+            events += [(b"", line) for line in at_once]
+        else:
+            events += decoder.feed(piece)
+    assert events + decoder.end() == decode(stream)
 
 
-def test_plain_events_are_there_at_once_but_not_in_the_middle_of_another() -> None:
-    several = b'data: {"number": 12345}\n\n' * 40
-    decoder = SseDecoder()
-    assert decoder.lines(several) == [b'{"number": 12345}'] * 40
+def test_plain_events_are_there_at_once_wherever_they_are_cut() -> None:
+    several = b'data: {"number": 12345}\n\n' * 200
+    for cut in range(len(several) - 100, len(several)):
+        decoder = SseDecoder()
+        lines = decoder.lines(several[:cut])
+        assert lines
+        decoder.pass_over(several[:cut])
+        assert lines + (decoder.lines(several[cut:] + several) or []) == [b'{"number": 12345}'] * 400
+    decoder.pass_over(several)
     assert decoder.feed(BOM + b"data: 1\n\n") == []  # it would be dropped before the first event only
     assert decoder.lines(several.replace(b"\n", b"\r\n")) is None
-    decoder.feed(b"data: half")
-    assert decoder.lines(several) is None
 
 
 @settings(max_examples=300, deadline=None)
