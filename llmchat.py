@@ -187,7 +187,7 @@ FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
 FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
 FLUSH_COST_AVERAGED = 10  # flushes
 FLUSH_COST_RATIO = 4  # flushes may hold the event loop for one part in this many of the time
-FLUSH_SLOW_RATIO = 1.5  # times the fastest interval, and providers are read at the same pace
+FLUSH_ANSWERS_MANY = 8  # in one flush, and providers are read at the same pace
 FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
@@ -221,7 +221,9 @@ REST_SECONDS = 10  # without an answer, before free memory is given back
 CHORE_RETRY_SECONDS = 60  # after the database refused what is done after answers' ends
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
-GARBAGE_OBJECTS = 5_000  # more than the last time, before the collector looks for cycles; Python's own 700 are a few deltas
+GARBAGE_OBJECTS = (
+    5_000  # more than the last time, before the collector looks for cycles; Python's own 700 are a few deltas
+)
 CHORE_COST_RATIO = 4  # merging may take one part in this many of the time, and one; indexing too
 INDEX_AFTER_SECONDS = 2.0  # since a text came, before it is indexed with what came meanwhile; a search does not wait
 
@@ -6784,8 +6786,8 @@ class Flusher(Worker):
     """Commits what all generations have pending: one task, one transaction after the other. Nobody else writes what they
     produce. It works at once when it was idle, and paces itself by what a flush costs.
 
-    While that makes it slow, providers are read at the same pace: an answer that has something to take rests until the
-    next flush, before which all that rest are read in one turn of the loop. A read costs more than the deltas in it.
+    While many answers run, providers are read at the same pace: an answer that has something to take rests until the next
+    flush, before which all that rest are read in one turn of the loop. A read costs more than the deltas in it.
     """
 
     def __init__(self, config: Config, store: Store, publisher: Publisher) -> None:
@@ -6801,7 +6803,7 @@ class Flusher(Worker):
         self._hurry = asyncio.Event()
         self._next_flush_at = 0.0
         self._cost = 0.0  # seconds that a flush holds the event loop, averaged
-        self._is_slow = False
+        self._are_many = False
 
     def mark(self, generation: Generation) -> None:
         """There is something to flush."""
@@ -6810,7 +6812,7 @@ class Flusher(Worker):
         answer = generation.answer
         if answer is not None and answer.is_full:
             self._hurry.set()
-        elif answer is not None and self._is_slow:
+        elif answer is not None and self._are_many:
             answer.pause()
 
     def forget(self, generation: Generation) -> None:
@@ -6828,6 +6830,7 @@ class Flusher(Worker):
             marked, self._marked = self._marked, {}
             batch = {one: flush for one, generation in marked.items() if (flush := generation.take()) is not None}
             self._resting = [one.answer for one in marked.values() if one.answer is not None and one.answer.is_paused]
+            self._are_many = len(batch) >= FLUSH_ANSWERS_MANY
             if batch:
                 self._journal.add_due(batch)
                 waited = await self._flush(list(batch.values()))
@@ -6860,10 +6863,9 @@ class Flusher(Worker):
         characters = sum(len(delta.text) for delta in pieces)
         gain = min(1.0, FLUSH_PIECE_CHARACTERS * len(pieces) / max(characters, 1))
         fastest = self._config.flush_interval_ms / 1000
-        interval = max(fastest, self._cost * FLUSH_COST_RATIO * gain)
+        interval = min(max(fastest, self._cost * FLUSH_COST_RATIO * gain), FLUSH_INTERVAL_SECONDS_MAX)
         paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
-        self._next_flush_at = min(paced_from, started_at) + min(interval, FLUSH_INTERVAL_SECONDS_MAX)
-        self._is_slow = interval > FLUSH_SLOW_RATIO * fastest
+        self._next_flush_at = min(paced_from, started_at) + interval
 
     async def _flush(self, batch: Sequence[Flush]) -> float:
         """Commits a batch, however long the database makes it wait, and has it published. Returns the seconds waited."""
