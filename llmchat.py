@@ -167,7 +167,6 @@ ARRIVED_BYTES_MAX = 128 * 1024  # of one answer, not yet taken by the flusher; b
 PROVIDER_EVENT_BYTES_MAX = 8 * 1024 * 1024  # one SSE event of a provider: a whole tool call or image may be in it
 PROVIDER_WORDS_CHARACTERS_MAX = 500  # of a provider's own words that go into an error message
 STRANGE_BYTES_MAX = 16 * 1024  # of what a provider sends in place of events: its words are searched for in it
-LINES_BYTES_MIN = 1_500  # of events; from some six on, it pays to decode them at once
 END_LINES = 3  # the newest of many: why it ended, what it took, [DONE]
 PROVIDER_CONNECT_SECONDS = 15  # to open a connection, TLS included
 FINISH_SECONDS = 5  # that an answer with a finish_reason waits for its usage and its end
@@ -799,17 +798,18 @@ encode_json = msgspec.json.Encoder().encode
 decode_json = msgspec.json.Decoder().decode
 
 
-def runs_of(deltas: Iterable[Delta]) -> Iterator[tuple[str, list[str]]]:
+def runs_of(deltas: Sequence[Delta]) -> list[tuple[str, list[str]]]:
     """The texts of deltas by runs of a kind; of kinds that must stay whole, each is a run."""
+    if len(deltas) == 1:  # as they mostly come
+        return [(deltas[0].kind, [deltas[0].text])]
+    runs = []
     for kind, run in itertools.groupby(deltas, operator.attrgetter("kind")):
         texts = [delta.text for delta in run]
-        if kind in MERGED_KINDS:
-            yield kind, texts
-        else:
-            yield from ((kind, [text]) for text in texts)
+        runs += [(kind, texts)] if kind in MERGED_KINDS else [(kind, [text]) for text in texts]
+    return runs
 
 
-def join_deltas(deltas: Iterable[Delta]) -> list[Delta]:
+def join_deltas(deltas: Sequence[Delta]) -> list[Delta]:
     """The same content in as few deltas as there are runs of a kind."""
     return [Delta(kind, "".join(texts)) for kind, texts in runs_of(deltas)]
 
@@ -878,7 +878,7 @@ class SseDecoder:
         None, or if that fails: `feed`.
         """
         end = data.rfind(b"\n\n")
-        if end < 0 or self._last_was_cr or not LINES_BYTES_MIN <= len(data) <= PROVIDER_EVENT_BYTES_MAX:
+        if end < 0 or self._last_was_cr or len(data) > PROVIDER_EVENT_BYTES_MAX:
             return None
         whole = bytes(self._buffer) + data[:end]
         return whole[6:].split(b"\n\ndata: ") if whole.startswith(b"data: ") and b"\r" not in data else None
@@ -1447,13 +1447,14 @@ CHAT_CHUNK, TEXT_CHUNK = msgspec.json.Decoder(ChatChunk), msgspec.json.Decoder(T
 
 
 class OpenAIDecoder(Decoder):
-    __slots__ = ("_calls", "_calls_by_index", "_last_reasoning")
+    __slots__ = ("_calls", "_calls_by_index", "_is_plain", "_last_reasoning")
 
     def __init__(self, provider: Provider) -> None:
         super().__init__(provider)
         self._calls: list[ToolCall] = []  # complete only at the end
         self._calls_by_index: dict[int, ToolCall] = {}
         self._last_reasoning: str | None = None
+        self._is_plain = True  # the newest chunk was text alone, and so probably is the next
 
     def decode(self, name: bytes, data: bytes, deltas: list[Delta]) -> None:
         if self.done or not data:
@@ -1473,24 +1474,40 @@ class OpenAIDecoder(Decoder):
             self._mend(deltas, first)
 
     def decode_lines(self, lines: Sequence[bytes], deltas: list[Delta]) -> bool:
-        body, last = lines[:-END_LINES], lines[-END_LINES:]  # which may be the end, as no others are
-        if self.done or self._mending or any(b"\n" in line for line in last):
+        if self.done or self._mending:
             return False
-        joined = b"\n".join(body)
-        plain: list[TextChunk] = []
-        try:
-            with contextlib.suppress(msgspec.ValidationError):
-                plain = TEXT_CHUNK.decode_lines(joined)
-            chunks = [] if plain else CHAT_CHUNK.decode_lines(joined)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if self._is_plain and self._decode_plain(lines, deltas):
+            return True
+        body, last = lines[:-END_LINES], lines[-END_LINES:]  # what may be the end is like no other
+        if any(b"\n" in line for line in last):
             return False
-        if len(plain or chunks) != len(body):
+        if body and not self._decode_plain(body, deltas) and not self._decode_many(body, deltas):
             return False
-        deltas += [Delta("text", text) for chunk in plain if (text := chunk.choices[0].delta.content)]
-        for chunk, data in zip(chunks, body, strict=False):
-            self._decode_chunk(chunk, data, deltas)
         for data in last:
             self.decode(b"", data, deltas)
+        return True
+
+    def _decode_plain(self, lines: Sequence[bytes], deltas: list[Delta]) -> bool:
+        """Takes chunks that are nothing but text; False, with nothing done: some are more."""
+        try:
+            chunks = TEXT_CHUNK.decode_lines(b"\n".join(lines))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            chunks = []
+        self._is_plain = len(chunks) == len(lines)
+        if self._is_plain:
+            deltas += [Delta("text", text) for chunk in chunks if (text := chunk.choices[0].delta.content)]
+        return self._is_plain
+
+    def _decode_many(self, lines: Sequence[bytes], deltas: list[Delta]) -> bool:
+        """Takes chunks of all kinds; False, with nothing done: not every line is one."""
+        try:
+            chunks = CHAT_CHUNK.decode_lines(b"\n".join(lines))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+        if len(chunks) != len(lines):
+            return False
+        for chunk, data in zip(chunks, lines, strict=True):
+            self._decode_chunk(chunk, data, deltas)
         return True
 
     def _decode_chunk(self, chunk: ChatChunk, data: bytes, deltas: list[Delta]) -> None:
@@ -1510,6 +1527,7 @@ class OpenAIDecoder(Decoder):
             ):
                 if content:
                     deltas.append(Delta("text", content))
+                    self._is_plain = True
             else:
                 self._decode_rest(delta, deltas)
         if choice.finish_reason:
@@ -4400,7 +4418,7 @@ COLUMNS_SHOWN = (
 )  # fmt: skip
 
 
-def message_of(row: sqlite3.Row, content: Iterable[Delta]) -> Message:
+def message_of(row: sqlite3.Row, content: Sequence[Delta]) -> Message:
     joined, created_at_ms = join_deltas(content), row["created_at_ms"]
     times = (row["first_delta_at_ms"], row["ended_at_ms"], row["first_text_at_ms"])
     return Message(
@@ -9731,7 +9749,7 @@ async def turns_of_input(request: Request, given: str | Sequence[dict[str, Any]]
     return turns
 
 
-def group_items(content: Iterable[Delta]) -> list[list[Delta]]:
+def group_items(content: Sequence[Delta]) -> list[list[Delta]]:
     """An answer's content by output item. A signature belongs to the reasoning before it, and is no item."""
     groups: list[list[Delta]] = []
     for delta in join_deltas(content):

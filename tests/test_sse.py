@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmchat import (
@@ -230,12 +230,9 @@ def test_any_stream_cut_anywhere_gives_the_same_events(marked: bool, stream: byt
 plain = st.sampled_from([b"data: a\n\n", b'data: {"a":1}\n\n', b"data: [DONE]\n\n", b"data: \n\n"])
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=None)
 @given(st.lists(plain | plain | plain | lines, max_size=12), st.data())
-def test_several_events_at_once_are_the_same_events_or_left_alone(
-    monkeypatch: pytest.MonkeyPatch, parts: list[bytes], data: st.DataObject
-) -> None:
-    monkeypatch.setattr("llmchat.LINES_BYTES_MIN", 0)
+def test_several_events_at_once_are_the_same_events_or_left_alone(parts: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     decoder, events = SseDecoder(), []

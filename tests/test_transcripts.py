@@ -127,12 +127,9 @@ def test_a_recorded_stream_cut_anywhere_gives_the_same_answer(path: Path) -> Non
     assert read(recording, *(body[i : i + 1] for i in range(len(body)))) == whole
 
 
-@pytest.mark.parametrize("count", [2, 3, 20])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 20])
 @pytest.mark.parametrize("path", [path for path in STREAMS if "gemini" not in path.stem], ids=lambda path: path.stem)
-def test_a_recorded_stream_gives_the_same_answer_several_events_at_a_time(
-    path: Path, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llmchat.LINES_BYTES_MIN", 0)
+def test_a_recorded_stream_gives_the_same_answer_several_events_at_a_time(path: Path, count: int) -> None:
     recording = load(path.stem)
     blocks = [block + b"\n\n" for block in recording.body.removesuffix(b"\n\n").split(b"\n\n")]
     groups = [b"".join(blocks[start : start + count]) for start in range(0, len(blocks), count)]
@@ -147,19 +144,27 @@ def test_a_recorded_stream_gives_the_same_answer_several_events_at_a_time(
         (b'{"choices":[{"delta":{"content":"x"}}]}{"choices":[]}', "is no answer"),
         (b"not JSON", "not JSON"),
         (b'{"choices":', None),
+        (b'{"choices":[]}', None),
+        (b'{"choices":[{"delta":{"content":"x"}},{"delta":{"content":"y"}}]}', None),
+        (b'{"choices":[{"delta":{"content":"x","reasoning_content":"y"}}]}', None),
+        (b'{"choices":[{"delta":{"content":"x"}}]}\nid: 7', None),
+        (b'{"choices":[{"delta":{"content":"x"}}]}\n\n: keep-alive', None),
+        (b'{"choices":[{"delta":{"content":"x"},"finish_reason":"length"}]}', None),
+        (b'{"choices":[{"delta":{"content":"x"}}],"usage":{"prompt_tokens":7}}', None),
     ],
 )
+@pytest.mark.parametrize("at", [0, 10, 18, 20])
 def test_an_odd_event_among_several_counts_as_if_it_came_alone(
-    odd: bytes, error: str | None, monkeypatch: pytest.MonkeyPatch
+    odd: bytes, error: str | None, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmchat.LINES_BYTES_MIN", 0)
     recording = load("llamacpp-chat-stream")
     blocks = [b'data: {"choices":[{"delta":{"content":"%d"}}]}\n\n' % number for number in range(20)]
-    blocks.insert(10, b"data: %b\n\n" % odd)
+    blocks.insert(at, b"data: %b\n\n" % odd)
     at_once, one_by_one = read(recording, b"".join(blocks)), read(recording, *blocks)
-    assert at_once == one_by_one
-    assert read(recording, b"".join(blocks[:11]), b"".join(blocks[11:])) == one_by_one
-    assert text_of(at_once.deltas).startswith("0123456789")
+    in_two = read(recording, b"".join(blocks[:11])[:-5], b"".join(blocks[:11])[-5:] + b"".join(blocks[11:]))
+    monkeypatch.setattr("llmchat.SseDecoder.lines", lambda decoder, data: None)
+    assert at_once == one_by_one == in_two == read(recording, *blocks)
+    assert text_of(at_once.deltas).startswith("0123456789"[:at])
     assert error is None or error in str(at_once.error)
 
 
