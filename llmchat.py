@@ -4050,14 +4050,13 @@ def interrupt_running(connection: sqlite3.Connection) -> int:
 # Japanese, Thai, …) go in character by character and are searched as phrases. Whatever a user types is text: every
 # word of it is quoted, and matches as a prefix. Texts do not go in with the transaction that brings them: each that
 # writes to FTS5 makes a segment, and an answer alone costs five times what it costs among many. It leaves their ids in
-# `unindexed`, and `index_texts` takes them in together, a moment later, or when somebody searches.
+# `unindexed`, and `index_texts` takes them in together, a moment later, or when somebody searches. In both tables rows
+# have minus the id of what they index: FTS5 reads fastest upwards, and the newest are wanted first.
 
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
-INDEXED_CHARACTERS_MAX = (
-    200_000  # of one message's text: other writes wait while it is indexed, some 20 ms for this much
-)
+INDEXED_CHARACTERS_MAX = 200_000  # of one message's text: other writes wait while it is indexed, some 20 ms
 INDEX_GROUP_CHARACTERS = 50_000  # of text that one transaction indexes; the last message may go beyond
 INDEX_GROUP_TEXTS = 200  # the same
 SEARCH_WORDS_MAX = 8  # of one query; a character of a script without spaces counts as one
@@ -4186,8 +4185,8 @@ class Phrase(NamedTuple):
         return f'"{" ".join(self.tokens)}"' + ("*" if self.is_prefix else "")
 
     def expanded(self, connection: sqlite3.Connection) -> str:
-        """The expression, with the words of the texts that begin so in place of a prefix that the index does not have: for
-        such a one FTS5 first merges all rows of them all, but of the words themselves it reads only as many as it has to."""
+        """The expression; a prefix that the index does not have is replaced by the words of the texts that begin so. FTS5
+        would merge all their rows before it gave the first; of the words themselves it reads as many as are asked for."""
         *before, last = self.tokens
         if self.is_prefix and len(last) > INDEXED_PREFIX_CHARACTERS_MAX:
             found = connection.execute(WORDS_WITH_PREFIX, {"prefix": last, "end": last + chr(sys.maxunicode)})
@@ -4219,8 +4218,9 @@ def parse_query(query: str) -> list[Phrase]:
 
 def is_only_owner(connection: sqlite3.Connection, owner: str) -> bool:
     """Whether all that is indexed is this owner's."""
-    ends = "SELECT (SELECT min(owner) FROM conversation WHERE hidden = 0), (SELECT max(owner) FROM conversation WHERE hidden = 0)"
-    return tuple(connection.execute(ends).fetchone()) == (owner, owner)
+    shown = "FROM conversation WHERE hidden = 0"
+    ends = connection.execute(f"SELECT (SELECT min(owner) {shown}), (SELECT max(owner) {shown})").fetchone()
+    return tuple(ends) == (owner, owner)
 
 
 def find_matches(
@@ -7240,7 +7240,7 @@ class Generations:
         self.flusher.forget(generation)
         self.running.pop(generation.message_id, None)
         if not generation.ended.is_set():
-            self._announce(generation, outcome)
+            self._announce(generation, outcome, generation.published)
 
     def give_up(self, error: StoreUnavailable) -> None:
         """The database has been away for too long: everything that runs ends, before all who look on, as failed.
@@ -7252,7 +7252,7 @@ class Generations:
             self._end(generation, failed)
             if not generation.ended.is_set():
                 generation.ending = failed
-                self._announce(generation, generation.outcome())
+                self._announce(generation, generation.outcome(), generation.published)
 
     def publish(self, flush: Flush) -> None:
         """What was committed, to everyone who looks on."""
@@ -7261,11 +7261,12 @@ class Generations:
             if generation.rendering is not None:
                 for offset, delta in flush.pieces:
                     generation.rendering.feed(offset, delta)
+            frames = [encode_delta(delta, offset) for offset, delta in flush.pieces]
+            reached = flush.pieces[-1][0] if frames else generation.published
             if flush.outcome is not None:
-                self._announce(generation, flush.outcome, flush.pieces)
-            elif flush.pieces:
-                frames = [encode_delta(delta, offset) for offset, delta in flush.pieces]
-                generation.publish(flush.pieces[-1][0], frames)
+                self._announce(generation, flush.outcome, reached, frames)
+            elif frames:
+                generation.publish(reached, frames)
         if flush.outcome is not None:
             self._busy_at = time.monotonic()
             self.indexer.wake()
@@ -7327,14 +7328,13 @@ class Generations:
             log.warning("no title", extra={"fields": fields})
 
     def _announce(
-        self, generation: Generation, outcome: Outcome, pieces: Sequence[tuple[int, Delta]] = ()
+        self, generation: Generation, outcome: Outcome, offset: int, frames: Sequence[bytes] = ()
     ) -> None:  # fmt: skip
-        """Tells everyone who looks on how it ended, in one piece with the last of the content."""
+        """Tells everyone who looks on how it ended, in one piece with the last of its content, which ends at `offset`."""
         timing = Timing(outcome.first_delta_ms, outcome.total_ms, outcome.first_text_ms)
         end = encode_end(outcome.ending, outcome.usage, timing)
         generation.ended.set()
-        frames = [encode_delta(delta, offset) for offset, delta in pieces]
-        generation.publish(pieces[-1][0] if pieces else generation.published, [*frames, end])
+        generation.publish(offset, [*frames, end])
         if generation.rendering is not None:
             generation.rendering.end(end)
         fields = {
