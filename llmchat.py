@@ -186,7 +186,7 @@ FLUSH_INTERVAL_SECONDS_MAX = 0.25  # the slowest pace that still feels live
 FLUSH_PIECE_CHARACTERS = 200  # as many in a piece on average, and waiting makes the next flush hardly cheaper
 FLUSH_COST_AVERAGED = 10  # flushes
 FLUSH_COST_RATIO = 4  # flushes may hold the event loop for one part in this many of the time
-FLUSH_ANSWERS_MANY = 8  # in one flush, and providers are read at the same pace
+FLUSH_SLOW_RATIO = 1.5  # times the fastest interval, and providers are read at the same pace
 FLUSH_PATIENCE_SECONDS = 10  # how long a failing flush is tried again before its generations end
 FLUSH_RETRY_SECONDS = 0.5  # between those tries
 
@@ -6804,8 +6804,9 @@ class Flusher(Worker):
     """Commits what all generations have pending: one task, one transaction after the other. Nobody else writes what they
     produce. It works at once when it was idle, and paces itself by what a flush costs.
 
-    While many answers run, providers are read at the same pace: an answer that has something to take rests until the next
-    flush, before which all that rest are read in one turn of the loop. A read costs more than the deltas in it.
+    While that makes it slow, or one flush follows on the other, providers are read at the same pace: an answer that has
+    something to take rests until the next flush, before which all that rest are read in one turn of the loop. A read
+    costs more than the deltas in it.
     """
 
     def __init__(self, config: Config, store: Store, publisher: Publisher) -> None:
@@ -6821,7 +6822,7 @@ class Flusher(Worker):
         self._hurry = asyncio.Event()
         self._next_flush_at = 0.0
         self._cost = 0.0  # seconds that a flush holds the event loop, averaged
-        self._are_many = False
+        self._is_busy = False
 
     def mark(self, generation: Generation) -> None:
         """There is something to flush."""
@@ -6830,7 +6831,7 @@ class Flusher(Worker):
         answer = generation.answer
         if answer is not None and answer.is_full:
             self._hurry.set()
-        elif answer is not None and self._are_many:
+        elif answer is not None and self._is_busy:
             answer.pause()
 
     def forget(self, generation: Generation) -> None:
@@ -6848,7 +6849,6 @@ class Flusher(Worker):
             marked, self._marked = self._marked, {}
             batch = {one: flush for one, generation in marked.items() if (flush := generation.take()) is not None}
             self._resting = [one.answer for one in marked.values() if one.answer is not None and one.answer.is_paused]
-            self._are_many = len(batch) >= FLUSH_ANSWERS_MANY
             if batch:
                 self._journal.add_due(batch)
                 waited = await self._flush(list(batch.values()))
@@ -6884,6 +6884,7 @@ class Flusher(Worker):
         interval = min(max(fastest, self._cost * FLUSH_COST_RATIO * gain), FLUSH_INTERVAL_SECONDS_MAX)
         paced_from = max(self._next_flush_at, started_at - FLUSH_BURST_SECONDS)
         self._next_flush_at = min(paced_from, started_at) + interval
+        self._is_busy = interval > FLUSH_SLOW_RATIO * fastest or self._next_flush_at < time.monotonic()
 
     async def _flush(self, batch: Sequence[Flush]) -> float:
         """Commits a batch, however long the database makes it wait, and has it published. Returns the seconds waited."""

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import uvloop
 from chart import draw
+from client import fetch
 from database import fill, run_database
 from growth import run_growth
 from report import Figures, Results, render
@@ -95,6 +96,7 @@ async def database_row(bench: Bench, server: str, directory: Path) -> Figures:
         running = start_server(bench.setup, server, directory)
         try:
             await warm_up(running)
+            await fetch(running.port, "GET", "/api/v1/conversations?query=any")  # indexes what was said
         finally:
             running.stop()
         fill(directory / "llmchat.db", filled)
