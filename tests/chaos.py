@@ -573,6 +573,8 @@ class Auditor:
          "SELECT count(*) FROM conversation WHERE id NOT IN (SELECT conversation_id FROM message)"),
         ("questions without an answer", "SELECT count(*) FROM message WHERE role = 'user' AND id NOT IN"
          " (SELECT parent_id FROM message WHERE parent_id IS NOT NULL)"),
+        ("titles of conversations that are gone",
+         "SELECT count(*) FROM conversation_fts WHERE -rowid NOT IN (SELECT id FROM conversation)"),
         ("words of messages that are gone", "SELECT count(*) FROM message_fts WHERE -rowid NOT IN (SELECT id FROM message)"),
         ("gaps or overlaps", "SELECT count(*) FROM (SELECT offset, lag(offset + length(text)) OVER"
          " (PARTITION BY message_id ORDER BY offset) AS expected FROM delta) WHERE offset != coalesce(expected, 0)"),
