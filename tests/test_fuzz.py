@@ -27,7 +27,7 @@ from tests.conftest import Server
 from tests.test_markdown import FRAGMENTS, assert_harmless
 from tests.test_security import connect, read_to_end, scope_of, statuses
 
-FACTOR = float(os.environ.get("LLMCHAT_FUZZ_EXAMPLES", "0.5"))
+FACTOR = float(os.environ.get("LLMCHAT_FUZZ_EXAMPLES", "0.35"))
 PROVIDER = llmchat.Provider("p", "openai", "http://127.0.0.1/v1", key="sk-fuzz")
 KINDS = {"text", "reasoning", "tool_call", "image", "signature"}
 
