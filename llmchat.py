@@ -220,9 +220,6 @@ REST_SECONDS = 10  # without an answer, before free memory is given back
 CHORE_RETRY_SECONDS = 60  # after the database refused what is done after answers' ends
 MERGE_AFTER_SECONDS = 3600  # since an answer's end, before its rows are merged: whoever was cut off is back by then
 MERGE_ROWS = 500  # looked at in one transaction: a few milliseconds
-GARBAGE_OBJECTS = (
-    5_000  # more than the last time, before the collector looks for cycles; Python's own 700 are a few deltas
-)
 CHORE_COST_RATIO = 4  # merging may take one part in this many of the time, and one; indexing too
 INDEX_AFTER_SECONDS = 2.0  # since a text came, before it is indexed with what came meanwhile; a search does not wait
 
@@ -10358,8 +10355,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        gc.freeze()  # what was imported stays: the collector need not look at all of it again and again,
-        gc.set_threshold(GARBAGE_OBJECTS)  # nor at what a few deltas brought
+        gc.freeze()  # what was imported stays: the collector need not look at all of it again and again
         self._greeting()
 
     def handle_exit(self, sig: int, frame: Any) -> None:

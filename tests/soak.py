@@ -27,7 +27,7 @@ from tests.provider import Provider, openai_end
 
 STALLED, READING, ABORTED, CHATTING, CHATS = 50, 2, 200, 8, 10
 ANSWER_CHARACTERS = 10_000_000
-REST_SECONDS = 1.0  # after an answer, before free memory is given back; 10 as delivered
+REST_SECONDS = 3.0  # after an answer, before free memory is given back, and after it was indexed; 10 as delivered
 GROWTH_BYTES_MAX = 40_000_000  # of memory at rest, from the first cycle on
 
 
