@@ -875,7 +875,7 @@ class SseDecoder:
         None, or if that fails: `feed`.
         """
         end = data.rfind(b"\n\n")
-        if end < 0 or self._last_was_cr or len(data) > PROVIDER_EVENT_BYTES_MAX:
+        if end < 0 or self._last_was_cr or len(self._buffer) + len(data) > PROVIDER_EVENT_BYTES_MAX:
             return None
         whole = bytes(self._buffer) + data[:end]
         return whole[6:].split(b"\n\ndata: ") if whole.startswith(b"data: ") and b"\r" not in data else None
